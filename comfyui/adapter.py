@@ -22,8 +22,8 @@ from nara_diffusion.export.adapter_factors import adapter_of_part
 from nara_diffusion.export.host_files import HOST_DENOISERS, with_scale_1
 from nara_diffusion.export.original_names import UNETS, original_layers, parts_of
 from nara_diffusion.export.to_lora import lora_of
+from nara_diffusion.loaders.components import TEXT_ENCODER
 from nara_diffusion.loaders.file import AdapterFile
-from nara_diffusion.loaders.insertion import TEXT_ENCODER
 
 CONVENTIONS = {"sd15": ("timestep", "edm"), "sdxl": ("timestep", "edm")}
 """{base: its possible definitions of λ}. All other bases have "flow"."""

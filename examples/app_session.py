@@ -152,6 +152,8 @@ def add(pipe: Any, source: str, name: str) -> Adapter:
             pipe.load_lora_weights(source, adapter_name=name)
         except Exception:
             raise error from None
+        if name not in getattr(denoiser(pipe), "peft_config", {}):  # Diffusers only warns of keys that it skips
+            raise error from None
         return Adapter(source, name, "LoRA: C(λ) = I", [0.0] * len(LEVELS), [(0.0, 1.0), (1.0, 1.0)])
     model = denoiser(pipe)
     config = model.peft_config[name]

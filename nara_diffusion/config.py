@@ -116,7 +116,8 @@ class NaraConfig(LoraConfig):
             and can be merged. "rank_mask" is T-LoRA, with fewer of the r directions on for noisier
             inputs. "bins" is Multi-LoRA, with r / core_bins directions for each bin of λ. "knots"
             interpolates between learned matrices at core_knots values of λ (best with core_sharing
-            "layer"). The name of a registered custom core is also accepted.
+            "layer"). "film" is Tc-LoRA, diag(γ(λ)) and an added vector β(λ), for linear layers and
+            with core_sharing "layer" only. The name of a registered custom core is also accepted.
         core_scale: η in C = I + η F(e(λ)), greater than 0.
         core_hidden_dims: the widths of the hidden layers of the hypernetwork F.
         core_init: the initialisation of F. With "zero_last", the last layer is zero, so C = I at
@@ -266,6 +267,10 @@ class NaraConfig(LoraConfig):
             )
         if self.core_type == "knots" and self.core_knots < 2:
             self._refuse("core_knots", ": pass 2 or more, since λ = 0 and λ = 1 have a knot each.")
+        if self.core_type == "film" and self.core_sharing != "layer":
+            self._refuse(
+                "core_sharing", ", but core_type 'film' has one core a layer: pass 'layer'."
+            )
         ranks = {self.r, *(self.rank_pattern or {}).values()}
         if self.rank_mask_min is not None:
             is_rank = _is_size(self.rank_mask_min) and self.rank_mask_min <= min(ranks)
@@ -342,9 +347,6 @@ class NaraConfig(LoraConfig):
 def is_idle(name: str, value: object) -> bool:
     """Return whether a field that `NaraConfig` does not have has no effect on the adapter."""
     return not value or _GONE.get(name) == value
-
-
-# ---------------------------------------------------------------------- what λ can't scale
 
 
 def changes_base(start: object) -> bool:

@@ -1,9 +1,4 @@
-"""Convert the names of an adapter's tensors, and strictly check names, shapes, dtypes and values.
-
-    in the model   …lora_A.{adapter}.weight     lora_core.cores.{adapter}.{group}.…
-    in a file      …lora_A.weight               nara_core.{group}.…
-
-PEFT renames the factors; this file renames the cores.
+"""Strictly check the names, shapes, dtypes and values of an adapter's tensors.
 
 PEFT, Diffusers and Transformers ignore tensors with unexpected names, at most with a warning, and
 leave the layers at random values. In this package, a file is loaded completely or not at all.
@@ -13,19 +8,16 @@ after loading, and works for adapters of any method.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from itertools import pairwise
 from typing import cast
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from nara_diffusion.cores.core_set import HOLDER_NAME, NAME_IN_FILES
-from nara_diffusion.noise.context import find_holders
+from nara_diffusion.cores.core_set import is_core_key
 from nara_diffusion.utils.wording import listed
 
 PEFT_PREFIX = "base_model.model."
@@ -35,131 +27,6 @@ _HINT = (
     "Was it trained on another base model, or saved with another core_type, core_sharing, "
     "noise_embedding, rank or target_modules?"
 )
-_AS_IN_MODEL = (
-    "leave state_dict out, or convert only A and B, and give the core as model.state_dict() has it"
-)
-
-
-# ---------------------------------------------------------------------- names
-
-
-def is_core_key(key: str) -> bool:
-    """Return whether a name, in a file or a model, belongs to a core's tensor.
-
-    Only a NaRA has such tensors.
-    """
-    return not {NAME_IN_FILES, HOLDER_NAME}.isdisjoint(key.split("."))
-
-
-def with_names_in_files(tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
-    """Return a model's `tensors`, with core tensors under the names that files use."""
-    in_model = f"{HOLDER_NAME}.cores.{adapter_name}."
-    return {key.replace(in_model, f"{NAME_IN_FILES}."): tensor for key, tensor in tensors.items()}
-
-
-def core_name_in_file(key: str, adapter_name: str) -> str | None:
-    """Return a core tensor's name in files, or None if `key` isn't a core tensor of this adapter."""
-    prefix, holder, suffix = key.rpartition(f"{HOLDER_NAME}.cores.{adapter_name}.")
-    return f"{prefix}{NAME_IN_FILES}.{suffix}" if holder else None
-
-
-def with_model_names(
-    mapped: Mapping[str, Tensor], present: Iterable[str], adapter_name: str
-) -> dict[str, Tensor]:
-    """Return the tensors of a file under the names of the model.
-
-    Args:
-        mapped: the tensors, with the factors renamed by PEFT.
-        present: the names in the model's state dict.
-    """
-    name_in_model = {core_name_in_file(key, adapter_name) or key: key for key in present}
-    renamed = {}
-    for key, tensor in mapped.items():
-        name_in_file = key if key in name_in_model else key.removeprefix(PEFT_PREFIX)
-        renamed[name_in_model.get(name_in_file, key)] = tensor
-    return renamed
-
-
-def expected_tensors(
-    model: nn.Module, selected: Mapping[str, Tensor], adapter_name: str
-) -> dict[str, Tensor]:
-    """Return the tensors that a file of this adapter must contain, by their names in the model.
-
-    Args:
-        selected: the tensors, without cores, that PEFT would save for the adapter, each once.
-    """
-    present = model.state_dict()
-    expected = {key: present[key] for key in present if core_name_in_file(key, adapter_name)}
-    for key, tensor in selected.items():
-        is_whole = key in present  # PEFT leaves out ".weight" of DoRA's magnitudes
-        expected[key if is_whole else f"{key}.weight"] = tensor
-    return expected
-
-
-def without_adapters(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """Return the tensors without any that have one of these adapter names in their keys."""
-    parts = [f".{name}." for name in names]
-    keys = [key for key in tensors if not any(part in f"{key}." for part in parts)]
-    return {key: tensors[key] for key in keys}
-
-
-def core_tensors(
-    state_dict: Mapping[str, Tensor], model: nn.Module, adapter_name: str
-) -> dict[str, Tensor]:
-    """Return the tensors of an adapter's cores in `state_dict`.
-
-    `state_dict` may come from a wrapper of `model`.
-
-    Raises:
-        ValueError: a tensor is missing, or not float32.
-    """
-    cores = {}
-    for holder in find_holders(model):
-        if adapter_name not in holder.cores:
-            continue
-        for name, like in holder.cores[adapter_name].state_dict().items():
-            end = f"{HOLDER_NAME}.cores.{adapter_name}.{name}"
-            key = next((key for key in state_dict if key.endswith(end)), None)
-            if key is None:
-                raise ValueError(
-                    f"'{name}' of the core of adapter '{adapter_name}' is missing from the state_dict "
-                    f"to be saved: {_AS_IN_MODEL}."
-                )
-            cores[key] = state_dict[key]
-            _check_core_precision(
-                key, cores[key], like, "in the state_dict to be saved", _AS_IN_MODEL
-            )
-    return cores
-
-
-def without_second_biases(tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
-    """Return a file's `tensors` without PEFT's copies of biases in `modules_to_save`.
-
-    PEFT writes such copies if `bias` is "all".
-    """
-    copy = re.compile(rf"\.modules_to_save\.(?!{re.escape(adapter_name)}\.)(.*\.)?bias$")
-    return {key: tensor for key, tensor in tensors.items() if not copy.search(key)}
-
-
-def check_adapter_names(model: nn.Module, names: set[str]) -> None:
-    """Raise ValueError if the name of one of several adapters is also a part of a key.
-
-    When saving, PEFT would then skip tensors of that adapter or of another. If there is only one
-    adapter, PEFT saves all tensors.
-    """
-    for key in model.state_dict():
-        if not any(part in key for part in (".lora_", ".base_layer.", f"{HOLDER_NAME}.")):
-            continue
-        for part, name in pairwise(f"{PEFT_PREFIX}{key}".split(".")):
-            is_before_name = part.startswith(("lora_", "cores", "modules_to_save"))
-            if name in names and (part == HOLDER_NAME or not is_before_name):
-                raise ValueError(
-                    f"The adapter name '{name}' is also a part of '{key}', so PEFT would leave tensors "
-                    "out when it saves one of several adapters. Choose another name."
-                )
-
-
-# ---------------------------------------------------------------------- a file before loading
 
 
 def check_tensors(
@@ -208,7 +75,7 @@ def _check_tensor(key: str, tensor: Tensor, like: Tensor, has_shape: bool) -> No
         )
     if is_core_key(key):
         remedy = "save it again without converting it"
-        _check_core_precision(key, tensor, like, "in the checkpoint", remedy)
+        check_core_precision(key, tensor, like, "in the checkpoint", remedy)
     check_finite(key, tensor, like.dtype)
 
 
@@ -221,7 +88,7 @@ def check_finite(key: str, tensor: Tensor, dtype: torch.dtype) -> None:
         )
 
 
-def _check_core_precision(key: str, tensor: Tensor, like: Tensor, where: str, remedy: str) -> None:
+def check_core_precision(key: str, tensor: Tensor, like: Tensor, where: str, remedy: str) -> None:
     """Raise ValueError if a core's tensor is not float32, or if its integers have another dtype.
 
     Converting a rounded tensor back to float32 would not restore its values.
@@ -232,9 +99,6 @@ def _check_core_precision(key: str, tensor: Tensor, like: Tensor, where: str, re
             f"'{key}' is {tensor.dtype} {where}, but a core is kept in float32, since rounding "
             f"changes C(λ) − I by several per cent: {remedy}."
         )
-
-
-# ---------------------------------------------------------------------- after loading, any method
 
 
 def check_loaded(

@@ -32,15 +32,15 @@ from transformers.integrations.peft import PeftAdapterMixin as TransformersAdapt
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.loaders.file import naming
-from nara_diffusion.loaders.insertion import (
-    LOADED_FLAG,
+from nara_diffusion.loaders.components import (
     TEXT_ENCODER,
     adapters_of,
     nara_adapters_of,
     tuner_layers,
     uncompiled,
 )
+from nara_diffusion.loaders.file import naming
+from nara_diffusion.loaders.insertion import LOADED_FLAG
 from nara_diffusion.loaders.tensor_files import check_peft_weights, is_nara, is_nara_for_peft
 from nara_diffusion.loaders.time_aware import check_readable_by_peft
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
@@ -100,9 +100,6 @@ def _around(owner: type | ModuleType, name: str, function: _Function) -> None:
     setattr(owner, name, classmethod(wrapper) if isinstance(attribute, classmethod) else wrapper)
 
 
-# ---------------------------------------------------------------------- PEFT
-
-
 def _from_pretrained(
     original: _Function,
     cls: type[PeftModel],
@@ -154,9 +151,6 @@ def _complete(
         yield
 
 
-# ---------------------------------------------------------------------- transformers
-
-
 def _load_into_transformers(
     original: _Function, self: nn.Module, *args: Any, **kwargs: Any
 ) -> LoadStateDictInfo:
@@ -197,9 +191,6 @@ def _load_into_transformers(
     # Transformers' report of a load that used all tensors
     empty: dict[str, Any] = {field.name: set() for field in dataclasses.fields(LoadStateDictInfo)}
     return LoadStateDictInfo(**empty | {"error_msgs": [], "conversion_errors": {}})
-
-
-# ---------------------------------------------------------------------- Diffusers
 
 
 def _set_adapters(

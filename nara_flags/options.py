@@ -51,9 +51,6 @@ Interval = Annotated[
 ShareBelow1 = Annotated[float, Range("in [0, 1)", lambda value: 0 <= value < 1)]
 
 
-# ---------------------------------------------------------------- declarations
-
-
 def option(
     default: Any,
     help: str,
@@ -132,9 +129,6 @@ def check_ranges(args: Any) -> None:
     """Raise ValueError for the first number in a dataclass of options that is out of its range."""
     for name, kind in kinds_of(type(args)).items():
         kind.check(name, getattr(args, name))
-
-
-# ---------------------------------------------------------------- values
 
 
 def converted(origin: str, value: Any, kind: Kind, metadata: Mapping[str, Any]) -> Any:

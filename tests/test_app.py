@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from nara_diffusion import StrengthSchedule, noise_level
+from tests.helpers.tlora_files import SDXL, SETTINGS, repository_file, saved
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("gradio") is None, reason="needs Gradio")]
 CALL: dict[str, Any] = {"seed": 1, "num_inference_steps": 2, "guidance_scale": 2.0}
@@ -24,7 +25,7 @@ def app() -> Any:
     return import_module("app")
 
 
-def test_samples_are_the_base_the_adapter_at_one_level_and_with_the_level(app: Any) -> None:
+def test_samples_are_base_one_level_and_with_level(app: Any) -> None:
     session, pipe = import_module("app_session").Session(), import_module("app_session").load_pipeline(str(app.MODEL))
     found = session.load(str(app.MODEL), [str(app.ADAPTER)])
 
@@ -47,9 +48,7 @@ def test_samples_are_the_base_the_adapter_at_one_level_and_with_the_level(app: A
     assert len(set(sampled([1, 0, 0.0], [1, 1, 0.0]))) == 1
 
 
-def test_after_an_error_nothing_of_the_adapter_stays_and_no_file_is_named(
-    app: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_error_leaves_no_adapter_and_names_no_file(app: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     session = import_module("app_session").Session()
     found = session.load(str(app.MODEL), [str(app.ADAPTER)])
     with pytest.raises(ValueError, match=r"Row 1 of the strengths is \[3, 0, 1\], expected adapter \(1 to 1\)"):
@@ -70,7 +69,7 @@ def test_after_an_error_nothing_of_the_adapter_stays_and_no_file_is_named(
     assert handler() == ("**Not done.** FileNotFoundError: the terminal says more.", None)
 
 
-def test_button_and_errors_come_before_the_frames_so_that_a_narrow_page_begins_with_them(app: Any) -> None:
+def test_button_and_errors_come_before_the_frames(app: Any) -> None:
     def order(part: dict[str, Any]) -> list[int]:
         return [part["id"], *(each for child in part.get("children", []) for each in order(child))]
 
@@ -85,7 +84,7 @@ def test_button_and_errors_come_before_the_frames_so_that_a_narrow_page_begins_w
     assert [kind for kind, _ in shown[button:first]].count("markdown") == 1
 
 
-def test_page_opens_on_this_machine_and_names_what_it_starts_from(app: Any) -> None:
+def test_page_opens_locally_and_names_its_start(app: Any) -> None:
     async def config() -> str:  # in an event loop, since Gradio makes one that it never closes where there is none
         page = app.build()
         _, address, shared = page.launch(server_name="127.0.0.1", share=False, prevent_thread_lock=True, quiet=True)
@@ -97,3 +96,14 @@ def test_page_opens_on_this_machine_and_names_what_it_starts_from(app: Any) -> N
     found = asyncio.run(config())
     assert "sdxl-tiny" in found
     assert "toy-nara" in found
+
+
+def test_whole_tlora_is_added_a_damaged_one_not(app: Any, tmp_path: Path) -> None:
+    session = import_module("app_session")
+    pipe = session.load_pipeline(str(app.MODEL))
+    tensors = repository_file(pipe.unet, SDXL)
+    adapter = session.add(pipe, str(saved(tmp_path / "whole", tensors, SETTINGS)), "whole")
+    assert adapter.summary.startswith("NaRA: core rank_mask, rank 4")
+    del tensors[next(iter(tensors))]
+    with pytest.raises(ValueError, match="lacks"):
+        session.add(pipe, str(saved(tmp_path / "damaged", tensors, SETTINGS)), "damaged")

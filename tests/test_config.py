@@ -119,7 +119,7 @@ KEPT = {
 
 
 @pytest.mark.filterwarnings("ignore:`init_lora_weights` is:UserWarning")
-def test_config_that_cannot_work_is_refused_by_the_name_of_its_field() -> None:
+def test_impossible_config_is_refused_naming_its_field() -> None:
     for fields, message in REFUSED:
         with pytest.raises(ValueError, match=f"^{message}"):
             NaraConfig(**fields)
@@ -138,7 +138,7 @@ def test_config_has_considered_every_option_of_peft() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:aLoRA is currently only supported", "ignore:`init_lora_weights` is:UserWarning")
-def test_option_without_core_is_refused_by_name_unless_the_adapter_is_a_plain_lora() -> None:
+def test_option_without_core_is_refused_except_plain_lora() -> None:
     for option, value in OPTIONS.items():
         with pytest.raises(ValueError, match=f"NaRA does not support {option}, .*core_type='identity'"):
             NaraConfig(**{option: value})
@@ -148,7 +148,7 @@ def test_option_without_core_is_refused_by_name_unless_the_adapter_is_a_plain_lo
 
 
 @pytest.mark.parametrize(("init", "use_dora"), list(zip(INITS, cycle([False, True]), strict=False)))
-def test_supported_initialisation_draws_what_peft_draws_and_starts_as_the_base(init: Any, use_dora: bool) -> None:
+def test_supported_initialisation_matches_peft_and_starts_as_base(init: Any, use_dora: bool) -> None:
     states, x = [], torch.randn(3, 4, 7)
     for kind in (LoraConfig, NaraConfig):
         torch.manual_seed(5)
@@ -175,7 +175,7 @@ def test_config_defaults_are_those_of_the_paper() -> None:
 # ---------------------------------------------------------------------- files
 
 
-def test_config_survives_pefts_file_and_its_fields_with_their_types(tmp_path: Path) -> None:
+def test_config_survives_pefts_file_with_types(tmp_path: Path) -> None:
     config = NaraConfig(
         r=6,
         lora_alpha=9,
@@ -207,7 +207,7 @@ def test_config_survives_pefts_file_and_its_fields_with_their_types(tmp_path: Pa
 
 
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")  # of PEFT
-def test_fields_of_early_files_that_say_nothing_are_dropped_and_no_other_may_lack(tmp_path: Path) -> None:
+def test_early_fields_are_dropped_and_others_required(tmp_path: Path) -> None:
     config, early = nara_config(target_modules=["first"]), {"core_normalization": "none", "noise_scale": "linear"}
     config.save_pretrained(tmp_path)
     fields = json.loads((tmp_path / CONFIG).read_text()) | early | {"layer_embedding_dim": 16}
@@ -223,7 +223,7 @@ def test_fields_of_early_files_that_say_nothing_are_dropped_and_no_other_may_lac
 @pytest.mark.parametrize(
     "changes", [{"core_flavour": "vanilla"}, {"core_type": "diagonal"}, {"core_scale": -1}], ids=str
 )
-def test_file_with_an_unknown_field_or_value_is_refused_by_name_in_every_way(changes: Any, tmp_path: Path) -> None:
+def test_unknown_field_or_value_is_refused_by_name(changes: Any, tmp_path: Path) -> None:
     nara_config(target_modules=["first"]).save_pretrained(tmp_path)
     path, name = tmp_path / CONFIG, next(iter(changes))
     (tmp_path / "adapter_model.safetensors").touch()

@@ -54,7 +54,7 @@ def test_preferences_go_where_imitation_does_not(capsys):
     assert f"preferences: prefers the chosen copy in {preferred:.0%}" in capsys.readouterr().out
 
 
-def test_chat_answers_each_line_and_drops_the_oldest_turns_of_a_conversation_too_long(capsys, monkeypatch):
+def test_chat_answers_lines_and_drops_oldest_turns(capsys, monkeypatch):
     lines = [
         "upper: planet",
         "",
@@ -80,7 +80,7 @@ def test_chat_answers_by_canvases_and_by_blocks(name, capsys, monkeypatch):
     assert capsys.readouterr().out == "tenalp\n"
 
 
-def test_chat_keeps_the_system_message_and_takes_the_length_of_the_adapter_s_run(tmp_path, capsys, monkeypatch):
+def test_chat_keeps_system_message_and_the_runs_length(tmp_path, capsys, monkeypatch):
     chat, seen = import_module("chat"), []
     (tmp_path / "config.yaml").write_text("gen_length: 12\n")
     monkeypatch.setattr(chat.PeftModel, "from_pretrained", lambda model, folder: model)
@@ -92,7 +92,7 @@ def test_chat_keeps_the_system_message_and_takes_the_length_of_the_adapter_s_run
     assert {kept["gen_length"] for _, kept in seen} == {12}
 
 
-def test_chat_gives_llada2_the_blocks_of_the_adapter_s_run(tmp_path, monkeypatch):
+def test_chat_gives_llada2_the_blocks_of_run(tmp_path, monkeypatch):
     chat, seen = import_module("chat"), []
     write_checkpoint(tmp_path / "model", LLADA2 | {"block_length": 4})
     (tmp_path / "config.yaml").write_text("block_length: 2\ngen_length: 8\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
@@ -21,6 +22,8 @@ IMPORTERS = ("import_module", "__import__", "run_module")
 """Functions that import a module by its name."""
 LONGEST = 400
 """The most lines of a file, which has one subject. A longer one is two subjects."""
+LONGEST_NAME = 8
+"""The most words of a test's name, after `test_`."""
 
 
 def imports(package: Path) -> dict[str, set[str]]:
@@ -116,7 +119,7 @@ def own_modules_imported_by_name(package: Path) -> list[str]:
 # ---------------------------------------------------------------------- the package
 
 
-def test_every_room_has_a_floor_and_imports_nothing_from_above():
+def test_every_room_imports_nothing_from_above():
     found = imports(PACKAGE)
     assert {room_of(module) for module in found} == set(FLOORS)
     assert upward(found) == []
@@ -140,7 +143,7 @@ def test_no_modules_import_each_other():
     assert circle(imports(PACKAGE)) == []
 
 
-def test_no_module_of_the_package_is_imported_by_a_string():
+def test_no_package_module_is_imported_by_string():
     assert own_modules_imported_by_name(PACKAGE) == []
 
 
@@ -158,9 +161,23 @@ def test_no_file_has_more_than_400_lines():
     assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
 
 
+def test_files_have_no_section_rules():
+    """A file that needs them has two subjects."""
+    texts = {path.name: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+    assert [name for name, text in texts.items() if "# ----" in text] == []
+
+
 def test_no_file_name_comes_twice():
     names = Counter(path.name for path in PACKAGE.rglob("*.py"))
     assert {name for name, count in names.items() if count > 1} <= {"__init__.py", "train.py"}
+
+
+def test_names_have_at_most_8_words():
+    long = []
+    for path in sorted(Path(__file__).parent.rglob("test_*.py")):
+        names = re.findall(r"^ *def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        long += [name for name in names if name.count("_") > LONGEST_NAME]
+    assert long == []
 
 
 # ---------------------------------------------------------------------- what these tests see
@@ -212,7 +229,7 @@ def test_a_package_without_circles_is_accepted(tmp_path):
         ("utils__files", "if TYPE_CHECKING:\n    from nara_diffusion.noise.level import Level", "noise.level"),
     ],
 )
-def test_an_import_from_above_and_its_circle_are_found(place, code, target, tmp_path):
+def test_import_from_above_and_its_circle_are_found(place, code, target, tmp_path):
     found = imports(package_with(tmp_path, **{place: code}))
     module = place.replace("__", ".")
     assert f"nara_diffusion.{module} → nara_diffusion.{target}" in upward(found)
@@ -228,7 +245,7 @@ def test_a_circle_inside_a_room_is_found(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["import_module('nara_diffusion.dllm.train')", "importlib.import_module('..dllm')"])
-def test_an_own_module_imported_by_a_string_is_found(call, tmp_path):
+def test_own_module_imported_by_string_is_found(call, tmp_path):
     found = own_modules_imported_by_name(package_with(tmp_path, lm_eval__tasks=f"main = {call}.main"))
     assert len(found) == 1
     assert found[0].startswith("lm_eval/tasks.py:2 nara_diffusion.")

@@ -63,13 +63,13 @@ def counts(folder: Path, tests: str) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-def test_conformance_counts_what_lora_passes_and_fails_for_the_rest(tmp_path: Path) -> None:
+def test_conformance_counts_only_what_lora_passes(tmp_path: Path) -> None:
     line = "2 passed, 1 refused, 1 explained, 2 LoRA's too"
     assert counts(tmp_path / "all", TESTS) == (0, f"{line}, 0 failed")
     assert counts(tmp_path / "failing", TESTS + FAILING) == (1, f"{line}, 1 failed")
 
 
-def test_refusal_is_the_projects_error_not_a_failed_assertion() -> None:
+def test_refusal_is_our_error_not_failed_assertion() -> None:
     with pytest.raises(ValueError, match="target_parameters") as refused:
         NaraConfig(target_parameters=["weight"])
     assert is_refusal(refused.value)
@@ -82,7 +82,7 @@ def test_refusal_is_the_projects_error_not_a_failed_assertion() -> None:
     assert not is_refusal(AssertionError("that nobody raised"))
 
 
-def test_failed_tests_are_explained_by_their_names_or_lora_s_too() -> None:
+def test_failed_tests_are_explained_by_name() -> None:
     explained = next(iter(EXPLAINED))
     found = {"a": "passed", "b": "refused", f"test_{explained}[c]": "failed", "d": "failed", "e": "failed"}
     kinds = sort_outcomes(found | {"f": "skipped"}, ["d"])

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from nara_diffusion.export.adapter_factors import cores_of, schedule_of
 from nara_diffusion.export.lycoris_file import LYCORIS_CONFIG, LYCORIS_WEIGHTS, save_lycoris
 from nara_diffusion.loaders.adapter_part import AdapterPart
+from nara_diffusion.loaders.components import check_storable
 from nara_diffusion.loaders.file import MODEL, AdapterFile, naming
-from nara_diffusion.loaders.insertion import check_storable
 from nara_diffusion.loaders.tensor_files import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
 from nara_diffusion.utils.files import atomic_write, check_free
 

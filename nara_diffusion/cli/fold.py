@@ -36,8 +36,8 @@ def fold(args: Namespace) -> str:
     λ and go into the same file; --form peft writes only one component.
     """
     file = AdapterFile.read(Path(args.file))
-    adapters = {name: adapter_of_part(part) for name, part in file.parts.items()}
     _check(file, args)
+    adapters = {name: adapter_of_part(part) for name, part in file.parts.items()}
     loras = {name: lora_of(adapter, args.noise_level) for name, adapter in adapters.items()}
     if args.form == PEFT:
         next(iter(loras.values())).save_pretrained(args.output)
@@ -74,6 +74,11 @@ def _check(file: AdapterFile, args: Namespace) -> None:
 
     OUTPUT has a wrong name, is the adapter itself, or exists.
     """
+    if len(file.adapters) > 1:
+        raise ValueError(
+            f"The file has several adapters, {', '.join(file.parts)}, and one LoRA can't switch between them. Split "
+            "the file with nara convert --component."
+        )
     if args.form == PEFT and len(file.parts) > 1:
         raise ValueError(
             f"--form peft writes one component, but the file has {', '.join(file.parts)}. Choose "
@@ -81,7 +86,7 @@ def _check(file: AdapterFile, args: Namespace) -> None:
         )
     if args.form != PEFT and MODEL in file.parts:
         raise ValueError(
-            "The adapter is in PEFT's form, which names no component of a pipeline. Use --form "
+            "The adapter's file names no component of a pipeline. Use --form "
             "peft, or convert it first with nara convert --to pipeline."
         )
     if args.base is None and args.form not in (PEFT, "diffusers"):

@@ -101,6 +101,7 @@ class Core(Float32Module):
     """λ (b,) → the deviation D = C − I (b, r, r), or (1, r, r) if all samples share it; float32.
 
     D is small, so layers compute C h as h + D h. Half precision then does not round D away.
+    "film" returns (b, r, r + 1): its last column is β, which layers add to C h.
 
     Attributes:
         rank: r, the largest rank that reads this core. A layer of smaller rank r' reads

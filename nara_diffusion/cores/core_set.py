@@ -31,8 +31,9 @@ class CoreSet(nn.ModuleDict):
         return any(bool(core.needs_noise) for core in self.values())
 
     def matrix(self, group: str, noise_level: Tensor | None) -> Tensor:
-        """Return C = I + D (b or 1, r, r), float32, of one group at λ (b,)."""
+        """Return C = I + D (b or 1, r, r), float32, of one group at λ (b,), without film's β."""
         D: Tensor = self[group].at(noise_level)  # type: ignore[operator]
+        D = D[..., : D.shape[-2]]
         return torch.eye(D.shape[-1], dtype=D.dtype, device=D.device) + D
 
 
@@ -62,6 +63,14 @@ def core_group(config: CoreConfig, module_name: str, rank: int) -> str:
     # attributes of `nn.ModuleDict`; "at" and "groups" once were, so files contain them with "_"
     taken = hasattr(CoreSet, group) or keyword.iskeyword(group) or group in ("at", "groups")
     return f"{group}_" if taken else group
+
+
+def is_core_key(key: str) -> bool:
+    """Return whether a name, in a file or a model, belongs to a core's tensor.
+
+    Only a NaRA has such tensors.
+    """
+    return not {NAME_IN_FILES, HOLDER_NAME}.isdisjoint(key.split("."))
 
 
 def ranks_by_group(config: CoreConfig, ranks: Mapping[str, int]) -> dict[str, int]:

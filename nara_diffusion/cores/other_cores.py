@@ -8,6 +8,8 @@
                   r(λ) = k (⌊(1 − λ)^a (r − r_min) / k⌋ + r_min / k)
     bins          C(λ) = diag(1 for i in block k(λ), else 0)      (Multi-LoRA)
                   k(λ) = min(⌊λ K⌋, K − 1)
+    film          C(λ) = diag(γ(λ)), and β(λ) (r,) is added to C(λ) h   (Tc-LoRA, DiffSynth-Studio)
+                  γ, β linear in 256 sinusoids of the timestep 1000 λ
 
 Masks have no parameters. A direction that is off adds nothing to the output, and its row of A and
 column of B get a gradient of exactly zero. (AdamW still moves directions that it trained before,
@@ -21,7 +23,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .core import Core, CoreInit, without_autocast
+from .core import Core, CoreInit, Dense, without_autocast
+
+SINUSOIDS = 256
+"""The width of film's embedding of λ, which is that of FLUX' timestep."""
 
 
 class ConstantCore(Core):
@@ -153,3 +158,27 @@ class BinsCore(Core):
         """
         share = self.bins * noise_level.float()
         return torch.floor(share + self.bins * 2.0**-21).clamp(max=self.bins - 1)
+
+
+class FilmCore(Core):
+    """The core of Tc-LoRA, diag(γ(λ)) and a vector β(λ) that layers add to C(λ) h.
+
+    The embedding is Diffusers' `Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)` of
+    1000 λ. The core starts at γ = 1 and β = 0.
+    """
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank)
+        self.gamma, self.beta = Dense(SINUSOIDS, rank), Dense(SINUSOIDS, rank)
+        nn.init.ones_(self.gamma.bias)
+
+    def forward(self, noise_level: Tensor) -> Tensor:
+        """Return diag(γ − 1) with β as a further column, (b, r, r + 1), float32, for λ (b,)."""
+        half, device = SINUSOIDS // 2, noise_level.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # which MPS lacks
+        with without_autocast(device):
+            exponents = torch.arange(half, dtype=dtype, device=device) / half
+            angle = 1000 * noise_level.to(dtype)[:, None] * 10_000**-exponents  # (b, 128)
+            embedded = torch.cat([angle.cos(), angle.sin()], dim=-1).float()
+            deviation = torch.diag_embed(self.gamma(embedded) - 1)
+            return torch.cat([deviation, self.beta(embedded)[..., None]], dim=-1)

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from .core import Core, CoreInit, HypernetworkCore, NoiseEmbedding
-from .other_cores import BinsCore, ConstantCore, IdentityCore, KnotsCore, RankMaskCore
+from .other_cores import BinsCore, ConstantCore, FilmCore, IdentityCore, KnotsCore, RankMaskCore
 
 
 class CoreConfig(Protocol):
@@ -53,6 +53,7 @@ _BUILT_IN: dict[str, CoreMaker] = {
     ),
     "bins": lambda config, rank: BinsCore(rank, config.core_bins),
     "knots": lambda config, rank: KnotsCore(rank, config.core_knots, scale=config.core_scale),
+    "film": lambda config, rank: FilmCore(rank),
 }
 BUILT_IN = tuple(_BUILT_IN)
 CUSTOM: dict[str, CoreMaker] = {}

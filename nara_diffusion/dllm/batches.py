@@ -23,9 +23,6 @@ Row = Mapping[str, Any]
 """A row that `encode_records` returned."""
 
 
-# ---------------------------------------------------------------- order
-
-
 class GlobalBatchStream(ShuffledStream):
     """A stream of encoded rows with one record at each position.
 
@@ -65,9 +62,6 @@ def with_longest(rows: Dataset, global_batch: int) -> Dataset:
         batch = lengths[first : first + global_batch]
         longest += [max(batch)] * len(batch)
     return with_column(rows, "longest", longest)
-
-
-# ---------------------------------------------------------------- collating
 
 
 @dataclass(frozen=True)

@@ -109,9 +109,6 @@ def exact_match(
     return ExactMatch(correct / len(rows), correct, len(rows), generations, forwards)
 
 
-# ---------------------------------------------------------------- rules
-
-
 def compare(extract: str | Callable[[str], str], text: str, answer: str) -> tuple[str, bool]:
     """Extract the answer from a generated `text`, and compare it with the right `answer`.
 

@@ -200,9 +200,6 @@ def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return losses.view_as(targets)
 
 
-# ---------------------------------------------------------------- at chosen noise levels
-
-
 @torch.no_grad()
 def noise_level_curve(
     model: nn.Module,

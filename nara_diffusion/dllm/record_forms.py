@@ -51,10 +51,6 @@ _KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", *_ROLES)
 _JSON = json.JSONDecoder(parse_float=str, parse_constant=lambda _: None)
 
 
-class IncompleteRecord(ValueError):
-    """A record lacks its question or its answer."""
-
-
 def field_names(record: object, given: Mapping[str, str], where: str) -> dict[str, str]:
     """Return {role: field name} for the form of `record`. Names from the user replace usual ones.
 
@@ -105,38 +101,22 @@ class RecordReader:
                 column.append(row[name])
         return columns
 
-    def incomplete(
-        self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]
-    ) -> Iterator[str]:
-        """Yield the number of each record of a batch that lacks its question or its answer."""
-        for index, record in self._parsed_records(batch, indices):
-            try:
-                self.row(record, "")
-            except IncompleteRecord:
-                yield str(index + 1)
-            except ValueError:
-                continue  # another mistake, to be raised once all records are complete
-
     def numbered(
         self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]
     ) -> Iterator[tuple[str, Any]]:
         """Yield (name for messages, record) for each record of a batch."""
-        for index, record in self._parsed_records(batch, indices):
-            yield f"record {index + 1} of {self.source}", record
-
-    def _parsed_records(
-        self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]
-    ) -> Iterator[tuple[int, Any]]:
         if self.kind == "list":
-            yield from enumerate(self.parsed("\n".join(batch["text"]), 1))
+            records = enumerate(self.parsed("\n".join(batch["text"]), 1))
         elif self.kind == "lines":
-            for index, line in zip(indices, batch["text"], strict=False):
-                if line.strip(BLANK):
-                    yield index, self.parsed(line, index + 1)
+            lines = zip(indices, batch["text"], strict=False)
+            records = ((i, self.parsed(line, i + 1)) for i, line in lines if line.strip(BLANK))
         else:
             rows = zip(*batch.values(), strict=True)
-            for index, values in zip(indices, rows, strict=False):
-                yield index, dict(zip(batch, values, strict=True))
+            records = zip(
+                indices, (dict(zip(batch, row, strict=True)) for row in rows), strict=False
+            )
+        for index, record in records:
+            yield f"record {index + 1} of {self.source}", record
 
     def parsed(self, text: str, line: int) -> Any:
         """Return the JSON value of a text that begins at line `line`.
@@ -204,7 +184,7 @@ class RecordReader:
         if isinstance(value, bool):
             text = text.lower()
         if not text.strip() and what != "input":
-            raise IncompleteRecord(
+            raise ValueError(
                 f"{where}: its {what}, field {name!r}, is missing or empty; it has "
                 f"{', '.join(record)}, and the first record decides the form: "
                 f"--{what}_field NAME gives another name"
@@ -225,7 +205,7 @@ def _read_conversation(messages: object, where: str) -> dict[str, Any]:
         turns.pop()
     questions = [turn["content"] for turn in turns if turn["role"] == "user"]
     if not questions or not turns[-1]["content"].strip():
-        raise IncompleteRecord(
+        raise ValueError(
             f"{where}: expected a user's message and the assistant's answer, "
             f"found {messages!r:.100}"
         )

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from .record_forms import BLANK, TEXTS, IncompleteRecord, RecordReader, field_names
+from .record_forms import BLANK, TEXTS, RecordReader, field_names
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PARTS, _STATE = "dataset_dict.json", "state.json"  # files that `save_to_disk` writes
-_LISTED = 10  # incomplete records that a message names
 BATCH = 1000  # records in one call
 _MAKE_ROWS = ("records", "record_forms", "encoding", "tokenizer")  # the modules that make rows
 
@@ -176,25 +175,10 @@ def _records(
     if "messages" in reader.names:
         features["turns"] = List({"role": Value("string"), "content": Value("string")})
     features = Features(features)
-    try:
-        records = mapped(rows, reader, vars(reader), features, batch_size=size, desc="read")
-    except IncompleteRecord as error:
-        raise ValueError(f"{error}{_incomplete(rows, reader, size)}") from None
+    records = mapped(rows, reader, vars(reader), features, batch_size=size, desc="read")
     named = [name if name == part else f"{name} as {part}" for part, name in reader.names.items()]
     records.info.description = f"{source} (fields {', '.join(named)})"
     return records if limit is None else records.select(range(min(limit, len(records))))
-
-
-def _incomplete(rows: Dataset, reader: RecordReader, size: int) -> str:
-    """Return the end of an error message, with the numbers of all incomplete records."""
-    numbers: list[str] = []
-    for start in range(0, len(rows), size):
-        indices = range(start, min(start + size, len(rows)))
-        numbers += reader.incomplete(rows[start : start + size], indices)
-    if len(numbers) == 1:
-        return ""
-    listed = ", ".join(numbers[:_LISTED]) + ", …" * (len(numbers) > _LISTED)
-    return f". {len(numbers)} records are incomplete: number {listed}"
 
 
 def mapped(

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from nara_diffusion.training.adapters import check_adapter, method_of
+from nara_diffusion.training.adapters import check_adapter
 from nara_diffusion.training.arguments import (
     CONFIGS,
     check_arguments,
     shipped_settings,
     window_of,
 )
+from nara_diffusion.training.methods import method_of
 from nara_flags.text import TextFlags
 
 from .decoding import Sampling

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nara_diffusion.training.adapters import build_adapter, method_of
-from nara_diffusion.training.engines import recompute_activations
+from nara_diffusion.training.adapters import build_adapter
+from nara_diffusion.training.engine_models import recompute_activations
+from nara_diffusion.training.methods import method_of
 from nara_diffusion.training.planned_step import PlannedStep, dtype_of
 
 from .kinds import kind_of

@@ -16,10 +16,10 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from nara_diffusion.training.adapters import method_of
 from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.engines import split_across_processes
 from nara_diffusion.training.loss_curves import validation_means
+from nara_diffusion.training.methods import method_of
 from nara_diffusion.training.report import (
     core_import,
     needs_schedule,

@@ -25,9 +25,6 @@ _ALPACA = (
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|role_end|>")
 
 
-# ---------------------------------------------------------------- special tokens
-
-
 def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the id of the token that ends an answer: EOS, or SEP for encoders.
 
@@ -57,9 +54,6 @@ def mask_in_a_text(mask_token_id: int) -> str:
         f"holds the mask token ({mask_token_id}), and the model would take it for a masked token: "
         "write it otherwise, or leave it out"
     )
-
-
-# ---------------------------------------------------------------- texts and token ids
 
 
 def prompt_text(

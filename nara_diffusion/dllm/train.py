@@ -23,8 +23,8 @@ from nara_diffusion.training.adapters import build_adapter, start_facts, title_o
 from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.command import run_command
+from nara_diffusion.training.engine_models import load_whole, recompute_activations
 from nara_diffusion.training.engine_state import write_trained
-from nara_diffusion.training.engines import load_whole, recompute_activations
 from nara_diffusion.training.init_adapter import start_from
 from nara_diffusion.training.loop import prepare_training, train
 from nara_diffusion.training.plan import show_plan
@@ -59,9 +59,6 @@ def main(args: Arguments) -> dict[str, Any]:
         setup = prepare(args, run)
         trained = fine_tune(setup)
         return report(setup, trained)
-
-
-# ---------------------------------------------------------------- data and base model
 
 
 @dataclass(frozen=True)
@@ -111,9 +108,6 @@ def _warn(run: Run[Arguments], warnings: Sequence[str]) -> None:
     if run.is_main:
         for warning in warnings:
             logger.warning("%s", warning)
-
-
-# ---------------------------------------------------------------- model and training
 
 
 @dataclass(frozen=True)
@@ -204,9 +198,6 @@ def run_facts(
         "hardware": run.hardware,
         **window_facts(args),
     }
-
-
-# ---------------------------------------------------------------- report
 
 
 def report(setup: Setup, trained: Trained) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from nara_diffusion.training.adapters import check_adapter, method_of
+from nara_diffusion.training.adapters import check_adapter
 from nara_diffusion.training.arguments import check_arguments
+from nara_diffusion.training.methods import method_of
 from nara_flags.images import ImageFlags
 
 from .captions import check_prompt

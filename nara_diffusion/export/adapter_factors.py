@@ -123,9 +123,6 @@ def _as_stored(product: Tensor, factor: Tensor) -> Tensor:
     return product.view(factor.shape).to(torch.promote_types(factor.dtype, torch.float32))
 
 
-# ---------------------------------------------------------------------- of a model
-
-
 @contextmanager
 def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
     """Yield an adapter of a model, with its cores in memory inside the context.
@@ -222,7 +219,16 @@ def _copied(tensor: Tensor, name: str) -> Tensor:
 
 
 def _plain_config(config: LoraConfig, root: nn.Module | None = None) -> LoraConfig:
-    """Return a LoraConfig with an adapter's modules, ranks, scales and, if known, its base."""
+    """Return a LoraConfig with an adapter's modules, ranks, scales and, if known, its base.
+
+    Raises:
+        ValueError: the core is "film", which is more than a matrix.
+    """
+    if getattr(config, "core_type", None) == "film":
+        raise ValueError(
+            "The adapter has core_type 'film' (Tc-LoRA), whose β(λ) no plain LoRA has. Load it with "
+            "pipe.load_nara_weights or PeftModel.from_pretrained."
+        )
     values = {}
     for field in fields(LoraConfig):
         if field.init:
@@ -238,9 +244,6 @@ def _plain_config(config: LoraConfig, root: nn.Module | None = None) -> LoraConf
                 "parent_library": type(root).__module__,
             }
     return LoraConfig(**values)
-
-
-# ---------------------------------------------------------------------- of a file
 
 
 def adapter_of_part(part: AdapterPart) -> Adapter:

@@ -18,11 +18,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from nara_diffusion.config import NaraConfig, changes_base
-from nara_diffusion.loaders.insertion import (
-    LOADED_FLAG,
-    TEXT_ENCODER,
-    follow_scheduler,
-)
+from nara_diffusion.loaders.components import TEXT_ENCODER, follow_scheduler
+from nara_diffusion.loaders.insertion import LOADED_FLAG
 from nara_diffusion.strict import check_tensors
 from nara_diffusion.tuner.adding import restored_on_error
 from nara_diffusion.tuner.strength import layers_of

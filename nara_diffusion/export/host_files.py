@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nara_diffusion.loaders.insertion import TEXT_ENCODER
+from nara_diffusion.loaders.components import TEXT_ENCODER
 from nara_diffusion.loaders.tensor_files import save_tensors
 
 from .original_names import UNETS, check_base, original_layers

@@ -219,9 +219,6 @@ def _fused(parts: Sequence[PlainLoraLayer | None]) -> PlainLoraLayer:
     return PlainLoraLayer(torch.cat([part.A for part in present]), B, rank, rank)
 
 
-# ---------------------------------------------------------------------- UNets
-
-
 def _layers_per_block(names: Collection[str], base: str) -> int:
     """Return the number of layers in each down block.
 

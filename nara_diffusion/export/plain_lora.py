@@ -13,9 +13,10 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
+from nara_diffusion.cores.core_set import is_core_key
 from nara_diffusion.loaders.adapter_part import by_pattern, configured_scaling
 from nara_diffusion.loaders.tensor_files import save_tensors
-from nara_diffusion.strict import PEFT_PREFIX, is_core_key
+from nara_diffusion.strict import PEFT_PREFIX
 from nara_diffusion.utils.files import atomic_write_files
 
 
@@ -126,9 +127,6 @@ class PlainLora:
                 }
                 text = json.dumps(asdict(self.error) | means, indent=2) + "\n"
                 (partial / "export_error.json").write_text(text, encoding="utf-8")
-
-
-# ---------------------------------------------------------------------- tensors
 
 
 def tensors_of_layers(layers: Mapping[str, PlainLoraLayer], prefix: str = "") -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
 from nara_diffusion.config import OTHER_PREDICTION
-from nara_diffusion.loaders.insertion import TEXT_ENCODER, denoiser_name
+from nara_diffusion.loaders.components import TEXT_ENCODER, denoiser_name
 from nara_diffusion.loaders.tensor_files import (
     is_nara,
     read_peft_tensors,

@@ -83,8 +83,6 @@ def lora_of(adapter: Adapter, noise_level: Level | Literal["best"] | None) -> Pl
     return adapter.folded({name: C[0] for name, C in at_level.items()})
 
 
-# ---------------------------------------------------------------------- the nearest over all λ
-
 _GRID = 257
 
 

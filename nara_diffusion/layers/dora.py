@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from .adapted_layer import CONVOLUTIONS, AdaptedLayer, base_matrix
 from .functional import (
+    has_beta,
     linear_in_one,
     mixed,
     mixed_channels,
@@ -60,7 +61,8 @@ class NaraDoraLinear(NaraVariant):
             K = times_core(B.weight.flatten(1), D)
             norm = row_norm(norm_parts(weight, A.weight.flatten(1)), K, scaling)
             is_dropped = not is_dropout_free(module, active_adapter)
-            if not is_dropped and not self.is_conv and fits_one_function(A, B, x, result):
+            is_one = not (is_dropped or self.is_conv or has_beta(D))
+            if is_one and fits_one_function(A, B, x, result):
                 base = frozen_base(module, result)
                 if base is not None:
                     operand = self.channel.operand(self.key, D, result)
@@ -80,7 +82,7 @@ class NaraDoraLinear(NaraVariant):
             return self._scaled(z, gain, None if bias is None else bias.to(dtype))
 
     def _rise(self, D: Tensor, A: nn.Linear, B: nn.Linear, x: Tensor) -> Tensor:
-        """Return B C A x (b, …, d_out)."""
+        """Return B C A x (b, …, d_out), or B (C A x + β) if the core has a β."""
         return B(mixed(D, A(x)))
 
     def _base(self, base_layer: nn.Linear, weight: Tensor, x: Tensor) -> Tensor:

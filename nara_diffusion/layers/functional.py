@@ -22,11 +22,23 @@ from nara_diffusion.cores.core import without_autocast
 
 
 def mixed(deviation: Tensor, h: Tensor) -> Tensor:
-    """Return h + D h (b, …, r), in at least float32, for D (n, r, r) and h (b, …, r)."""
+    """Return h + D h (b, …, r), in at least float32, for D (n, r, r) and h (b, …, r).
+
+    If D has a further column β, return h + D h + β.
+    """
     dtype = torch.promote_types(h.dtype, torch.float32)
     with without_autocast(h.device):
         rows = h.to(dtype).reshape(len(deviation), -1, h.shape[-1])
-        return _plus(rows, deviation.to(h.device, dtype)).view(h.shape).to(h.dtype)
+        D = deviation.to(h.device, dtype)
+        product = _plus(rows, D[..., : h.shape[-1]])
+        if has_beta(D):
+            product = product + D[..., -1:].mT
+        return product.view(h.shape).to(h.dtype)
+
+
+def has_beta(deviation: Tensor) -> bool:
+    """Return whether D (n, r, r or r + 1) has a further column, the β of the core "film"."""
+    return deviation.shape[-1] > deviation.shape[-2]
 
 
 def mixed_channels(deviation: Tensor, h: Tensor) -> Tensor:

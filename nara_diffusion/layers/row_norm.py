@@ -22,11 +22,12 @@ DEVICE_SLICE = 2**26
 def times_core(B: Tensor, deviation: Tensor) -> Tensor:
     """Return K = B C = B + B D (n, d_out, r), for norms and merging, from B (d_out, r) and D.
 
-    The result is in at least float32 and is detached. Its memory layout is (n, r, d_out).
+    The result is in at least float32 and is detached. Its memory layout is (n, r, d_out). Film's β,
+    if D has it, does not count.
     """
     dtype = torch.promote_types(B.dtype, torch.float32)
     with without_autocast(B.device):
-        D = deviation.detach().to(B.device, dtype)
+        D = deviation.detach()[..., : B.shape[1]].to(B.device, dtype)
         columns = B.detach().to(dtype).T.expand(len(D), -1, -1)  # (n, r, d_out)
         return torch.baddbmm(columns, D.mT, columns).mT
 

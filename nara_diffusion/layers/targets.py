@@ -20,15 +20,17 @@ _QUANTISED = ("Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear")
 """Names of further layers that call LoRA variants; their libraries may be missing."""
 
 
-def check_target(target: nn.Module, reads_core: bool, name: str) -> None:
+def check_target(target: nn.Module, reads_core: bool, name: str, core_type: str) -> None:
     """Raise an error for a module that NaRA cannot adapt, before PEFT adapts it.
 
     Args:
         reads_core: whether the update depends on a core.
         name: the module's name, for error messages.
+        core_type: the type of the core.
 
     Raises:
-        ValueError: no LoRA variant supports the module, or PEFT's layer would not compute the
+        ValueError: no LoRA variant supports the module; the core is "film", which has a β, and the
+            module isn't linear; or PEFT's layer would not compute the
             update in the same way as the module computes W0 x (the convolution A in PEFT ignores
             dilation and padding mode).
     """
@@ -45,6 +47,11 @@ def check_target(target: nn.Module, reads_core: bool, name: str) -> None:
                 "A has dilation 1 and pads with zeros, so the forward would not be that of "
                 "W0 + s·B·C·A. Leave it out with `exclude_modules`."
             )
+    if core_type == "film" and isinstance(base, (nn.modules.conv._ConvNd, nn.Embedding)):
+        raise ValueError(
+            f"NaRA cannot adapt '{name}' ({type(base).__name__}) with core_type 'film', whose β only linear layers "
+            "add. Leave it out with `exclude_modules`."
+        )
     if reads_core and isinstance(base, nn.MultiheadAttention):
         raise ValueError(
             f"NaRA cannot adapt '{name}' (MultiheadAttention): PEFT merges its update before each "

@@ -38,6 +38,7 @@ from .adapted_layer import (
 )
 from .channel import CoreChannel
 from .functional import (
+    has_beta,
     linear_in_one,
     mixed,
     mixed_channels,
@@ -86,8 +87,6 @@ class NaraVariant(LoraVariant):
     def init(self, module: AdaptedLayer, adapter_name: str, **kwargs: Any) -> None:
         """Do nothing, since PEFT has made A, B and the magnitude, and the core is at the root."""
 
-    # ------------------------------------------------------------------ forward
-
     def forward(
         self, module: AdaptedLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
@@ -113,10 +112,11 @@ class NaraVariant(LoraVariant):
     def deviation(self, rank: int, x: Tensor) -> Tensor:
         """Return D (n, r, r), float32, of the current forward for the rows of `x` (b, …).
 
+        The core "film" has a further column, (n, r, r + 1), and its layers all have its rank.
         n is 1, b, or b·k. It is b·k if λ has k values per sample; x is then seen as (b·k, l / k, …).
         """
         D, parts = self.channel.read(self.key)
-        D = D if D.shape[-1] == rank else D[:, :rank, :rank]
+        D = D if D.shape[-2] == rank else D[:, :rank, :rank]
         if parts is not None and D.shape[0] > 1:
             D, is_of_parts = parts.core_of_layer(
                 D, x, kind=self.rows, is_image=self.is_conv, layer_name=self.layer_name
@@ -132,8 +132,6 @@ class NaraVariant(LoraVariant):
             sample_major=self.channel.rows.sample_major,
             layer_name=self.layer_name,
         )
-
-    # ------------------------------------------------------------------ merging
 
     def merge_safe(self, module: AdaptedLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Return the base weight with this adapter merged at one D."""
@@ -186,10 +184,10 @@ class NaraLinear(NaraVariant):
         self, module: AdaptedLayer, active_adapter: str, x: Tensor, result: Tensor
     ) -> Tensor:
         A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        is_dropped = not is_dropout_free(module, active_adapter)
-        is_fused = fits_one_function(A, B, x, result)
-        base = frozen_base(module, result) if is_fused and not is_dropped else None
         D, scaling = self.deviation(module.r[active_adapter], x), module.scaling[active_adapter]
+        is_dropped = not is_dropout_free(module, active_adapter)
+        is_fused = not has_beta(D) and fits_one_function(A, B, x, result)
+        base = frozen_base(module, result) if is_fused and not is_dropped else None
         if is_dropped:
             x = module.lora_dropout[active_adapter](x)
         if not is_fused:

@@ -131,8 +131,6 @@ class NaraDLLM(LM):
         arguments = {name: value for name, value in flags.items() if value is not None}
         return cls(**arguments | dict(arg_dict))
 
-    # ---------------------------------------------------------------- prompts
-
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Return the template for --apply_chat_template, or `ALPACA` if the tokenizer has none."""
         self.has_template = bool(chat_template)
@@ -154,8 +152,6 @@ class NaraDLLM(LM):
         """Return `prompt` after the BOS token; in a template it stays as in training."""
         is_open = prompt[:1] == self.opening or (self.has_template and prompt)
         return prompt if is_open else [*self.opening, *prompt]
-
-    # ---------------------------------------------------------------- generation
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return an answer to each request, up to an end token or any of the request's `until`."""
@@ -199,8 +195,6 @@ class NaraDLLM(LM):
         tokens = result.answers.tolist()
         texts = [decode_answer(self.tokenizer, answer, ends, strip=False) for answer in tokens]
         return [up_to_stop(text, until) for text in texts]
-
-    # ---------------------------------------------------------------- likelihood
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Return each continuation's log-likelihood in nats, and if greedy sampling gives it.
@@ -270,8 +264,6 @@ class NaraDLLM(LM):
                 for i, answer in zip(batch, result.answers.tolist(), strict=True):
                     are_equal[i] = answer == pairs[i][1]
         return are_equal
-
-    # ---------------------------------------------------------------- processes
 
     def _progress(self, total: int, label: str) -> tqdm:
         return tqdm(total=total, desc=label, unit="request", disable=self.rank != 0)

@@ -9,7 +9,9 @@ There are two formats. A pipeline's file is a safetensors file with configuratio
                                               with the fields of NaraConfig
 
 A file of another project (time_aware.py) has one component too, and its format is recognised by its
-keys. A PEFT folder has one component, in adapter_config.json and adapter_model.safetensors. It is written
+keys. A file of several adapters, e.g. for windows of λ, has their numbers: "unet#0.…", "unet#1.…".
+
+A PEFT folder has one component, in adapter_config.json and adapter_model.safetensors. It is written
 by `PeftModel.save_pretrained` and by `train_scripts/dllm.py`, also for checkpoints. Its keys begin
 with "base_model.model.".
 
@@ -32,17 +34,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig, NaraPeftType
-from nara_diffusion.cores.core_set import with_current_names
-from nara_diffusion.strict import PEFT_PREFIX, is_core_key
+from nara_diffusion.cores.core_set import is_core_key, with_current_names
+from nara_diffusion.strict import PEFT_PREFIX
 from nara_diffusion.utils.files import atomic_write_files
 from nara_diffusion.utils.wording import listed
 
-from .adapter_part import (
-    AdapterPart,
-    check_part,
-    config_from_fields,
-    config_to_fields,
-)
+from .adapter_part import AdapterPart, config_from_fields, config_to_fields
+from .part_check import check_part
 from .tensor_files import (
     METADATA_KEY,
     PEFT_CONFIG_NAME,
@@ -124,16 +122,36 @@ class AdapterFile:
             else:
                 path = locate(source, weight_name, subfolder, hub or {})
                 tensors, metadata = read_tensors(path)
-            if path is not None and path.name == PEFT_WEIGHTS_NAME:
-                return cls({component: _of_peft(path, tensors, for_model)}, path)
             is_ours = METADATA_KEY in (metadata or {})
             if not is_ours and (other := format_of(tensors)):
-                converted = other.convert(OtherFile(tensors, path, base, without_base, rank_mask))
-                return cls({component: converted}, path, other)
+                part = other.convert(OtherFile(tensors, path, base, without_base, rank_mask))
+                check_part(part, beside=False, for_model=for_model or without_base)
+                return cls({component: part}, path, other)
             if rank_mask is not None:
                 raise ValueError("rank_mask is for a T-LoRA of another project: leave it out.")
+            if path is not None and path.name == PEFT_WEIGHTS_NAME:
+                return cls({component: _of_peft(path, tensors, for_model)}, path)
             origin = "The dict" if path is None else f"'{path}'"
             return cls(parts_of_pipeline(tensors, metadata, origin, for_model), path)
+
+    @classmethod
+    def of_adapters(cls, adapters: list[dict[str, AdapterPart]]) -> AdapterFile:
+        """Return a file of one or more adapters, each given as {component: its part}."""
+        if len(adapters) == 1:
+            return cls(adapters[0])
+        parts = {}
+        for number, adapter in enumerate(adapters):
+            parts |= {f"{component}#{number}": part for component, part in adapter.items()}
+        return cls(parts)
+
+    @property
+    def adapters(self) -> list[dict[str, AdapterPart]]:
+        """Return {component: its part} of each adapter in the file."""
+        adapters: dict[str, dict[str, AdapterPart]] = {}
+        for name, part in self.parts.items():
+            component, _, number = name.partition("#")
+            adapters.setdefault(number, {})[component] = part
+        return [adapters[number] for number in sorted(adapters, key=lambda n: (len(n), n))]
 
     def save(self, path: Path, save_function: Callable[..., None] | None = None) -> None:
         """Write a pipeline's file completely or not at all, with safetensors' `save_file`.
@@ -175,9 +193,6 @@ def naming(source: Source, subfolder: str | None = None) -> Iterator[None]:
         raise ValueError(f"The adapter in {where} can't be loaded: {reason}") from error
 
 
-# ---------------------------------------------------------------------- PEFT's format
-
-
 def _of_peft(path: Path, tensors: dict[str, Tensor], for_model: bool) -> AdapterPart:
     """Return the adapter part from the PEFT folder that contains the weights file `path`."""
     config = path.with_name(PEFT_CONFIG_NAME)
@@ -198,9 +213,6 @@ def _of_peft(path: Path, tensors: dict[str, Tensor], for_model: bool) -> Adapter
     part.config.auto_mapping = json_values.get("auto_mapping")
     check_part(part, beside=True, for_model=for_model)
     return part
-
-
-# ---------------------------------------------------------------------- a pipeline's format
 
 
 def parts_of_pipeline(

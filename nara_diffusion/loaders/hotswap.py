@@ -23,7 +23,7 @@ from nara_diffusion.tuner.twins import decoder_name, with_encoder_layers
 from nara_diffusion.utils.wording import listed
 
 from .adapter_part import AdapterPart, by_pattern, configured_scaling
-from .insertion import adapters_of, nara_adapters_of, part_of
+from .components import adapters_of, nara_adapters_of, part_of
 
 REQUEST = "_prepare_lora_hotswap_kwargs"
 """The attribute that stores the arguments of `enable_lora_hotswap` until the next load."""

@@ -87,7 +87,7 @@ def convert_lycoris(file: OtherFile) -> AdapterPart:
         step=2,
         alpha=alpha,
         noise_convention=None if source is None else source.convention,
-        base_model_name_or_path=getattr(model, "name_or_path", None) or None,
+        base_model=getattr(model, "name_or_path", None) or None,
     )
 
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from .insertion import uncompiled
+from .components import uncompiled
 from .weights import load_nara_weights, save_nara_weights
 
 

@@ -20,20 +20,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraPeftType
-from nara_diffusion.strict import check_loaded, is_core_key
+from nara_diffusion.cores.core_set import is_core_key
+from nara_diffusion.strict import check_loaded
 from nara_diffusion.utils.repositories import is_out_of_reach
 from nara_diffusion.utils.wording import listed
+
+from .tc_lora import KEY
+from .tlora import LYCORIS_CONFIG_NAME
 
 WEIGHTS_NAME = "pytorch_nara_weights.safetensors"
 OTHER_WEIGHTS_NAMES = ("pytorch_lora_weights.safetensors", "lora.pt")
 """Names in folders of other projects: Diffusers', LyCORIS' and SimpleTuner's; T-LoRA's for FLUX."""
-LYCORIS_CONFIG_NAME = "lycoris_config.json"
-"""The name of LyCORIS' and SimpleTuner's configuration, beside the file."""
 METADATA_KEY = "nara_adapter_metadata"
 """The key of the configurations in the metadata of a pipeline's file."""
-
-
-# ---------------------------------------------------------------------- is it a NaRA?
 
 
 def is_nara(path: Path) -> bool:
@@ -47,7 +46,9 @@ def is_nara(path: Path) -> bool:
     if path.is_file():
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
-                return METADATA_KEY in (file.metadata() or {}) or any(map(is_core_key, file.keys()))
+                keys = file.keys()
+                has_core = any(map(is_core_key, keys)) or any(map(KEY.fullmatch, keys))
+                return METADATA_KEY in (file.metadata() or {}) or has_core
         except (OSError, SafetensorError):
             return False
     config = path / PEFT_CONFIG_NAME
@@ -64,18 +65,25 @@ def is_nara(path: Path) -> bool:
 
 
 def is_nara_for_peft(source: str, subfolder: str | None = None, **hub: object) -> bool:
-    """Return whether a folder or repository that PEFT is about to load contains a NaRA adapter."""
+    """Return whether a folder or repository that PEFT is about to load contains a NaRA adapter.
+
+    Raises:
+        ValueError: a folder's configuration is that of a LoRA, but its weights have more.
+    """
     folder = Path(source, subfolder or "")
     if (folder / PEFT_CONFIG_NAME).is_file():
-        return is_nara(folder)
+        is_of_nara = is_nara(folder)
+        if not is_of_nara and is_nara(folder / PEFT_WEIGHTS_NAME):
+            raise ValueError(
+                f"'{folder}' contains more than a LoRA, such as a Tc-LoRA, and PEFT would load only A and B. Load it "
+                "with pipe.load_nara_weights."
+            )
+        return is_of_nara
     try:
         kind = PeftConfig._get_peft_type(source, subfolder=subfolder, **hub)
     except Exception:  # PEFT is about to raise its own error
         return False
     return kind == NaraPeftType.NARA.value
-
-
-# ---------------------------------------------------------------------- find
 
 
 def locate(
@@ -167,9 +175,6 @@ def check_peft_weights(source: str | os.PathLike[str], subfolder: str | None = N
         _in_folder(folder, PEFT_WEIGHTS_NAME)
 
 
-# ---------------------------------------------------------------------- read and write
-
-
 def read_config_file(path: Path) -> dict[str, Any]:
     """Return the fields of an adapter_config.json.
 
@@ -254,9 +259,6 @@ def copied(tensor: Tensor) -> Tensor:
     The last bits of products depend on the alignment. Any object but a tensor is returned unchanged.
     """
     return tensor.detach().clone() if isinstance(tensor, Tensor) else tensor
-
-
-# ---------------------------------------------------------------------- other methods, whole models
 
 
 def read_peft_tensors(

@@ -4,6 +4,7 @@
 |----------------------|------------------------------------------------|----------------------------|
 | T-LoRA of LyCORIS    | lycoris_….lambda_layer, one dot                | LyCORIS ≥ 4, SimpleTuner   |
 | T-LoRA, its own code | ….attn1.processor.to_q_lora.…, no "unet." ahead | ControlGenAI/T-LoRA        |
+| Tc-LoRA              | ….lora_time_gamma.weight                       | DiffSynth-Studio           |
 
 Each format has a file with its formula and a function that makes an ordinary `AdapterPart` of it,
 so that everything else in this package treats the adapter as its own.
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import tlora_repository
+from . import tc_lora, tlora_repository
 from .adapter_part import AdapterPart
 from .lycoris import convert_lycoris
 from .tensor_files import OTHER_WEIGHTS_NAMES, PEFT_CONFIG_NAME, read_tensors
@@ -46,6 +47,7 @@ FORMATS = (
         convert_lycoris,
     ),
     TimeAwareFormat("a T-LoRA of its authors' code", tlora_repository.KEY, convert_repository),
+    TimeAwareFormat("a Tc-LoRA", tc_lora.KEY, tc_lora.convert_tc_lora),
 )
 
 

@@ -30,9 +30,11 @@ from nara_diffusion.config import NaraConfig
 from nara_diffusion.noise.level import is_number
 
 from .adapter_part import AdapterPart
-from .tensor_files import LYCORIS_CONFIG_NAME
 
 logger = logging.getLogger(__name__)
+
+LYCORIS_CONFIG_NAME = "lycoris_config.json"
+"""The name of LyCORIS' and SimpleTuner's configuration, beside the file."""
 
 Factors = tuple[Tensor, Tensor]
 """A (n, d_in, …) and B (d_out, n, …) of one module."""
@@ -80,8 +82,9 @@ def tlora_part(
     file: OtherFile,
     factors: Mapping[str, Factors],
     step: int,
+    noise_convention: str | None,
     alpha: float | None = None,
-    **fields: Any,
+    base_model: str | None = None,
 ) -> AdapterPart:
     """Return the part of a T-LoRA.
 
@@ -89,21 +92,24 @@ def tlora_part(
         file: the file, for the settings of the mask.
         factors: {module: A and B}, of equal ranks.
         step: the number of directions that go on and off together.
+        noise_convention: the name of the definition of λ.
         alpha: the scale is alpha / r, with r the rank of the file; None means a scale of 1.
-        fields: further fields of the configuration.
+        base_model: the name of the base model, if it is known.
     """
     rank = len(next(iter(factors.values()))[0]) // step
     least, exponent = mask_settings(file, rank)
-    fields["lora_alpha"] = step * (rank if alpha is None else alpha)
+    scaled: Any = step * (rank if alpha is None else alpha)  # PEFT declares an integer
     config = NaraConfig(
         core_type="rank_mask",
         r=step * rank,
+        lora_alpha=scaled,
         rank_mask_min=step * least,
         rank_mask_exponent=exponent,
         rank_mask_step=step,
         target_modules="|".join(map(re.escape, sorted(factors))),
+        noise_convention=noise_convention,
         noise_level_per="sample",
-        **fields,
+        base_model_name_or_path=base_model,
     )
     tensors = {}
     for name, (A, B) in factors.items():
@@ -162,4 +168,4 @@ def mask_settings(file: OtherFile, rank: int) -> tuple[int, float]:
             f"{origin} gives T-LoRA's mask {settings}, expected 'min' from 1 to the file's rank {rank} and "
             "'exponent' greater than 0."
         )
-    return least, exponent
+    return int(least), exponent

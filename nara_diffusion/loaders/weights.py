@@ -9,16 +9,14 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.tuner.adding import restored_on_error
 from nara_diffusion.utils.wording import listed
 
 from .adapter_part import AdapterPart
-from .file import AdapterFile, naming
-from .hotswap import REQUEST, check_swappable, prepare_for_hotswap, prepare_swap
-from .insertion import (
+from .components import (
     Pipeline,
     adaptable_models,
     adapters_of,
@@ -26,19 +24,21 @@ from .insertion import (
     check_storable,
     denoiser_name,
     follow_scheduler,
-    insert,
     nara_adapters_of,
-    offloading_suspended,
     part_of,
-    remove,
+    tuner_layers,
     unwrapped,
 )
+from .file import AdapterFile, Source, naming
+from .hotswap import REQUEST, check_swappable, prepare_for_hotswap, prepare_swap
+from .insertion import insert, offloading_suspended, remove
 from .tensor_files import WEIGHTS_NAME
+from .windows import checked_windows, is_lora, load_lora_inside, parts_inside, restrict
 
 
 def load_nara_weights(
     self: Pipeline,
-    pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, Tensor],
+    pretrained_model_name_or_path_or_dict: Source | list[tuple[Source, tuple[float, float]]],
     adapter_name: str | None = None,
     hotswap: bool = False,
     *,
@@ -68,8 +68,10 @@ def load_nara_weights(
         pretrained_model_name_or_path_or_dict: a file that `save_nara_weights` wrote, its folder, or
             a repository on the Hub. For the denoiser, it may also be a folder or repository in
             PEFT's format, as written by `PeftModel.save_pretrained` and train_scripts/dllm.py. Or a
-            dict of tensors, together with `metadata`.
-        adapter_name: the adapter's name. None means the first free "default_0", "default_1", ….
+            dict of tensors, together with `metadata`. Or a list of pairs (file, (low, high)) of NaRAs
+            and LoRAs, each on only where low ≤ λ < high (see `windows`).
+        adapter_name: the adapter's name. None means the first free "default_0", "default_1", …. For
+            several adapters, from a list or from one file, it is followed by "_0", "_1", ….
         hotswap: whether to replace the weights of the adapter with this name in place, so that a
             compiled model is not recompiled. Both adapters need the same ranks r. If lora_alpha
             differs, call `enable_lora_hotswap(target_rank=r)` before the first load.
@@ -98,7 +100,6 @@ def load_nara_weights(
             "Adapters are read from safetensors files only. Leave use_safetensors out."
         )
     source = pretrained_model_name_or_path_or_dict
-    models = adaptable_models(self)
     hub = {
         "revision": revision,
         "token": token,
@@ -107,6 +108,7 @@ def load_nara_weights(
         "proxies": proxies,
         "local_files_only": local_files_only,
     }
+    models = adaptable_models(self)
     component = denoiser_name(self)
 
     def base() -> nn.Module:
@@ -118,45 +120,53 @@ def load_nara_weights(
             )
         return models[component]
 
+    place: dict[str, Any] = {"weight_name": weight_name, "subfolder": subfolder, "hub": hub}
+    if isinstance(source, list):
+        _check_several(hotswap)
+        conversion = {"base": base, "rank_mask": rank_mask}
+        _load_windows(self, models, source, adapter_name, place, conversion, low_cpu_mem_usage)
+        return
     with offloading_suspended(self):
         file = AdapterFile.read(
             source,
             component,
-            weight_name=weight_name,
-            subfolder=subfolder,
             metadata=metadata,
-            hub=hub,
             for_model=True,
             base=base,
             rank_mask=rank_mask,
+            **place,
         )
+        adapters = file.adapters
         with naming(source):
-            _check_parts(file.parts, models)
-            adapter_name = _name_to_load(models, adapter_name, hotswap)
+            if len(adapters) > 1:
+                _check_several(hotswap)
+            for parts in adapters:
+                _check_parts(parts, models)
             if hotswap:
-                _swap_all(models, file.parts, adapter_name)
+                _swap_all(models, adapters[0], _name_to_load(models, adapter_name, hotswap))
             else:
-                _insert_all(models, file.parts, adapter_name, low_cpu_mem_usage)
+                _insert_several(models, adapters, adapter_name, low_cpu_mem_usage)
     follow_scheduler(self)
 
 
 def save_nara_weights(
     self: Pipeline,
     save_directory: str | os.PathLike[str],
-    adapter_name: str | None = None,
+    adapter_name: str | list[str] | None = None,
     *,
     is_main_process: bool = True,
     weight_name: str | None = None,
     save_function: Callable[..., Any] | None = None,
     safe_serialization: bool = True,
 ) -> None:
-    """Save one NaRA adapter with all its components to one file, completely or not at all.
+    """Save NaRA adapters with all their components to one file, completely or not at all.
 
     Components that PEFT has wrapped (`pipe.unet = get_peft_model(pipe.unet, …)`) are included.
 
     Args:
         save_directory: the folder, created if it does not exist.
-        adapter_name: the name of the adapter. None means the only NaRA, or "default".
+        adapter_name: the name of the adapter, or a list of names, e.g. of windows of λ, which
+            loading makes active together. None means the only NaRA, or "default".
         is_main_process: if False, nothing is written. Pass False in all processes but one.
         weight_name: the file's name. None means "pytorch_nara_weights.safetensors".
         save_function: a function to call instead of safetensors' `save_file`, as
@@ -170,19 +180,21 @@ def save_nara_weights(
     if not safe_serialization:
         raise ValueError("Adapters are saved as safetensors only. Leave safe_serialization out.")
     models = {component: unwrapped(model) for component, model in adaptable_models(self).items()}
-    name = _name_to_save(models, adapter_name)
-    _check_nothing_left_out(self, models, name)
+    listed_names = adapter_name if isinstance(adapter_name, list) else [adapter_name]
+    names = [_name_to_save(models, name) for name in listed_names]
+    for name in names:
+        _check_nothing_left_out(self, models, name)
     weight_name = WEIGHTS_NAME if weight_name is None else weight_name
     if not weight_name.endswith(".safetensors") or Path(weight_name).name != weight_name:
         raise ValueError(
             f"weight_name is {weight_name!r}: pass the name of a .safetensors file without a folder."
         )
     with offloading_suspended(self):
-        adapted = {part: model for part, model in models.items() if name in adapters_of(model)}
-        parts = {part: _part_to_save(self, model, part, name) for part, model in adapted.items()}
+        adapters = [_parts_to_save(self, models, name) for name in names]
         if is_main_process:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
-            AdapterFile(parts).save(Path(save_directory, weight_name), save_function)
+            file = AdapterFile.of_adapters(adapters)
+            file.save(Path(save_directory, weight_name), save_function)
 
 
 def unload_nara_weights(self: Pipeline) -> None:
@@ -201,6 +213,71 @@ def unload_nara_weights(self: Pipeline) -> None:
 
 
 # ---------------------------------------------------------------------- loading
+
+
+def _load_windows(
+    pipe: Pipeline,
+    models: Mapping[str, nn.Module],
+    windows: list[Any],
+    adapter_name: str | None,
+    place: dict[str, Any],
+    conversion: dict[str, Any],
+    low_cpu_mem_usage: bool,
+) -> None:
+    """Load each file for its window of λ and activate all of them or, after an error, load none."""
+    names = []
+    with offloading_suspended(pipe), restored_on_error(*models.values()):
+        for source, window in checked_windows(windows):
+            name = _name_to_load(models, adapter_name and f"{adapter_name}_{len(names)}", False)
+            with naming(source):
+                if is_lora(source, **place):
+                    load_lora_inside(pipe, window, source, name, **place)
+                else:
+                    file = AdapterFile.read(
+                        source, denoiser_name(pipe), for_model=True, **place, **conversion
+                    )
+                    parts = parts_inside(file.parts, pipe, window)
+                    _check_parts(parts, models)
+                    _insert_all(models, parts, name, low_cpu_mem_usage)
+                restrict(models, name, window)
+            names.append(name)
+        _activate(models, names)
+    follow_scheduler(pipe)
+
+
+def _insert_several(
+    models: Mapping[str, nn.Module],
+    adapters: list[dict[str, AdapterPart]],
+    adapter_name: str | None,
+    low_cpu_mem_usage: bool,
+) -> None:
+    """Insert the adapters of one file and activate all of them or, after an error, insert none."""
+    if len(adapters) == 1:
+        name = _name_to_load(models, adapter_name, False)
+        _insert_all(models, adapters[0], name, low_cpu_mem_usage)
+        return
+    names = []
+    with restored_on_error(*models.values()):
+        for parts in adapters:
+            name = _name_to_load(models, adapter_name and f"{adapter_name}_{len(names)}", False)
+            _insert_all(models, parts, name, low_cpu_mem_usage)
+            names.append(name)
+        _activate(models, names)
+
+
+def _activate(models: Mapping[str, nn.Module], names: list[str]) -> None:
+    """Make exactly these adapters active in the models that have one of them."""
+    for model in models.values():
+        present = [name for name in names if name in adapters_of(model)]
+        for layer in tuner_layers(model) if present else ():
+            layer.set_adapter(present)
+
+
+def _check_several(hotswap: bool) -> None:
+    if hotswap:
+        raise ValueError(
+            "hotswap=True replaces one adapter, but these are several. Load them without hotswap, or one by one."
+        )
 
 
 def _check_parts(parts: Mapping[str, AdapterPart], models: Mapping[str, nn.Module]) -> None:
@@ -243,9 +320,6 @@ def _swap_all(models: Mapping[str, nn.Module], parts: Mapping[str, AdapterPart],
     swaps = [prepare_swap(models[component], name, part) for component, part in parts.items()]
     for write in swaps:
         write()
-
-
-# ---------------------------------------------------------------------- saving, names
 
 
 def _name_to_load(models: Mapping[str, nn.Module], name: str | None, hotswap: bool) -> str:
@@ -292,6 +366,17 @@ def _check_nothing_left_out(pipe: Pipeline, models: Mapping[str, nn.Module], nam
                 f"Adapter '{name}' is also in '{component}', which a pipeline's file cannot contain. Save that part "
                 f"with peft.PeftModel, or first remove it with pipe.{component}.delete_adapters('{name}')."
             )
+
+
+def _parts_to_save(
+    pipe: Pipeline, models: Mapping[str, nn.Module], name: str
+) -> dict[str, AdapterPart]:
+    """Return {component: the adapter's part} of all components that have the adapter."""
+    parts = {}
+    for component, model in models.items():
+        if name in adapters_of(model):
+            parts[component] = _part_to_save(pipe, model, component, name)
+    return parts
 
 
 def _part_to_save(pipe: Pipeline, model: nn.Module, component: str, name: str) -> AdapterPart:

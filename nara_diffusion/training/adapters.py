@@ -1,9 +1,4 @@
-"""Build an adapted model from the method that `--adapter` names and the method's options.
-
-NaRA and its variants come from this package. All other methods come from PEFT and are named by
-their PeftType in lower case. Some names stand for a method with fixed fields: `dora` is `lora` with
-use_dora.
-"""
+"""Build an adapted model from the method that `--adapter` names and the method's options."""
 
 from __future__ import annotations
 
@@ -12,18 +7,10 @@ import importlib
 import math
 import sys
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    LoraConfig,
-    PeftConfig,
-    PromptLearningConfig,
-    get_peft_model,
-)
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -35,92 +22,18 @@ from nara_flags.parser import hint
 from nara_flags.training import AdapterArguments, TrainingArguments
 
 from .arguments import schedule_of, window_of
+from .methods import Method, method_of
 
 ALL_LINEAR = "all-linear"
 CORE_FIELDS = NaraConfig.__dataclass_fields__.keys() - LoraConfig.__dataclass_fields__.keys()
 """The fields that NaraConfig adds to LoraConfig."""
 
-_REFUSED = {
-    "adalora": "needs an extra step after each optimizer step, to drop directions",
-    "xlora": "mixes adapters that are trained already",
-}
 _DATA_DRIVEN = ("corda", "eva", "lora_ga")
 _VIRTUAL_TOKENS = 20
 
 
-# ---------------------------------------------------------------- methods
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method that `--adapter` can name.
-
-    Attributes:
-        name: the PeftType in lower case, or "full".
-        title: the usual name of the method.
-        source: the publication; "PEFT" for PEFT's other methods.
-        fixed: the configuration fields that the method's name sets.
-    """
-
-    name: str
-    title: str
-    source: str = "PEFT"
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def config(self) -> Any:
-        """The configuration class; None for full fine-tuning and for unknown names."""
-        if self.name == "nara":
-            return NaraConfig
-        return PEFT_TYPE_TO_CONFIG_MAPPING.get(self.name.upper())  # type: ignore[call-overload]
-
-    @property
-    def family(self) -> Literal["nara", "lora", "other", "prompt", "full"]:
-        """The kind of method: with a core, LoRA, other PEFT method, virtual tokens, all weights."""
-        if self.name in ("nara", "lora", "full"):
-            return self.name  # type: ignore[return-value]
-        return "prompt" if issubclass(self.config, PromptLearningConfig) else "other"
-
-
-_NARA = "arXiv 2605.29716"
-_KNOTS = {"core_type": "knots", "core_sharing": "layer", "core_scale": 1.0}
-NAMED = {
-    "nara": Method("nara", "NaRA", _NARA),
-    "nara_dora": Method("nara", "NaRA-DoRA", _NARA, {"use_dora": True}),
-    "nara_c": Method("nara", "NaRA-C", _NARA, {"core_type": "constant"}),
-    "nara_knots": Method("nara", "NaRA-Knots", "RESULTS.md", _KNOTS),
-    "tlora": Method("nara", "T-LoRA", "arXiv 2507.05964", {"core_type": "rank_mask"}),
-    "multi_lora": Method("nara", "Multi-LoRA", _NARA, {"core_type": "bins"}),
-    "lora": Method("lora", "LoRA", "arXiv 2106.09685"),
-    "dora": Method("lora", "DoRA", "arXiv 2402.09353", {"use_dora": True}),
-    "hira": Method("hira", "HiRA", "ICLR 2025"),
-    "prompt_tuning": Method("prompt_tuning", "Prompt tuning", "arXiv 2104.08691"),
-    "p_tuning": Method("p_tuning", "P-tuning", "arXiv 2103.10385"),
-    "full": Method("full", "full fine-tuning", "all weights"),
-}
-"""{value of --adapter: method}. PEFT's other methods keep their own names."""
 _OF_CORE = {"hypernetwork": "NaRA", "constant": "NaRA-C", "rank_mask": "T-LoRA", "identity": "LoRA"}
 """{core_type: the usual name of a NaRA with this core}."""
-
-
-def method_of(args: AdapterArguments) -> Method:
-    """Return the method that `args.adapter` names.
-
-    Raises:
-        ValueError: the method is unknown or can't be trained here.
-    """
-    chosen = args.adapter
-    method = NAMED.get(chosen, Method(chosen, chosen.replace("_", " ")))
-    if chosen in _REFUSED:
-        raise ValueError(
-            f"adapter {chosen} can't be trained here: it {_REFUSED[chosen]}. Use nara, lora or dora."
-        )
-    if chosen != "full" and (method.config is None or chosen != chosen.lower()):
-        names = [*NAMED, *(str(kind.value).lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING)]
-        raise ValueError(
-            f"adapter is {chosen!r}, which is not a method: {hint(chosen, dict.fromkeys(names))}"
-        )
-    return method
 
 
 def title_of(args: AdapterArguments) -> str:
@@ -156,9 +69,6 @@ def window_facts(args: TrainingArguments) -> dict[str, str]:
     if getattr(adapter_config(args), "use_dora", False):
         outside += " (except DoRA's magnitudes, which apply at every λ)"
     return {"noise levels": f"{window.low:g} {until}; {outside}"}
-
-
-# ---------------------------------------------------------------- configurations
 
 
 def adapter_config(
@@ -268,9 +178,6 @@ def _values(args: AdapterArguments, method: Method) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------- checks
-
-
 def check_adapter(args: TrainingArguments) -> None:
     """Raise ValueError for an adapter that no run can train.
 
@@ -331,9 +238,6 @@ def _import_core_module(name: str) -> None:
 def module_name(name: str) -> str:
     """Return the name under which Python imports the module that `--core_module` names."""
     return Path(name).stem if name.endswith(".py") else name
-
-
-# ---------------------------------------------------------------- models
 
 
 def build_adapter(

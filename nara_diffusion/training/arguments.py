@@ -38,9 +38,6 @@ def window_of(args: WindowArguments) -> NoiseWindow:
     return NoiseWindow(0.0 if low is None else low, 1.0 if high is None else high)
 
 
-# ---------------------------------------------------------------- checks
-
-
 def check_arguments(args: TrainingArguments) -> None:
     """Raise ValueError for a window without levels, or an optimizer that isn't installed.
 
@@ -64,9 +61,6 @@ def optimizer_class(optimizer: str) -> Any:
         raise ValueError(
             f"optimizer {optimizer} needs {package} ({error}): pip install {package}."
         ) from error
-
-
-# ---------------------------------------------------------------- the shipped runs
 
 
 CONFIGS = Path(__file__).resolve().parents[2] / "train_scripts" / "configs"

@@ -67,22 +67,21 @@ class LiveStorages(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
-def to_fake(model: nn.Module, mode: FakeTensorMode, device: str = "cpu") -> None:
-    """Replace all parameters and buffers of `model` with fake tensors of `mode`, in place.
+def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Replace all parameters and buffers of `model` with fake CPU tensors of `mode`, in place.
 
     Shapes, strides, dtypes, `requires_grad` and tied weights are kept. `Module.to` can't be used
     instead, since it fails on fake tensors.
 
     Args:
         model: a model on any device. On the meta device it takes no memory.
-        device: the device that the fake tensors report.
     """
     fakes: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
         if id(tensor) not in fakes:
             shape: Any = (tensor.size(), tensor.stride())
-            new = torch.empty_strided(*shape, dtype=tensor.dtype, device=device)
+            new = torch.empty_strided(*shape, dtype=tensor.dtype)
             if isinstance(tensor, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=tensor.requires_grad)
             fakes[id(tensor)] = new

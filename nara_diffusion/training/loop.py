@@ -25,7 +25,7 @@ from nara_diffusion.utils.data_order import stream_loader
 
 from .checkpoints import resume_hint
 from .command import InterruptRequest, TrainingDiverged
-from .engines import prepare
+from .engine_models import prepare
 from .optimization import build_lr_scheduler, build_optimizer, freeze_core, may_fuse
 from .run import Run
 

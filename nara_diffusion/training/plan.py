@@ -67,9 +67,6 @@ def _table(args: TrainingArguments, needs: Needs) -> Iterator[str]:
     yield f"  FLOPs       {forwards * tera:8.4g} TFLOP an optimizer step: {forwards} x {tera:.4g}"
 
 
-# ---------------------------------------------------------------- flags that fit
-
-
 def _fitting(args: Args, describe: Callable[[Args], PlannedStep], needs: Needs) -> Iterator[str]:
     """Yield a line on whether the run fits into `--plan` GB, and if not, the cheapest flags."""
     limit = (args.plan or 0) * GB

@@ -17,9 +17,10 @@ from nara_diffusion.cores.registry import BUILT_IN, needs_noise
 from nara_diffusion.utils.files import atomic_write
 from nara_flags.training import TrainingArguments
 
-from .adapters import adapter_config, method_of, module_name, title_of
+from .adapters import adapter_config, module_name, title_of
 from .arguments import schedule_of, window_of
 from .loss_curves import plot_noise_level_curves
+from .methods import method_of
 from .publication import public_values, upload, without_folders
 from .run import Run
 from .run_folder import RESULTS, as_yaml

@@ -22,18 +22,11 @@ from nara_diffusion.utils.digests import digest_base, digest_texts
 from nara_diffusion.utils.files import atomic_write
 from nara_flags.training import TrainingArguments
 
-from .adapters import method_of
-from .checkpoints import (
-    Writer,
-    changed_arguments,
-    check_random_states,
-    describe_changes,
-    read_manifest,
-    save_checkpoint,
-    warn_of_pickles,
-)
+from .checkpoints import Writer, read_manifest, save_checkpoint
 from .engine_state import load_state
 from .engines import engine_name, global_batch, start_accelerator
+from .methods import method_of
+from .resuming import changed_arguments, check_random_states, describe_changes, warn_of_pickles
 from .run_folder import (
     CONFIG,
     METRICS,
@@ -116,8 +109,6 @@ class Run(Generic[Args]):
         """The dtype to load the model in. Training all weights needs float32 for small updates."""
         return torch.float32 if method_of(self.args).family == "full" else self.dtype
 
-    # ---------------------------------------------------------------- data, base and steps
-
     def record_data_digest(self, content: str, texts: Iterable[str]) -> None:
         """Record the digest of "training data" or "validation data". Call this before `plan`.
 
@@ -186,8 +177,6 @@ class Run(Generic[Args]):
         first = self.step - self.data_start
         stop = self.total_steps - self.data_start
         return range(self.global_batch * first, self.global_batch * stop)
-
-    # ---------------------------------------------------------------- beginning and end
 
     def open(self, facts: Mapping[str, str]) -> None:
         """Write the configuration into the run's folder, start the trackers, and log `facts`.

@@ -28,16 +28,8 @@ from filelock import FileLock, Timeout
 from nara_diffusion.utils.files import atomic_write
 from nara_flags.training import TrainingArguments
 
-from .checkpoints import (
-    MANIFEST,
-    MAY_CHANGE,
-    changed_arguments,
-    check_files,
-    check_same_run,
-    find_checkpoints,
-    latest_undamaged,
-    resume_hint,
-)
+from .checkpoints import MANIFEST, check_files, find_checkpoints, latest_undamaged, resume_hint
+from .resuming import MAY_CHANGE, changed_arguments, check_same_run
 
 logger = logging.getLogger(__name__)
 

@@ -74,8 +74,6 @@ class LevelFinder:
         self.usage = Usage(configs)
         self.forwards = forwards_of(root, self.usage.schedulers)
 
-    # ------------------------------------------------------------------ the source
-
     @property
     def source_is_default(self) -> bool:
         """Return True until the user sets or removes a source."""
@@ -149,8 +147,6 @@ class LevelFinder:
                 remedy = "so pass a source with that definition, or remove the adapter first."
                 _check_definition(source, name, convention, remedy)
 
-    # ------------------------------------------------------------------ λ of a forward
-
     def level_of_forward(
         self, names: list[str], entry: Entry | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Parts | None]:
@@ -189,8 +185,6 @@ class LevelFinder:
             return parts.levels(level), parts
         level = level[:, 0] if level.dim() == 2 else level
         return self.rows.level_of_forward(level, self.root, args, kwargs), None
-
-    # ------------------------------------------------------------------ adapters' definitions of λ
 
     def _definitions(self, but: str | None = None) -> dict[str, str]:
         """Return the definitions of λ by adapter name, without adapter `but`."""

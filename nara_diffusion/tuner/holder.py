@@ -85,8 +85,6 @@ class CoreHolder(nn.Module):
         """Return `x`, because a root such as `nn.Sequential` also calls the holder as a child."""
         return x
 
-    # ------------------------------------------------------------------ adapters
-
     def add(self, name: str, config: LoraConfig, cores: CoreSet, layers: list[LoraLayer]) -> None:
         """Add or replace an adapter with its configuration, cores and adapted layers."""
         self.cores[name] = cores
@@ -168,8 +166,6 @@ class CoreHolder(nn.Module):
         """Return whether a layer would read a C that depends on λ."""
         return bool(self.noisy(self.active_names()))
 
-    # ------------------------------------------------------------------ hooks of the root
-
     def attach(self) -> None:
         """Become a child of the root, and compute C(λ) before its forwards. Repeating is safe."""
         if getattr(self.root, HOLDER_NAME, None) is self:
@@ -231,8 +227,6 @@ class CoreHolder(nn.Module):
             entry = entry.parent
         return entry
 
-    # ------------------------------------------------------------------ D of the adapters
-
     def cores_of(self, name: str) -> CoreSet:
         """Return the cores of an adapter, by group."""
         return cast(CoreSet, self.cores[name])
@@ -260,7 +254,7 @@ class CoreHolder(nn.Module):
         if D.device.type == "cpu":
             D = D.to(level.device)  # an identity core has no weights
         strength = schedule.at(level.to(D.device))[:, None, None]
-        identity = torch.eye(D.shape[-1], dtype=D.dtype, device=D.device)
+        identity = torch.eye(*D.shape[-2:], dtype=D.dtype, device=D.device)
         return strength * D + (strength - 1) * identity
 
     def matrix(self, key: Key, level: Tensor | None) -> Tensor:
@@ -297,8 +291,6 @@ class CoreHolder(nn.Module):
             level = self.channel.rows.level_of_part(level)
         with in_memory(self.root):
             return self.deviation(key, level), None
-
-    # ------------------------------------------------------------------ merging
 
     def merged_in_forward(self) -> Tensor | None:
         """Return λ (1,) of merged layers if they stay merged in this forward, otherwise None.

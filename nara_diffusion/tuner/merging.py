@@ -48,8 +48,6 @@ class Merging:
     def root(self) -> nn.Module:
         return self.forwards.root
 
-    # ------------------------------------------------------------------ what is merged
-
     def merged_at(self) -> Tensor | None:
         """Return λ (1,) of merged layers, or None if no layer was merged with a λ-dependent C."""
         for name, layers in self.layers.items():
@@ -76,8 +74,6 @@ class Merging:
     def binds_level(self) -> bool:
         """Return whether a sampler must run at the λ of merged layers."""
         return self.merged_at() is not None and not self.is_fused
-
-    # ------------------------------------------------------------------ the λ to merge or export at
 
     def one_level(
         self, names: list[str], level: Tensor | None, entry: Entry | None, remedy: str
@@ -120,6 +116,13 @@ class Merging:
         noisy = self.noisy(names)
         if not noisy:
             return None
+        configs: Any = self.root.peft_config
+        for name in noisy:
+            if getattr(configs[name], "core_type", None) == "film":
+                raise ValueError(
+                    f"Adapter '{name}' can't be merged: its core 'film' adds β(λ), which isn't part of a weight. Leave "
+                    "it unmerged."
+                )
         remedy = (
             "a λ-dependent update can only be merged at one λ. Pass noise_level=…, or merge inside "
             "`with noise_level(model, value):`."
@@ -172,8 +175,6 @@ class Merging:
         remedy = "a plain LoRA is exact at only one λ. Pass noise_level=…, or export inside `with noise_level(…):`."
         level = None if noise_level is None else as_level(noise_level)
         return self.one_level(noisy, level, entry, remedy)
-
-    # ------------------------------------------------------------------ another λ
 
     def check_context(self, merged: Tensor, entry: Entry | None) -> None:
         """Raise ValueError if the λ of the context `entry` is not `merged`, the λ of the merge."""

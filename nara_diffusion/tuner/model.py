@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores.core_set import core_group, with_current_names
+from nara_diffusion.cores.core_set import core_group, is_core_key, with_current_names
 from nara_diffusion.layers.adapted_layer import make_directions_orthonormal
 from nara_diffusion.layers.channel import CoreChannel
 from nara_diffusion.layers.offloading import is_float8
@@ -31,19 +31,7 @@ from nara_diffusion.layers.variants import OUTSIDE_AUTOCAST
 from nara_diffusion.noise.context import noise_level as at_noise_level
 from nara_diffusion.noise.denoisers import source_of_class
 from nara_diffusion.noise.rows import row_kind_of
-from nara_diffusion.strict import (
-    check_adapter_names,
-    check_keeps_configuration,
-    check_tensors,
-    core_name_in_file,
-    core_tensors,
-    expected_tensors,
-    is_core_key,
-    with_model_names,
-    with_names_in_files,
-    without_adapters,
-    without_second_biases,
-)
+from nara_diffusion.strict import check_keeps_configuration, check_tensors
 
 from .adding import (
     adapters_are_off,
@@ -56,6 +44,16 @@ from .adding import (
 from .holder import CoreHolder, drop_idle_holder, holder_of
 from .merging import unmerged_on_error
 from .strength import give_strength
+from .tensor_names import (
+    check_adapter_names,
+    core_name_in_file,
+    core_tensors,
+    expected_tensors,
+    with_model_names,
+    with_names_in_files,
+    without_adapters,
+    without_second_biases,
+)
 from .twins import decoder_name, share_factors, with_twins, without_twins
 
 logger = logging.getLogger(__name__)
@@ -87,8 +85,6 @@ class NaraModel(LoraModel):
                 "of that PeftModel first, or pass another adapter_name."
             )
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
-
-    # ------------------------------------------------------------------ injection
 
     def inject_adapter(
         self,
@@ -154,7 +150,7 @@ class NaraModel(LoraModel):
         self, lora_config, adapter_name: str, target, target_name: str, parent, **kwargs: Any
     ) -> None:
         current_key: str = kwargs["current_key"]
-        check_target(target, lora_config.reads_core, current_key)
+        check_target(target, lora_config.reads_core, current_key, lora_config.core_type)
         has_norm = lora_config.reads_core and lora_config.use_dora
         if has_norm:
             check_norm(target, current_key)
@@ -185,8 +181,6 @@ class NaraModel(LoraModel):
         elif lora_config.has_residual and not lora_config.inference_mode:
             is_of_base = lora_config.lora_a_init == "residual_base"
             start_from_singular_vectors(layer, adapter_name, is_of_base)
-
-    # ------------------------------------------------------------------ merging
 
     def merge_adapter(
         self,
@@ -232,8 +226,6 @@ class NaraModel(LoraModel):
                 progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
 
-    # ------------------------------------------------------------------ removal
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete the adapter as `peft.LoraModel` does, and remove the holder after the last one."""
         super().delete_adapter(adapter_name)
@@ -245,8 +237,6 @@ class NaraModel(LoraModel):
         if holder is not None:
             holder.detach()
         return base
-
-    # ------------------------------------------------------------------ restricted or unsupported
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """Raise an error for one adapter per sample, since each would need its own samples' C."""
@@ -268,8 +258,6 @@ class NaraModel(LoraModel):
                     "Activate several adapters together instead: model.base_model.set_adapter([…])."
                 )
         super().add_weighted_adapter(adapters, *args, **kwargs)
-
-    # ------------------------------------------------------------------ files and checkpoints
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -89,8 +89,6 @@ class Usage:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "pipelines": []}  # a copy has no pipelines
 
-    # ------------------------------------------------------------------ the pipelines' schedulers
-
     def add_pipeline(self, pipe: DiffusionPipeline) -> None:
         """Remember a pipeline that loaded an adapter."""
         self.pipelines = [ref for ref in self.pipelines if ref() not in (None, pipe)]
@@ -122,8 +120,6 @@ class Usage:
                     f"pipeline uses {', '.join(settings.values())}. Instead, run: {sampling.code}",
                     stacklevel=2,
                 )
-
-    # ------------------------------------------------------------------ samples or their parts
 
     def warn_of_parts(self, names: Iterable[str], per: str) -> None:
         """Warn once if an adapter was trained with λ per sample and is used per part, or vice versa.

@@ -36,7 +36,7 @@ def own_tensors(model: nn.Module, module: str = "one.linear") -> dict[str, torch
 
 
 @pytest.mark.parametrize("options", VALUES.values(), ids=VALUES)
-def test_core_values_of_disturbed_cores_are_those_of_the_formula(options):
+def test_core_values_of_disturbed_cores_match_the_formula(options):
     model = adapted(Kinds(["linear", "bare"]), target_modules=["linear", "bare"], core_sharing="layer", **options)
     levels = torch.tensor([0.0, 0.2, 1 / 3, 0.5, 2 / 3, 0.9, 1.0])  # of four knots: on each, and between
     actual = core_matrix(model, levels, module=MODULE)
@@ -46,7 +46,7 @@ def test_core_values_of_disturbed_cores_are_those_of_the_formula(options):
     assert (actual[1:] - actual[:-1]).abs().amax(dim=(1, 2)).gt(1e-3).all(), "too alike to show an error"
 
 
-def test_fourier_frequencies_have_the_configured_deviation_and_stay_as_drawn():
+def test_fourier_frequencies_have_configured_deviation_and_stay_fixed():
     model = adapted(Kinds(["linear"]), target_modules=["linear"], noise_embedding_dim=4096, fourier_scale=16.0)
     frequencies = own_tensors(model)["embeddings.noise_level.frequencies"]
     assert frequencies.shape == (2048,)
@@ -62,7 +62,7 @@ def started(**options: Any) -> nn.Module:
     return get_peft_model(Kinds(["linear"]), nara_config(target_modules=["linear"], **options))
 
 
-def test_learned_cores_start_as_exactly_the_identity_unless_they_are_kaiming():
+def test_learned_cores_start_as_identity_unless_kaiming():
     for options in ({}, {"core_init": "zero_all"}, *(CORES[name] for name in ("constant", "identity", "knots"))):
         found = core_matrix(started(**options), LEVELS)
         assert torch.equal(found, torch.eye(RANK).expand_as(found)), options
@@ -81,7 +81,7 @@ def test_hypernetwork_starts_with_the_layers_of_its_initialisation(init):
         assert 0.8 * bound <= float(weight.abs().max()) <= bound
 
 
-def test_default_hypernetwork_at_rank_32_has_the_papers_number_of_parameters():
+def test_default_hypernetwork_at_rank_32_has_papers_size():
     model = get_peft_model(Kinds(["linear"]), NaraConfig(r=32, target_modules=["linear"]))
     trainable, _ = model.get_nb_trainable_parameters()
     factors = sum(32 * (6 + width) for width in (5, 7))

@@ -85,7 +85,7 @@ def saved(comfy: SimpleNamespace, **changes: Any) -> tuple[Any, str]:
 
 
 @pytest.mark.parametrize("name", ["sdxl_float32", "sdxl_bfloat16"])
-def test_node_gives_the_pipelines_output_at_each_rows_noise_level(name: str, comfy) -> None:
+def test_node_output_matches_the_pipeline_at_each_level(name: str, comfy) -> None:
     unet = _bases.unet()
     model = sdxl(unet)
     patched, clip = comfy.load(model, f"{name}.safetensors", "sdxl", 1.0, "a CLIP")
@@ -94,7 +94,7 @@ def test_node_gives_the_pipelines_output_at_each_rows_noise_level(name: str, com
     _files.assert_near(sampled(model), OUTPUTS["base.sdxl.unet"], unet)
 
 
-def test_two_nodes_add_up_around_a_wrapper_of_another_node(comfy) -> None:
+def test_two_nodes_add_up_around_another_nodes_wrapper(comfy) -> None:
     model, calls = sdxl(), []
 
     def other(apply_model: Any, args: dict[str, Any]) -> Tensor:
@@ -108,7 +108,7 @@ def test_two_nodes_add_up_around_a_wrapper_of_another_node(comfy) -> None:
     assert len(calls) == 1
 
 
-def test_text_encoders_go_to_clip_as_the_loras_that_fold_writes(comfy) -> None:
+def test_text_encoders_reach_clip_as_folded_loras(comfy) -> None:
     comfy.clips.clear()
     comfy.load(sdxl(), "sdxl_float32.safetensors", "sdxl", 0.75, "a CLIP")
     ((clip, tensors, strength),) = comfy.clips
@@ -118,7 +118,7 @@ def test_text_encoders_go_to_clip_as_the_loras_that_fold_writes(comfy) -> None:
     torch.testing.assert_close({key: torch.as_tensor(value) for key, value in tensors.items()}, wanted)
 
 
-def test_the_three_projections_of_flux_in_one_matrix_have_each_its_core(comfy) -> None:
+def test_fused_flux_projections_each_have_their_own_core(comfy) -> None:
     pipe, x = _bases.flux(), _bases.drawn("hidden", 3, 5, 32)
     names = _files.layers_of(load_file(PIPELINES / "flux_float32" / _files.PIPELINE_WEIGHTS), "transformer.")
     parts = parts_of({*names, "transformer_blocks.0.attn.add_v_proj"}, "flux")
@@ -158,7 +158,7 @@ def joined(*layers: Any) -> nn.Linear:
         ("flux_float32", "flux", sdxl, ("a CLIP",), "modules"),
     ],
 )
-def test_file_that_does_not_fit_the_model_is_refused(name, base, make, clip, message, comfy) -> None:
+def test_file_that_does_not_fit_model_is_refused(name, base, make, clip, message, comfy) -> None:
     with pytest.raises(ValueError, match=message):
         comfy.load(make(), f"{name}.safetensors", base, 1.0, *clip)
 
@@ -175,7 +175,7 @@ def test_file_that_does_not_fit_the_model_is_refused(name, base, make, clip, mes
     ],
     ids=["knots", "bins"],
 )
-def test_lcm_has_the_noise_level_of_its_timestep_not_of_its_fifty_sigmas(changes, comfy) -> None:
+def test_lcm_uses_the_level_of_its_timestep(changes, comfy) -> None:
     (pipe, file), model = saved(comfy, **changes), sdxl(None, Distilled, EPS)
     patched, _ = comfy.load(model, file, "sdxl", 1.0)
     found = sampled(patched, model.model.model_sampling.sigmas[[0, 0, 40]])
@@ -185,7 +185,7 @@ def test_lcm_has_the_noise_level_of_its_timestep_not_of_its_fifty_sigmas(changes
 
 
 @torch.no_grad()
-def test_few_step_file_is_played_at_the_level_of_each_of_its_steps(comfy) -> None:
+def test_few_step_file_runs_at_each_steps_level(comfy) -> None:
     few_steps = {"num_inference_steps": 4, "guidance_scale": 1.0, "timesteps": [999, 749, 499, 249]}
     pipe, file = saved(comfy, core_type="knots", core_knots=4, few_steps=few_steps)
     assert AdapterFile.read(comfy.folder / file).parts["unet"].config.few_steps == few_steps
@@ -210,7 +210,7 @@ def test_few_step_file_is_played_at_the_level_of_each_of_its_steps(comfy) -> Non
         (Flow, CONST, None, "Flow.*add the node ModelSamplingDiscrete"),
     ],
 )
-def test_a_sampling_whose_sigma_tells_no_level_is_refused(schedule, kind, convention, message, comfy) -> None:
+def test_sampling_with_unknown_sigma_is_refused(schedule, kind, convention, message, comfy) -> None:
     file = saved(comfy, noise_convention=convention)[1]
     patched, _ = comfy.load(sdxl(None, schedule, kind), file, "sdxl", 1.0)
     with pytest.raises(ValueError, match=message):
@@ -246,7 +246,7 @@ def hooks(model: nn.Module) -> list[int]:
     return [count for module in model.modules() if (count := len(module._forward_hooks))]
 
 
-def test_hooks_and_factors_stay_between_calls_and_leave_with_the_node(comfy) -> None:
+def test_hooks_and_factors_stay_until_node_is_removed(comfy) -> None:
     model = sdxl(_bases.unet().to(torch.bfloat16))
     patched, _ = comfy.load(model, "sdxl_float32.safetensors", "sdxl", 1.0, "a CLIP")
     x, context, y = (each.to(torch.bfloat16) for each in _bases.unet_inputs())
@@ -273,7 +273,7 @@ def test_hooks_and_factors_stay_between_calls_and_leave_with_the_node(comfy) -> 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["lycoris", "ortho"])
-def test_node_plays_a_tlora_of_another_project_as_the_pipeline_does(kind: str, comfy) -> None:
+def test_node_plays_a_tlora_as_the_pipeline_does(kind: str, comfy) -> None:
     pipe: Any = _bases.sdxl()
     second = tlora_files.BLOCK.replace("attentions.0", "attentions.1")
     tensors = tlora_files.lycoris_file(pipe.unet, [*tlora_files.NAMES, f"{second}.attn1.to_v"])
@@ -289,7 +289,7 @@ def test_node_plays_a_tlora_of_another_project_as_the_pipeline_does(kind: str, c
 
 
 @torch.no_grad()
-def test_node_takes_start_factors_from_each_part_of_a_matrix_of_flux(comfy) -> None:
+def test_node_splits_a_matrix_of_flux_for_factors(comfy) -> None:
     pipe, x = _bases.flux(), _bases.drawn("hidden", 3, 5, 32)
     block = "single_transformer_blocks.0"
     names = [f"{block}.attn.to_k", f"{block}.proj_mlp"]

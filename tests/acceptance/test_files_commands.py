@@ -25,7 +25,7 @@ def inspected(capsys: pytest.CaptureFixture[str], source: Path) -> dict[str, Any
     return json.loads(capsys.readouterr().out)
 
 
-def test_inspect_tells_each_components_layers_ranks_core_and_size(capsys) -> None:
+def test_inspect_json_lists_layers_ranks_core_and_size(capsys) -> None:
     folder = PIPELINES / "sdxl_float32"
     found, file = inspected(capsys, folder), folder / _files.PIPELINE_WEIGHTS
     assert found["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
@@ -41,7 +41,7 @@ def test_inspect_tells_each_components_layers_ranks_core_and_size(capsys) -> Non
     assert found["components"]["text_encoder_2"]["core_type"] == "constant"
 
 
-def test_inspect_tells_strength_and_prints_the_same_for_people(capsys) -> None:
+def test_inspect_prints_strength_in_json_and_text(capsys) -> None:
     (part,) = inspected(capsys, PEFT / "strength")["components"].values()
     assert part["strength"] == [[0, 1], [0.5, 0.25], [0.75, 0.75]]
     assert part["base_model"] == "tiny-language"
@@ -54,7 +54,7 @@ def test_inspect_tells_strength_and_prints_the_same_for_people(capsys) -> None:
         assert ("not stored in this file" in text) is (part["base_model"] is None)
 
 
-def test_inspect_names_the_base_of_a_pipelines_file_and_no_folder_of_this_machine(tmp_path: Path, capsys) -> None:
+def test_inspect_names_the_base_but_no_local_folder(tmp_path: Path, capsys) -> None:
     for base, shown in (("me/base", "me/base"), (tmp_path, tmp_path.name)):
         pipe = _bases.sdxl()
         pipe.load_nara_weights(PIPELINES / "sdxl_float32")
@@ -125,7 +125,7 @@ def ended(*words: Any) -> str:
     return message
 
 
-def test_what_cannot_be_done_ends_in_one_line_and_writes_nothing(tmp_path: Path) -> None:
+def test_impossible_commands_end_in_one_line_writing_nothing(tmp_path: Path) -> None:
     places = {"peft": PEFT / "nara", "pipeline": PIPELINES / "sdxl_float32", "dora": PIPELINES / "sdxl_unet_float32"}
     places |= {"lora": EXPORTS / "nara_peft", "out": tmp_path / "out", "note": tmp_path / "note.safetensors"}
     places |= {name: tmp_path / name for name in ("cut", "half", "rank", "core")}
@@ -149,7 +149,7 @@ def test_a_missing_package_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.
     )
 
 
-def test_help_names_every_command_and_imports_none_of_the_libraries():
+def test_help_lists_every_command_without_importing_libraries():
     """(They take seconds. A process of its own, since this one has imported them.)"""
     program = f"""if True:
         import contextlib, sys

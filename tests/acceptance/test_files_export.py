@@ -49,7 +49,7 @@ def at_level(model: nn.Module, level: float | Tensor = LEVEL) -> Tensor:
 
 
 @pytest.mark.parametrize("name", HOST_FILES)
-def test_fold_writes_a_hosts_file_tensor_for_tensor_as_0_1_did(name: str, tmp_path: Path, capsys) -> None:
+def test_fold_writes_host_files_of_0_1_exactly(name: str, tmp_path: Path, capsys) -> None:
     base, form = name.split("_")
     source, output = PIPELINES / f"{base}_float32", tmp_path / "lora.safetensors"
     _files.nara("fold", source, output, "--noise_level", LEVEL, "--form", form, "--base", base)
@@ -66,7 +66,7 @@ def test_fold_writes_pefts_folder_as_0_1_did(tmp_path: Path, capsys) -> None:
 
 
 @pytest.mark.parametrize("name", ["sdxl_kohya", "sdxl_diffusers", "flux_diffusers"])
-def test_diffusers_own_loader_gives_the_naras_output_at_that_level(name: str) -> None:
+def test_diffusers_loader_gives_the_nara_output_at_level(name: str) -> None:
     """Of the stored files, to which the test above compares what is written today."""
     base, say = _bases.PIPELINES[name.split("_")[0]]
     nara, host = base(), base()
@@ -81,7 +81,7 @@ def test_diffusers_own_loader_gives_the_naras_output_at_that_level(name: str) ->
 
 
 @pytest.mark.parametrize("name", ["nara_dora", "knots", "bins", "rank_mask", "layer", "strength", "mixed"])
-def test_to_lora_and_fold_without_the_base_give_peft_alone_the_naras_output(name: str, tmp_path: Path, capsys) -> None:
+def test_folds_match_the_nara_in_peft(name: str, tmp_path: Path, capsys) -> None:
     nara = language(name)
     wanted, before = at_level(nara), {key: tensor.clone() for key, tensor in nara.state_dict().items()}
     to_lora(nara, LEVEL).save_pretrained(tmp_path)
@@ -114,7 +114,7 @@ def test_to_lora_includes_the_strength_that_was_set(strength: Any, tmp_path: Pat
 # ---------------------------------------------------------------------- from a LoRA
 
 
-def test_from_lora_starts_as_the_lora_at_each_level_and_folds_back_to_it(tmp_path: Path) -> None:
+def test_from_lora_starts_as_lora_and_folds_back(tmp_path: Path) -> None:
     host = stock(EXPORTS / "nara_peft")
     with torch.no_grad():
         wanted = _bases.plain_text_output(host)
@@ -128,7 +128,7 @@ def test_from_lora_starts_as_the_lora_at_each_level_and_folds_back_to_it(tmp_pat
 
 
 @pytest.mark.parametrize("form", ["kohya", "diffusers", "comfyui"])
-def test_from_lora_reads_a_hosts_file_into_a_pipeline_which_saves_a_nara(form: str, tmp_path: Path) -> None:
+def test_from_lora_reads_host_file_into_a_pipeline(form: str, tmp_path: Path) -> None:
     host, pipe, again = (_bases.sdxl() for _ in range(3))
     host.load_lora_weights(EXPORTS / "sdxl_diffusers.safetensors")  # what Diffusers alone makes of its file
     from_lora(EXPORTS / f"sdxl_{form}.safetensors", pipe)

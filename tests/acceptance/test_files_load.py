@@ -43,13 +43,13 @@ def loaded(name: str) -> PeftModel:
 
 
 @pytest.mark.parametrize("name", _bases.BASES)
-def test_base_of_the_files_has_the_same_bytes_as_when_they_were_written(name: str) -> None:
+def test_base_files_have_the_bytes_originally_written(name: str) -> None:
     stored = json.loads((_files.FILES / "bases.json").read_text())["sha256"]
     assert _bases.digest(_bases.BASES[name]()) == stored[name]
 
 
 @pytest.mark.parametrize("name", OF_TEXT)
-def test_peft_folder_of_0_1_computes_the_stored_outputs_and_is_saved_as_it_was(name: str, tmp_path) -> None:
+def test_peft_folder_of_0_1_gives_stored_outputs(name: str, tmp_path) -> None:
     model = loaded(name)
     _files.assert_near(_bases.text_output(model), OUTPUTS[name], model)
     held = {layer.removeprefix("base_model.model.") for layer in _files.adapted_layers(model)}
@@ -60,7 +60,7 @@ def test_peft_folder_of_0_1_computes_the_stored_outputs_and_is_saved_as_it_was(n
     _files.assert_same_fields(*fields)
 
 
-def test_what_read_a_mask_density_is_refused_by_name_and_leaves_the_base_as_it_was() -> None:
+def test_mask_density_file_is_refused_without_change() -> None:
     base, said = (
         _bases.language_model(),
         "module_type' can't be loaded: core_input is 'both': choose one of 'noise_level'",
@@ -73,14 +73,14 @@ def test_what_read_a_mask_density_is_refused_by_name_and_leaves_the_base_as_it_w
     [("nara", AutoPeftModelForCausalLM), ("knots", AutoPeftModel), ("nara", LlamaForCausalLM)],
     ids=["causal", "by its class", "of transformers"],
 )
-def test_classes_that_find_the_base_themselves_take_an_adapters_folder(name: str, kind: Any, base_folder: Path) -> None:
+def test_auto_classes_load_an_adapter_folder(name: str, kind: Any, base_folder: Path) -> None:
     model = kind.from_pretrained(str(PEFT / name)).eval()
     assert any(type(module) is LlamaForCausalLM for module in model.modules())
     _files.assert_near(_bases.text_output(model), OUTPUTS[name], model)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("nara_dora", torch.float32), ("layer", torch.bfloat16)], ids=str)
-def test_load_adapter_of_transformers_gives_what_peft_gives_and_swaps_nothing(name: str, dtype: torch.dtype) -> None:
+def test_transformers_load_adapter_equals_peft_and_swaps_nothing(name: str, dtype: torch.dtype) -> None:
     model: Any = _bases.language_model().to(dtype)
     report = model.load_adapter(PEFT / name, adapter_name="mine")
     base = _bases.language_model().to(dtype)
@@ -99,7 +99,7 @@ def test_load_adapter_of_transformers_gives_what_peft_gives_and_swaps_nothing(na
     assert torch.equal(_bases.text_output(model), found)
 
 
-def test_load_adapter_of_transformers_takes_tensors_with_a_configuration_to_be_trained_further() -> None:
+def test_transformers_load_adapter_takes_tensors_with_configuration() -> None:
     model: Any = _bases.language_model()
     config, tensors = PeftConfig.from_pretrained(PEFT / "nara"), load_peft_weights(str(PEFT / "nara"))
     layers, names = {name: t for name, t in tensors.items() if "nara_core" not in name}, list(model.state_dict())
@@ -113,7 +113,7 @@ def test_load_adapter_of_transformers_takes_tensors_with_a_configuration_to_be_t
     assert config.inference_mode  # the caller's own, as it was
 
 
-def test_adapter_of_a_checkpoint_loads_into_the_backbone_of_its_run() -> None:
+def test_checkpoint_adapter_loads_into_its_runs_backbone() -> None:
     base, _ = load_backbone(str(SHIPPED))
     model = PeftModel.from_pretrained(base, PEFT / "checkpoint-2").eval()
     found = _bases.shipped_output(model)
@@ -122,7 +122,7 @@ def test_adapter_of_a_checkpoint_loads_into_the_backbone_of_its_run() -> None:
         assert (_bases.shipped_output(model) - found).abs().max() > 0.1
 
 
-def test_file_of_another_prediction_is_refused_by_the_field_that_names_its_scheduler() -> None:
+def test_file_of_another_prediction_is_refused_naming_scheduler() -> None:
     pipe = _bases.sdxl()
     for load in (pipe.load_nara_weights, lambda folder: PeftModel.from_pretrained(pipe.unet, folder)):
         with pytest.raises(ValueError, match=r"converted.*can't have a scheduler any more.*version 0\.1 or 0\.2"):
@@ -130,7 +130,7 @@ def test_file_of_another_prediction_is_refused_by_the_field_that_names_its_sched
         assert not hasattr(pipe.unet, "peft_config")
 
 
-def test_peft_folder_of_a_unet_loads_into_the_unet_alone(tmp_path: Path) -> None:
+def test_peft_folder_of_unet_loads_into_unet_only(tmp_path: Path) -> None:
     folder = _files.unet_folder(tmp_path / "given")
     model = PeftModel.from_pretrained(_bases.unet(), folder).eval()
     pipe: Any = _bases.sdxl()
@@ -155,7 +155,7 @@ def say(pipe: Any, name: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pipeline_file_of_0_1_computes_the_stored_outputs_and_is_saved_as_it_was(name: str, tmp_path: Path) -> None:
+def test_pipeline_file_of_0_1_gives_stored_outputs(name: str, tmp_path: Path) -> None:
     """In float32 to rounding; the model in the file's dtype keeps the core in float32."""
     path, own = PIPELINES / name / _files.PIPELINE_WEIGHTS, torch.bfloat16 if "bfloat16" in name else torch.float32
     tensors = load_file(path)
@@ -188,7 +188,7 @@ def test_pipeline_file_of_0_1_computes_the_stored_outputs_and_is_saved_as_it_was
 
 
 @pytest.mark.parametrize(("name", "part"), [("sdxl_unet_float32", "unet"), ("sdxl_float32", "text_encoder_2")])
-def test_convert_to_peft_and_back_keeps_each_tensor_of_a_component(name: str, part: str, tmp_path: Path) -> None:
+def test_convert_to_peft_and_back_keeps_each_tensor(name: str, part: str, tmp_path: Path) -> None:
     source, chosen = PIPELINES / name, [] if part == "unet" else ["--component", part]
     _files.nara("convert", source, tmp_path / "peft", "--to", "peft", *chosen)
     pipe = _bases.sdxl()

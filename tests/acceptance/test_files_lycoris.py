@@ -119,7 +119,7 @@ def test_flux_samples_equal_lycoris(tmp_path, tlora) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("padding", "stride"), [(1, 1), (0, 2)])
-def test_kernels_that_lycoris_runs_are_played_and_the_others_fail_there_too(padding, stride, tmp_path, tlora) -> None:
+def test_kernels_of_convolutions_work_as_in_lycoris(padding, stride, tmp_path, tlora) -> None:
     layer = nn.Conv2d(6, 9, padding + 2, stride, padding)
     model = nn.ModuleDict({"conv": layer})
     module = tlora.TLoraModule("lycoris_conv", copy.deepcopy(layer), lora_dim=RANK, alpha=3)

@@ -183,7 +183,7 @@ def test_load_adapter_of_transformers_refuses_the_same(row: str, models, tmp_pat
     [{"use_dora": True}, {"modules_to_save": ["near"]}, {"bias": "all"}, {"init_lora_weights": "pissa"}],
     ids=str,
 )
-def test_refused_file_leaves_no_start_of_what_is_trained_beside_a_and_b(beside: dict[str, Any], tmp_path: Path) -> None:
+def test_refused_file_leaves_other_trained_weights_unchanged(beside: dict[str, Any], tmp_path: Path) -> None:
     config = NaraConfig(r=3, target_modules=["head"], **beside)
     get_peft_model(_bases.mixed_model(), config).save_pretrained(tmp_path)
     parts, base = ROWS["frequencies missing"]("peft", tmp_path / WEIGHTS["peft"]), _bases.mixed_model()
@@ -241,20 +241,20 @@ OTHERS: dict[str, tuple[str, Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("row", OTHERS)
-def test_file_of_another_base_is_refused_and_changes_nothing(row: str) -> None:
+def test_file_of_another_base_is_refused_without_change(row: str) -> None:
     form, make, part = OTHERS[row]
     model = make()
     _files.refused(loading(form, model, GOOD[form]), model, part)
 
 
-def test_value_beyond_the_dtype_of_its_layer_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+def test_value_beyond_layer_dtype_is_refused_without_change(tmp_path: Path) -> None:
     path = Path(shutil.copytree(GOOD["pipeline"], tmp_path / "adapter")) / WEIGHTS["pipeline"]
     parts, pipe = alter("lora_B", lambda B: B + 1e6)("pipeline", path), _bases.sdxl()
     pipe.unet.half()
     _files.refused(loading("pipeline", pipe, path), pipe, "too large for its layer", *parts)
 
 
-def test_models_that_refused_every_file_take_a_whole_one(models) -> None:
+def test_models_that_refused_files_load_a_complete_one(models) -> None:
     """Last, on those that all tests above have left."""
     pipe = models["pipeline"]
     with pytest.raises(ValueError, match="metadata is for a dict of tensors"):

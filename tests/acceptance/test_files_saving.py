@@ -74,7 +74,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("row", "room"), [(row, 800 if "small" in row else 3000) for row in SAVES])
-def test_save_on_a_full_disk_leaves_the_files_of_before_and_no_new_one(row, room, folder: Path, capsys) -> None:
+def test_save_on_full_disk_keeps_the_earlier_files(row, room, folder: Path, capsys) -> None:
     """800 bytes take the small model's LoRA, and not its configuration."""
     save, before = SAVES[row](), content(folder)
     for target in (folder, folder.parent / "new"):
@@ -93,7 +93,7 @@ def test_save_on_a_full_disk_leaves_the_files_of_before_and_no_new_one(row, room
 
 
 @pytest.mark.parametrize("row", ["save_nara_weights", "nara fold", "nara convert"])
-def test_save_where_a_file_is_in_place_of_the_folder_leaves_it_and_names_it(row: str, tmp_path: Path) -> None:
+def test_save_over_a_file_names_and_keeps_it(row: str, tmp_path: Path) -> None:
     path = tmp_path / "a file"
     path.write_text("kept")
     for target in (path, path / "out"):

@@ -52,7 +52,7 @@ HOOK_TO_LAYER = ["rows", "core", "variants", "channel", "functional"]
 
 @pytest.mark.parametrize("is_trained", [False, True])
 @pytest.mark.usefixtures("_registry")
-def test_noise_level_enters_no_file_twice_up_to_the_layer(is_trained: bool):
+def test_noise_level_enters_no_file_twice_before_layer(is_trained: bool):
     register_denoiser("Denoiser", "discrete")
     root = adapted(Denoiser(nn.Linear(7, 5)), target_modules=["layer"], noise_level_per="sample").base_model.model
     x, timestep = torch.randn(3, 7), torch.tensor([10, 500, 900])

@@ -78,7 +78,7 @@ def test_layers_follow_the_formula_forward_and_backward(core, sharing, use_dora,
             assert_near(own[name].weight.grad, layer.weight.grad, f"gradient of W0 of {name}", terms=terms, sums=20)
 
 
-def test_sample_without_batch_axis_is_a_batch_of_one():
+def test_sample_without_batch_axis_is_batch_of_one():
     for kinds in (["bare", "conv1d", "conv2d"], ["grouped", "conv3d"]):
         base = Kinds(kinds)
         model, inputs = adapted(base, target_modules=kinds, use_dora="bare" in kinds), base.inputs()
@@ -104,7 +104,7 @@ DORA, DROPOUT = {"use_dora": True}, {"lora_dropout": 0.4}
     ],
     ids=str,
 )
-def test_new_cores_give_the_outputs_and_gradients_of_pefts_adapters(options):
+def test_new_cores_give_peft_outputs_and_gradients(options):
     """One adapter or two active ones, of equal weights, whose C = I."""
     base, names = Kinds([*KINDS, PADDED]), ["default", "second"][: len(options)]
     inputs, tensors, found = base.inputs(), {}, []
@@ -133,7 +133,7 @@ def test_new_cores_give_the_outputs_and_gradients_of_pefts_adapters(options):
 
 
 @pytest.mark.parametrize("core", ["hypernetwork", "knots", "rank_mask", "bins"])
-def test_patterns_and_rslora_scale_each_layer_and_a_smaller_rank_reads_the_leading_block(core):
+def test_patterns_and_rslora_scale_layers_and_smaller_ranks(core):
     base = Kinds(["linear", "conv1d"])
     by_hand, inputs = ByHand(base), base.inputs()
     patterns = {

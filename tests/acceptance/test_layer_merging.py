@@ -65,7 +65,7 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("core", "sharing", "use_dora"), CASES, ids=str)
-def test_merging_and_to_lora_give_the_forward_at_that_level_and_unmerging_restores(tmp_path, core, sharing, use_dora):
+def test_merging_and_to_lora_match_the_forward(tmp_path, core, sharing, use_dora):
     clean, model = make(core, sharing, use_dora)
     inputs, before = clean.inputs(), base_weights(model)
     expected, other = run(model, inputs, LEVEL), run(model, inputs, 0.8)
@@ -85,9 +85,7 @@ def test_merging_and_to_lora_give_the_forward_at_that_level_and_unmerging_restor
     [(True, False, torch.float32), (True, True, torch.float32), (False, False, torch.bfloat16)],
     ids=str,
 )
-def test_merging_in_a_context_and_unloading_leaves_the_stock_model_with_the_weights_of_the_formula(
-    use_dora, safe_merge, dtype
-):
+def test_merging_in_context_and_unloading_gives_formula_weights(use_dora, safe_merge, dtype):
     """In half precision they are rounded once."""
     clean, model = make("hypernetwork", "global", use_dora, dtype)
     by_hand, config, tensors = ByHand(clean), model.peft_config["default"], leaves(tensors_of(model))
@@ -102,7 +100,7 @@ def test_merging_in_a_context_and_unloading_leaves_the_stock_model_with_the_weig
         assert ((layer.weight - expected).abs() - rounded).max() <= 2e-5 * expected.abs().max(), name
 
 
-def test_merging_without_one_level_or_running_at_another_is_refused_unless_the_adapter_is_disabled():
+def test_merging_without_one_level_is_refused_unless_disabled():
     clean, model = make("hypernetwork", "global", False)
     inputs, before = clean.inputs(), base_weights(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
@@ -121,7 +119,7 @@ def test_merging_without_one_level_or_running_at_another_is_refused_unless_the_a
         assert_all_near(run(model, inputs, 0.9), run(clean, inputs))
 
 
-def test_a_source_that_tells_another_level_than_that_of_a_merge_is_warned_of_once():
+def test_source_with_another_level_than_merge_warns_once():
     base, level = Kinds(["linear"]), [None]
     model, inputs = adapted(base, target_modules=["linear"]), base.inputs()
     expected = run(model, inputs, LEVEL)
@@ -150,7 +148,7 @@ def test_fusing_has_said_so_and_says_no_more(caplog):
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
-def test_merging_one_of_two_adapters_leaves_the_other_to_be_merged_beside_it(use_dora):
+def test_merging_one_adapter_leaves_the_other_mergeable(use_dora):
     clean, model = make("hypernetwork", "layer", use_dora)
     targets, inputs = model.peft_config["default"].target_modules, clean.inputs()
     model.add_adapter("knots", nara_config(target_modules=targets, r=2, use_dora=use_dora, **CORES["knots"]))
@@ -169,7 +167,7 @@ def test_merging_one_of_two_adapters_leaves_the_other_to_be_merged_beside_it(use
     assert_all_near(run(model.merge_and_unload(adapter_names=["knots"], noise_level=LEVEL), inputs), expected)
 
 
-def test_an_adapter_without_a_level_that_is_merged_after_another_runs_at_any_level():
+def test_static_adapter_merged_after_another_runs_anywhere():
     base = Kinds(["linear", "conv2d"])
     model, inputs = adapted(base, target_modules=["two.conv2d"]), base.inputs()
     model.add_adapter("constant", nara_config(target_modules=["one.linear"], **CORES["constant"]))
@@ -274,7 +272,7 @@ def test_quantised_layer_follows_the_formula_forward_and_backward(bits, use_dora
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_merging_a_quantised_layer_quantises_the_weight_of_that_level(bits):
+def test_merging_a_quantised_layer_quantises_the_merged_weight(bits):
     base = quantized(bits)
     W0 = dequantised(base.layer)
     model = adapted(base, target_modules=["layer"])

@@ -75,7 +75,7 @@ half = pytest.mark.parametrize("kind", ["bfloat16", "float16", "autocast"])
 @pytest.mark.parametrize("alike", ["A", "B"])
 @half
 @dora
-def test_core_in_half_precision_convolutions_and_embeddings_is_multiplied_in_float32(use_dora, kind, alike):
+def test_half_precision_layers_multiply_the_core_in_float32(use_dora, kind, alike):
     dtype = torch.float16 if kind == "float16" else torch.bfloat16
     kinds = [name for name in SMALL[use_dora] if "conv" in name or name in ("grouped", "embedding")]
     model, by_hand = sensitive(kinds, dtype, alike, use_dora)
@@ -102,7 +102,7 @@ def test_core_in_half_precision_convolutions_and_embeddings_is_multiplied_in_flo
 
 
 @dora
-def test_float64_model_computes_in_float64_beside_the_float32_core(use_dora):
+def test_float64_model_computes_in_float64_with_float32_core(use_dora):
     kinds = ["linear", "conv1d"]
     base = Kinds(kinds).double()
     inputs = of_dtype(base.inputs(), torch.float64)
@@ -115,7 +115,7 @@ def test_float64_model_computes_in_float64_beside_the_float32_core(use_dora):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_magnitudes_of_zero_or_nearly_zero_give_right_outputs_and_gradients(dtype):
+def test_tiny_magnitudes_give_right_outputs_and_gradients(dtype):
     kinds = ["linear", "trained", "conv1d", "wide"]
     base = Kinds(kinds)
     by_hand = ByHand(copy.deepcopy(base).to(dtype))
@@ -137,7 +137,7 @@ def test_magnitudes_of_zero_or_nearly_zero_give_right_outputs_and_gradients(dtyp
             assert_near(gradient, tensors[name].grad, f"gradient of {name}", terms=2, sums=8, dtype=dtype)
 
 
-def test_dora_of_a_row_of_zeros_is_the_base_at_step_0_and_not_nan():
+def test_dora_with_zero_row_is_base_at_start():
     linear = nn.Linear(5, 3)
     linear.weight.data[1] = 0
     x = torch.randn(2, 5)
@@ -189,7 +189,7 @@ def test_magnitudes_gradient_in_bfloat16_is_summed_in_float32(trained, units, bi
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("core", ["hypernetwork", "constant", "knots", "custom"])
-def test_core_under_autocast_and_of_a_converted_model_keeps_its_bits(core, dtype):
+def test_core_under_autocast_or_conversion_keeps_its_bits(core, dtype):
     model = adapted(Kinds(["linear"]), target_modules=["linear"], **CORES[core])
     expected = core_matrix(model, LEVELS)
     with torch.autocast("cpu", dtype):
@@ -209,7 +209,7 @@ def states(pipe: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("component", "factor", "value"), [("unet", "B", -7e4), ("text_encoder", "A", 65520.0)])
-def test_a_factor_that_overflows_float16_is_refused_and_loads_in_bfloat16(tmp_path, component, factor, value):
+def test_factor_overflowing_float16_loads_only_in_bfloat16(tmp_path, component, factor, value):
     """Before anything has changed; the largest number of float16 loads."""
     save_nara(tmp_path, text=True, target_modules=["to_q", "conv1"])
     metadata, tensors = safe_open(tmp_path / FILE, "pt").metadata(), load_file(tmp_path / FILE)

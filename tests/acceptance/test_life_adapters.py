@@ -89,7 +89,7 @@ def test_adapters_after_set_adapters_equal_the_loras(two: Lives, calls: tuple[Ca
         assert_far(two.call(each).check(), before)
 
 
-def test_dora_disabled_enabled_and_left_alone_equals_the_lora(root: Path) -> None:
+def test_dora_disabled_enabled_or_separate_equals_the_lora(root: Path) -> None:
     lives = Lives()
     base = predict(lives.nara)
     lives.load(root / "dora", "dora").load(root / "a", "a")
@@ -131,7 +131,7 @@ def test_pixels_over_a_life_equal_the_lora(root: Path) -> None:
     lives.call(lambda pipe: pipe.unfuse_lora(components=["unet", "text_encoder"])).check_pixels()
 
 
-def test_fused_at_a_lambda_is_the_lora_of_that_lambda_at_every_timestep_until_unfused(root: Path) -> None:
+def test_fused_adapter_is_its_lora_until_unfused(root: Path) -> None:
     lives = Lives().load(root / "a", "a")
     free = lives.check()
     for fuse in (lambda: lives.nara.fuse_lora(components=["unet"], lora_scale=0.6), lives.nara.unet.fuse_lora):
@@ -145,7 +145,7 @@ def test_fused_at_a_lambda_is_the_lora_of_that_lambda_at_every_timestep_until_un
     assert_far(lives.check(), free)  # Diffusers leaves its scale of .6
 
 
-def test_a_copied_unet_reads_its_own_timesteps_and_has_its_own_weights(root: Path) -> None:
+def test_copied_unet_reads_its_own_timesteps_and_weights(root: Path) -> None:
     lives = Lives().load(root / "a", "a")
     expected = lives.check()
     sibling: Any = copy.copy(lives.nara)
@@ -157,7 +157,7 @@ def test_a_copied_unet_reads_its_own_timesteps_and_has_its_own_weights(root: Pat
     lives.check()
 
 
-def test_a_sibling_by_from_pipe_shares_the_adapters_and_their_end(root: Path) -> None:
+def test_from_pipe_sibling_shares_adapters_and_their_removal(root: Path) -> None:
     image = torch.rand(1, 3, 16, 16)
 
     def edited(sibling: Any) -> Tensor:
@@ -181,7 +181,7 @@ def test_a_sibling_by_from_pipe_shares_the_adapters_and_their_end(root: Path) ->
     assert torch.equal(predict(lives.nara), predict(frozen_sd()))
 
 
-def test_hotswap_at_equal_rank_gives_the_adapter_that_came(root: Path) -> None:
+def test_hotswap_at_equal_rank_gives_the_new_adapter(root: Path) -> None:
     lives = Lives().load(root / "a", "toy")
     before = lives.check()
     assert_far(lives.load(root / "swapped", "toy", hotswap=True).check(), before)
@@ -224,7 +224,7 @@ def test_hotswap_that_fails_on_its_way_changes_nothing(monkeypatch: pytest.Monke
     assert torch.equal(predict(pipe), before)
 
 
-def test_set_lora_device_moves_an_adapter_without_its_core_and_no_other(root: Path) -> None:
+def test_set_lora_device_moves_one_adapters_factors_only(root: Path) -> None:
     lives = Lives().load(root / "b", "b").load(root / "a", "a")
 
     def on_meta(pipe: Any) -> set[str]:
@@ -241,7 +241,7 @@ def test_set_lora_device_moves_an_adapter_without_its_core_and_no_other(root: Pa
 
 
 @pytest.mark.parametrize("how", ["set_adapter", "set_adapters"])
-def test_an_adapter_and_its_core_alone_train_however_parameters_are_listed(how: str) -> None:
+def test_only_an_adapter_and_its_core_train(how: str) -> None:
     pipe = add_nara(frozen_sd(), "a")
     unet = add_nara(pipe, "b", seed=2, r=3, target_modules=FEW_TARGETS).unet  # active
     lists: dict[str, Callable[[], Iterable[torch.nn.Parameter]]] = {
@@ -263,7 +263,7 @@ def test_an_adapter_and_its_core_alone_train_however_parameters_are_listed(how: 
         assert len([name for name in names if "core." in name]) == 6  # three layers of F
 
 
-def test_a_name_that_was_deleted_and_is_added_again_gets_a_fresh_core(root: Path, tmp_path: Path) -> None:
+def test_deleted_name_added_again_gets_a_fresh_core(root: Path, tmp_path: Path) -> None:
     pipe: Any = frozen_sd()
     pipe.load_nara_weights(root / "a", adapter_name="keep")
     pipe.load_nara_weights(root / "b", adapter_name="toy")
@@ -278,7 +278,7 @@ def test_a_name_that_was_deleted_and_is_added_again_gets_a_fresh_core(root: Path
     assert_near(Lives().load(tmp_path, "toy").check(), expected, pipe.unet)
 
 
-def test_a_deleted_core_is_in_no_state_dict_also_where_a_lora_takes_its_name(root: Path) -> None:
+def test_deleted_core_is_in_no_state_dict(root: Path) -> None:
     """`peft_config` alone says what is there: transformers pops a name from it, and nothing visits the modules then."""
     pipe: Any = frozen_sd()
     for name in ("a", "b"):

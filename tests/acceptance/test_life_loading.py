@@ -55,7 +55,7 @@ def assert_same_file(one: Path, other: Path) -> None:
     assert_same_tensors(one / FILE, other / FILE)
 
 
-def test_each_form_loads_under_the_name_of_a_lora_and_is_saved_as_it_was(folder, with_text, tmp_path: Path) -> None:
+def test_each_form_loads_by_name_and_saves_unchanged(folder, with_text, tmp_path: Path) -> None:
     with safe_open(folder / FILE, "pt") as file:
         metadata = file.metadata()
     forms: list[tuple[Any, dict[str, Any]]] = [
@@ -77,7 +77,7 @@ def test_each_form_loads_under_the_name_of_a_lora_and_is_saved_as_it_was(folder,
     refused(lambda: pipe.load_nara_weights(with_text, adapter_name="default_0"), pipe, "'default_0' is a duplicate")
 
 
-def test_trained_and_saved_as_a_nara_and_no_lora_it_gives_the_same_outputs_elsewhere(folder, tmp_path: Path) -> None:
+def test_trained_and_saved_nara_gives_same_outputs_elsewhere(folder, tmp_path: Path) -> None:
     pipe = loaded(folder)
     fill(pipe.unet, seed=3)  # by its trainable tensors, as training does
     with pytest.raises(ValueError, match="save_nara_weights"):
@@ -118,7 +118,7 @@ def test_unloaded_pipeline_is_the_base_bit_for_bit(folder: Path, with_text: Path
     assert (pixels(pipe) - image).abs().max() > 0.02
 
 
-def test_unload_nara_weights_keeps_a_lora_beside_and_saving_then_raises(folder: Path, tmp_path: Path) -> None:
+def test_unload_nara_weights_keeps_a_lora(folder: Path, tmp_path: Path) -> None:
     lora, pipe, expected = save_lora(tmp_path / "lora"), frozen_sd(), frozen_sd()
     expected.load_lora_weights(lora, adapter_name="plain")
     pipe.load_nara_weights(folder, adapter_name="toy")  # type: ignore[attr-defined]
@@ -155,7 +155,7 @@ def test_loading_after_disabling_says_what_is_on(folder: Path, caplog: Any) -> N
     assert torch.equal(predict(pipe), off)
 
 
-def test_dropout_of_a_loaded_adapter_is_at_work_in_training_mode_alone(tmp_path: Path) -> None:
+def test_dropout_of_loaded_adapter_works_only_in_training(tmp_path: Path) -> None:
     pipe = loaded(save_nara(tmp_path, lora_dropout=0.5))
     assert torch.equal(predict(pipe), predict(pipe))
     pipe.unet.train()
@@ -168,7 +168,7 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 V = EulerDiscreteScheduler(**BETAS, prediction_type="v_prediction")
 
 
-def test_timesteps_count_by_the_last_scheduler_without_a_pipeline(folder: Path) -> None:
+def test_timesteps_without_pipeline_use_the_last_scheduler(folder: Path) -> None:
     pipe, timesteps = loaded(folder), torch.tensor([100, 180, 50])
     at_1000 = predict(pipe, timesteps)
     pipe.scheduler = DDIMScheduler(**BETAS, num_train_timesteps=500)

@@ -92,7 +92,7 @@ def test_offloaded_unet_gives_the_same_outputs(
     ],
     ids=["model", "groups"],
 )
-def test_adapter_that_is_loaded_into_an_offloaded_pipeline_gives_the_same_pixels(root: Path, offload: Any) -> None:
+def test_adapter_in_offloaded_pipeline_gives_the_same_pixels(root: Path, offload: Any) -> None:
     image = pixels(loaded(root / "nara"))
     pipe: Any = frozen_sd()
     offload(pipe)
@@ -113,7 +113,7 @@ def stored_in_float8() -> set[str]:
 
 
 @pytest.mark.parametrize("first", ["the adapter", "casting"])
-def test_layerwise_casting_rounds_the_base_and_neither_the_core_nor_a_and_b(root: Path, first: str) -> None:
+def test_layerwise_casting_rounds_only_the_base(root: Path, first: str) -> None:
     lives, stored = Lives(), stored_in_float8()
     assert len(stored) > 20
     for lora in lives.loras:
@@ -131,7 +131,7 @@ def test_layerwise_casting_rounds_the_base_and_neither_the_core_nor_a_and_b(root
     assert {name.replace("base_layer.", "") for name in in_float8} == stored
 
 
-def test_layerwise_casting_that_computes_in_bfloat16_gives_the_outputs_of_float32(root: Path) -> None:
+def test_layerwise_casting_in_bfloat16_matches_float32(root: Path) -> None:
     pipe, exact = frozen_sd(), frozen_sd()
     pipe.unet.to(torch.bfloat16).enable_layerwise_casting(FLOAT8, torch.bfloat16)
     stored = stored_in_float8()

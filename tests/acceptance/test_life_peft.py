@@ -54,7 +54,7 @@ STEPS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def test_core_of_identity_is_peft_s_lora_over_a_life() -> None:
+def test_identity_core_equals_peft_lora_over_a_life() -> None:
     second = {"r": 3, "target_modules": ["first"]}
     nara, lora = get_peft_model(two(), nara_config(core_type="identity")), get_peft_model(two(), lora_config())
     nara.add_adapter("other", nara_config(core_type="identity", **second))
@@ -72,7 +72,7 @@ def test_core_of_identity_is_peft_s_lora_over_a_life() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["NaRA", "NaRA-DoRA"])
-def test_saved_and_loaded_into_another_model_it_is_the_same_adapter(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_saved_adapter_is_the_same_in_another_model(tmp_path: Path, options: dict[str, Any]) -> None:
     model = adapted(nara_config(**options))
     expected = by_hand(model, DEFAULT)
     assert_near(run(model), expected)
@@ -93,7 +93,7 @@ def test_saved_and_loaded_into_another_model_it_is_the_same_adapter(tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["lora_core", "cores", "first", "lora_A"])
-def test_name_like_a_part_of_a_key_is_refused_beside_another_and_saved_alone(tmp_path: Path, name: str) -> None:
+def test_name_like_a_key_is_refused_beside_another(tmp_path: Path, name: str) -> None:
     for alone, added in ((name, "default"), ("default", name)):
         model = get_peft_model(two(), nara_config(), adapter_name=alone)
         disturb(model)
@@ -109,7 +109,7 @@ def test_name_like_a_part_of_a_key_is_refused_beside_another_and_saved_alone(tmp
             assert torch.equal(run(PeftModel.from_pretrained(two(), folder, adapter_name=adapter_name)), run(model))
 
 
-def test_name_that_begins_like_another_is_not_confused_with_it(tmp_path: Path) -> None:
+def test_names_with_a_common_prefix_are_distinct(tmp_path: Path) -> None:
     model: Any = get_peft_model(two(), nara_config(), adapter_name="x")
     model.add_adapter("xy", nara_config())
     model.add_adapter("y_x", nara_config(core_type="constant"))
@@ -134,7 +134,7 @@ def test_ignore_mismatched_sizes_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["default", "other"])
-def test_biases_that_peft_saves_twice_load_under_any_name(tmp_path: Path, name: str) -> None:
+def test_biases_that_peft_saves_twice_load_anywhere(tmp_path: Path, name: str) -> None:
     """With bias="all", PEFT writes those of `modules_to_save` a second time, under names that no model has."""
     config = nara_config(target_modules=["first"], modules_to_save=["second"], bias="all")
     base = nn.ModuleDict({"first": nn.Linear(7, 11), "second": nn.Sequential(nn.Linear(11, 6), nn.Linear(6, 5))})
@@ -153,7 +153,7 @@ def test_biases_that_peft_saves_twice_load_under_any_name(tmp_path: Path, name: 
                 assert torch.equal(tensor, expected[key.replace(f".{name}.", ".default.")]), key
 
 
-def test_state_dict_with_a_converted_core_is_refused_before_a_file_is_written(tmp_path: Path) -> None:
+def test_converted_core_is_refused_before_writing(tmp_path: Path) -> None:
     model = adapted()
     converted = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"is torch\.bfloat16 in the state_dict to be saved, .* leave state_dict out"):
@@ -181,7 +181,7 @@ def test_of_two_adapters_the_active_ones_count() -> None:
     assert_near(run(model), by_hand(model, [["default", "other"]] * 3))
 
 
-def test_an_active_adapter_trains_with_its_core_and_nothing_else_does() -> None:
+def test_active_adapter_trains_with_its_core_only() -> None:
     model = with_second(get_peft_model(two(), nara_config()))
     for active in ("default", "other", ["default", "other"]):
         model.base_model.set_adapter(active)
@@ -193,7 +193,7 @@ def test_an_active_adapter_trains_with_its_core_and_nothing_else_does() -> None:
     assert not ids_of_trainable(model)
 
 
-def test_disabled_it_is_the_base_and_needs_no_lambda_and_unloaded_bit_for_bit() -> None:
+def test_disabled_or_unloaded_adapter_is_the_base() -> None:
     model, base = with_second(), two()
     expected = run(model)
     with model.disable_adapter(), torch.no_grad():

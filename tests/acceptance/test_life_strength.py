@@ -42,7 +42,7 @@ def interpolated(levels: Tensor) -> Tensor:
     return torch.from_numpy(np.interp(levels.double().numpy(), places, values))
 
 
-def test_schedule_is_linear_between_points_constant_outside_and_a_step_is_taken_from_its_lambda_on() -> None:
+def test_schedule_is_linear_between_points_with_exact_steps() -> None:
     levels = torch.linspace(0, 1, 101)
     torch.testing.assert_close(StrengthSchedule(POINTS)(levels).double(), interpolated(levels), rtol=0, atol=1e-6)
     found = StrengthSchedule(STEPS)(torch.tensor([0.0, 0.249, 0.25, 0.5, 0.699, 0.7, 1.0]))
@@ -50,7 +50,7 @@ def test_schedule_is_linear_between_points_constant_outside_and_a_step_is_taken_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_sample_has_the_strength_of_its_own_lambda_and_merged_that_of_the_merge(kind: str) -> None:
+def test_each_sample_has_its_levels_strength(kind: str) -> None:
     model, default = adapted(KINDS[kind]), [["default"]] * 6
     whole = by_hand(model, default, LEVELS, x=INPUT)
     set_strength(model, "default", StrengthSchedule(POINTS))
@@ -68,7 +68,7 @@ def test_each_sample_has_the_strength_of_its_own_lambda_and_merged_that_of_the_m
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "NaRA"])
-def test_two_adapters_have_a_schedule_each_and_no_gradient_where_it_is_zero(kind: str) -> None:
+def test_two_adapters_have_separate_schedules_and_zero_gradients(kind: str) -> None:
     model = adapted(KINDS[kind])
     if kind == "LoRA":
         model.add_adapter("other", lora_config(r=3, target_modules=["first"]))
@@ -90,7 +90,7 @@ def test_two_adapters_have_a_schedule_each_and_no_gradient_where_it_is_zero(kind
         assert [bool(gradient) for gradient in found] == [is_moved] * len(found)
 
 
-def test_set_adapters_takes_schedules_and_numbers_of_loras_beside_each_other(tmp_path: Path) -> None:
+def test_set_adapters_takes_schedules_beside_numbers_of_loras(tmp_path: Path) -> None:
     pipes: list[Any] = [frozen_sd() for _ in range(3)]
     first = save_lora(tmp_path)
     second = save_lora(tmp_path, seed=6, r=2, lora_alpha=2, target_modules=["to_k", "conv1"])
@@ -153,7 +153,7 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("kind", ["images", "text"])
 @pytest.mark.parametrize("method", ["NaRA", "LoRA"])
-def test_live_schedule_stays_until_another_comes_and_numbers_multiply_it(kind: str, method: str) -> None:
+def test_live_schedule_stays_and_numbers_multiply_it(kind: str, method: str) -> None:
     one, other = Loaded(kind, method), Loaded(kind, method)
     live, half, new, plain = (other.by_hand(each) for each in (SCHEDULE, HALF, OTHER, None))
     assert not torch.allclose(live, half, rtol=1e-2, atol=1e-2 * float(live.abs().max()))
@@ -188,7 +188,7 @@ def test_live_schedule_stays_until_another_comes_and_numbers_multiply_it(kind: s
     assert_same(one.output(), plain)
 
 
-def test_a_file_holds_the_live_schedule_and_never_a_number(tmp_path: Path) -> None:
+def test_file_holds_live_schedule_but_never_a_number(tmp_path: Path) -> None:
     one, again = Loaded("images", "NaRA"), Loaded("images", "NaRA")
 
     def reload(name: str) -> None:
@@ -231,7 +231,7 @@ def test_numbers_by_block_multiply_the_live_schedule(method: str) -> None:
 # ---------------------------------------------------------------- refused, and deleted
 
 
-def test_schedule_that_no_level_or_whole_adapter_belongs_to_is_refused_before_anything_changes() -> None:
+def test_schedule_without_level_or_adapter_is_refused_first() -> None:
     pipe: Any = _lives.add_nara(frozen_sd(), "a")
     inject_adapter_in_model(tiny.lora_config(target_modules=["q_proj"]), pipe.text_encoder, "a")
     pipe.set_adapters("a", 0.7)
@@ -252,14 +252,14 @@ def test_schedule_that_no_level_or_whole_adapter_belongs_to_is_refused_before_an
     [{"bias": "lora_only"}, {"lora_bias": True}, {"modules_to_save": ["second"]}, {"init_lora_weights": "pissa"}],
     ids=str,
 )
-def test_strength_over_lambda_of_a_lora_that_changes_more_than_its_update_is_refused(options: Any) -> None:
+def test_strength_of_lora_with_other_changes_is_refused(options: Any) -> None:
     model = adapted(lora_config(target_modules=["first"], **options))
     with pytest.raises(ValueError, match=f"would not scale what {next(iter(options))} changes in the model: pass"):
         set_strength(model, "default", SCHEDULE)
     set_strength(model, "default", 0.5)
 
 
-def test_schedule_goes_with_its_adapter_also_where_a_lora_takes_its_name() -> None:
+def test_schedule_leaves_with_its_adapter() -> None:
     one, other = Loaded("images", "LoRA"), Loaded("images", "LoRA")
     one.pipe.set_adapters("toy", SCHEDULE)
     one.pipe.delete_adapters("toy")
@@ -270,7 +270,7 @@ def test_schedule_goes_with_its_adapter_also_where_a_lora_takes_its_name() -> No
     assert_same(one.output(), other.output())
 
 
-def test_a_source_that_was_set_serves_the_next_strength_of_a_lora_too() -> None:
+def test_source_set_once_is_used_for_later_strengths() -> None:
     one = Loaded("images", "LoRA")
     one.pipe.delete_adapters("style")
     set_strength(one.model, "toy", OTHER)
@@ -281,7 +281,7 @@ def test_a_source_that_was_set_serves_the_next_strength_of_a_lora_too() -> None:
     assert torch.equal(one.output(), expected)
 
 
-def test_schedule_is_refused_where_a_lora_has_room_for_another_rank(tmp_path: Path) -> None:
+def test_schedule_is_refused_for_lora_with_padded_rank(tmp_path: Path) -> None:
     pipe: Any = frozen_sd()
     pipe.enable_lora_hotswap(target_rank=5)
     pipe.load_lora_weights(save_lora(tmp_path), adapter_name="toy")

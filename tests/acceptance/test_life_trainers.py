@@ -44,9 +44,7 @@ def save_as_scripts_do(unet: Any, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("core_type", ["hypernetwork", "rank_mask"])
-def test_saving_as_the_scripts_of_diffusers_do_is_refused_before_a_file_is_written(
-    core_type: str, tmp_path: Path
-) -> None:
+def test_saving_by_diffusers_scripts_is_refused_before_writing(core_type: str, tmp_path: Path) -> None:
     unet = adapted_unet(core_type=core_type)
     with pytest.raises(ValueError, match=r"'default' is a NaRA.*save_nara_weights.*checkpoint_nara_weights"):
         save_as_scripts_do(unet, tmp_path)
@@ -55,14 +53,14 @@ def test_saving_as_the_scripts_of_diffusers_do_is_refused_before_a_file_is_writt
     assert not list(tmp_path.iterdir())
 
 
-def test_adapter_whose_core_is_the_identity_is_saved_as_the_lora_that_it_is(tmp_path: Path) -> None:
+def test_adapter_with_identity_core_is_saved_as_lora(tmp_path: Path) -> None:
     unet = adapted_unet(core_type="identity")
     disturb(unet)
     save_as_scripts_do(unet, tmp_path)
     assert list(tmp_path.iterdir())
 
 
-def test_adapter_that_peft_wraps_is_saved_with_its_configuration_also_around_a_compiled_model(tmp_path: Path) -> None:
+def test_peft_model_saves_configuration_also_around_compiled_model(tmp_path: Path) -> None:
     for unet in (small_sdxl().unet, torch.compile(small_sdxl().unet)):
         adapted: Any = get_peft_model(unet, nara_config(target_modules=["to_q"]))  # type: ignore[arg-type]
         adapted.save_pretrained(tmp_path)
@@ -88,7 +86,7 @@ class Script:
             self.optimizer.zero_grad()
 
 
-def test_checkpoints_of_a_script_of_diffusers_resume_and_load_into_a_pipeline(tmp_path: Path) -> None:
+def test_diffusers_script_checkpoints_resume_and_load(tmp_path: Path) -> None:
     first, again = Script(0), Script(1)
     disturb(first.unet)
     first.train(2)
@@ -110,7 +108,7 @@ def test_checkpoints_of_a_script_of_diffusers_resume_and_load_into_a_pipeline(tm
         torch.testing.assert_close(predict(pipe.unet), predict(first.unet))
 
 
-def test_checkpoints_under_an_engine_that_writes_models_itself_are_refused() -> None:
+def test_checkpoints_under_an_engine_that_shards_are_refused() -> None:
     engine: Any = SimpleNamespace(distributed_type=DistributedType.FSDP)
     with pytest.raises(ValueError, match=r"FSDP.*one process or DDP"):
         checkpoint_nara_weights(engine, unet=adapted_unet())

@@ -63,7 +63,7 @@ def test_compiled_layer_is_one_graph_over_all_levels(both: tuple[Any, Stock]) ->
     assert breaks() == 0
 
 
-def test_compiled_model_gives_outputs_and_gradients_of_each_level_with_one_break_at_most(
+def test_compiled_model_matches_each_level_with_one_break(
     both: tuple[Any, Stock],
 ) -> None:
     model, stock = both
@@ -98,7 +98,7 @@ class Checkpointed(nn.Module):
         return self._gradient_checkpointing_func(self.block.__call__, x)
 
 
-def test_compiled_model_with_checkpoints_is_one_graph_and_has_the_gradients_of_each_level() -> None:
+def test_compiled_model_with_checkpoints_is_one_graph() -> None:
     torch.manual_seed(0)
     model, _ = adapt(Checkpointed(), LAYERS)
     backend = CompileCounterWithBackend("aot_eager")
@@ -117,7 +117,7 @@ def test_compiled_model_with_checkpoints_is_one_graph_and_has_the_gradients_of_e
 
 
 @pytest.mark.slow
-def test_compiled_unet_serves_all_timesteps_and_contexts_with_one_break_at_most() -> None:
+def test_compiled_unet_handles_all_timesteps_with_one_break() -> None:
     unet, stock = adapt(small_unet(TEXT), UNET_TARGETS, scale=0.3)
     stock.double()
     generator = torch.Generator().manual_seed(2)

@@ -55,7 +55,7 @@ def test_noise_level_value_reaches_every_layer_and_row(model: Any, stock: Stock)
         assert_at(model, stock, LEVELS, torch.randn(3, 6, 7))
 
 
-def test_noise_level_that_is_none_raises_and_names_what_a_context_or_a_source_gave(model: Any) -> None:
+def test_invalid_noise_level_raises_naming_its_origin(model: Any) -> None:
     for value, message in [
         (-0.1, r"-0\.1.*\[0, 1\]"),
         (-(2.0**-7), r"-0\.0078125.*\[0, 1\]"),  # by less than a hundredth
@@ -79,7 +79,7 @@ def test_noise_level_that_is_none_raises_and_names_what_a_context_or_a_source_ga
         pass  # without an adapter
 
 
-def test_noise_level_of_another_length_than_the_batch_raises(model: Any, stock: Stock) -> None:
+def test_noise_level_of_wrong_length_raises(model: Any, stock: Stock) -> None:
     with noise_level(model, torch.tensor([0.2, 0.8])):
         with pytest.raises(ValueError, match=r"2 values.*batch.*3"):
             run(model, X)
@@ -91,7 +91,7 @@ def test_noise_level_of_another_length_than_the_batch_raises(model: Any, stock: 
 # ---------------------------------------------------------------------- missing, stale
 
 
-def test_forward_after_a_context_or_a_failure_finds_no_level_and_names_both_remedies(model: Any, stock: Stock) -> None:
+def test_forward_after_context_or_failure_has_no_level(model: Any, stock: Stock) -> None:
     with pytest.raises(ValueError, match=r"(?s)noise_level\(model.*set_noise_source\(model"):
         model(X)
     with noise_level(model, 0.3):
@@ -104,7 +104,7 @@ def test_forward_after_a_context_or_a_failure_finds_no_level_and_names_both_reme
         run(model.base_model.model.first, X)
 
 
-def test_part_alone_has_the_level_around_it_and_none_of_a_forward_that_ctrl_c_ended(model: Any, stock: Stock) -> None:
+def test_separate_part_has_the_level_of_its_context(model: Any, stock: Stock) -> None:
     inner = model.base_model.model
 
     def stop(*_: Any) -> None:
@@ -130,7 +130,7 @@ class Entering(TwoLayers):
             return super().forward(x)
 
 
-def test_context_entered_inside_a_forward_is_for_its_own_model_only(model: Any) -> None:
+def test_context_inside_a_forward_affects_its_model_only(model: Any) -> None:
     """Of another model, it leaves C as the forward made it, from a source, say; of this one, it gives another λ."""
     torch.manual_seed(0)
     entering, stock = adapt(Entering(), LAYERS)
@@ -144,9 +144,7 @@ def test_context_entered_inside_a_forward_is_for_its_own_model_only(model: Any) 
 # ---------------------------------------------------------------------- nesting
 
 
-def test_nested_contexts_innermost_of_the_model_wins_and_leaving_by_any_way_restores_the_outer(
-    model: Any, stock: Stock
-) -> None:
+def test_nested_contexts_use_innermost_and_restore_outer(model: Any, stock: Stock) -> None:
     def leave_by(error: type[BaseException]) -> None:
         with noise_level(model, 0.6):  # as deep as another before it
             assert_at(model, stock, 0.6)
@@ -169,7 +167,7 @@ def test_nested_contexts_innermost_of_the_model_wins_and_leaving_by_any_way_rest
     assert_unknown(other)
 
 
-def test_context_left_that_is_not_the_innermost_raises_and_no_level_remains(model: Any, stock: Stock) -> None:
+def test_context_left_out_of_order_raises_and_clears(model: Any, stock: Stock) -> None:
     outer, inner = ExitStack(), ExitStack()
     outer.enter_context(noise_level(model, 0.1))
     inner.enter_context(noise_level(model, 0.9))
@@ -182,9 +180,7 @@ def test_context_left_that_is_not_the_innermost_raises_and_no_level_remains(mode
     assert_unknown(model)
 
 
-def test_context_left_before_an_inner_one_leaves_no_level_though_a_third_is_around_both(
-    model: Any, stock: Stock
-) -> None:
+def test_context_left_before_inner_one_leaves_no_level(model: Any, stock: Stock) -> None:
     around, outer, inner = (noise_level(model, level) for level in (0.4, 0.1, 0.9))
     for context in (around, outer, inner):
         context.__enter__()
@@ -197,7 +193,7 @@ def test_context_left_before_an_inner_one_leaves_no_level_though_a_third_is_arou
 # ---------------------------------------------------------------------- threads and tasks
 
 
-def test_threads_inside_one_forward_at_a_time_have_their_own_levels(model: Any, stock: Stock) -> None:
+def test_threads_in_one_model_have_their_own_levels(model: Any, stock: Stock) -> None:
     """By contexts or by a source; both threads are between the first layer and the second when either goes on."""
     barrier = threading.Barrier(2, timeout=60)
 
@@ -222,9 +218,7 @@ def test_threads_inside_one_forward_at_a_time_have_their_own_levels(model: Any, 
         pool.submit(run, model, X).result()  # one that is started inside a context has no λ
 
 
-def test_tasks_that_take_turns_have_their_own_levels_though_one_leaves_in_the_wrong_order(
-    model: Any, stock: Stock
-) -> None:
+def test_interleaved_tasks_have_their_own_levels(model: Any, stock: Stock) -> None:
     """Each task of asyncio runs in a `Context` of its own; both enter one `noise_level`."""
     first, second = Context(), Context()
     shared, inner = noise_level(model, 0.37), noise_level(model, 0.8)

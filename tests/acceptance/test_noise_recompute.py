@@ -85,9 +85,7 @@ KINDS = {
     ("kind", "reentrant", "when"),
     [("unet", False, "before"), ("unet", True, "after"), ("llama", True, "before"), ("llama", False, "after")],
 )
-def test_checkpointing_two_forwards_before_one_backward_gives_the_same_gradients(
-    kind: str, reentrant: bool, when: str
-) -> None:
+def test_checkpointing_two_forwards_gives_the_same_gradients(kind: str, reentrant: bool, when: str) -> None:
     make, targets, enable, gradients_of = KINDS[kind]
     expected = gradients_of(adapt(make(), targets, scale=0.3)[0].train())
     model: Any = make()
@@ -111,7 +109,7 @@ class Checkpointed(TwoLayers):
 
 
 @pytest.mark.parametrize("around", [None, 0.5], ids=["outside of contexts", "inside another context"])
-def test_checkpoint_of_ones_own_around_a_block_never_takes_the_level_of_another_forward(around: float | None) -> None:
+def test_user_checkpoint_never_takes_another_forwards_level(around: float | None) -> None:
     model, _ = adapt(Checkpointed(), LAYERS)
     with noise_level(model, LEVELS[0]):
         loss = model(torch.randn(2, 7)).square().mean()
@@ -120,7 +118,7 @@ def test_checkpoint_of_ones_own_around_a_block_never_takes_the_level_of_another_
         loss.backward()
 
 
-def test_model_that_is_run_again_in_backward_at_another_level_is_refused() -> None:
+def test_backward_rerun_at_another_level_is_refused() -> None:
     model, x = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"]), torch.randn(2, 7, requires_grad=True)
     with noise_level(model, 0.3):
         output: Any = checkpoint(model, x, use_reentrant=False)

@@ -49,7 +49,7 @@ def by_hand(stock: Stock, timesteps: Any, inputs: tuple[Tensor, Tensor], levels:
     return stock.double().each(timesteps / 1000 if levels is None else levels, latents, timesteps, text)
 
 
-def test_unet_timestep_of_any_form_tells_each_sample_its_level_unless_a_context_does(
+def test_unet_timestep_in_any_form_sets_each_level(
     inputs: tuple[Tensor, Tensor],
 ) -> None:
     (unet, stock), (latents, text) = adapt(small_unet(TEXT), UNET_TARGETS, scale=0.3), inputs
@@ -65,7 +65,7 @@ def test_unet_timestep_of_any_form_tells_each_sample_its_level_unless_a_context_
         run(unet, latents, 1200, text)
 
 
-def test_unet_fractional_timestep_that_may_be_log_sigma_raises_until_it_is_declared(
+def test_unet_fractional_timestep_raises_until_declared(
     inputs: tuple[Tensor, Tensor],
 ) -> None:
     latents, text = inputs
@@ -99,7 +99,7 @@ def test_timestep_noise_of_another_schedule_argument_and_scale() -> None:
     assert_near(run(model, X, when=timesteps), torch.cat(rows), model)
 
 
-def test_timestep_of_a_forward_is_not_left_for_a_part_called_alone() -> None:
+def test_timestep_of_forward_is_not_left_for_parts() -> None:
     model, _ = adapt(TwoLayers(), LAYERS)
     set_noise_source(model, TimestepNoise("sigma"))
     run(model, X, 0.3)
@@ -112,7 +112,9 @@ def test_timestep_of_a_forward_is_not_left_for_a_part_called_alone() -> None:
 
 
 @pytest.mark.usefixtures("_registry")
-def test_rows_of_frames_that_are_declared_repeat_the_level_of_their_sample() -> None:
+@pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
+@pytest.mark.parametrize("frames", [2, 3])  # as many as there are samples, and more
+def test_declared_frame_rows_repeat_their_samples_level(frames: int, use_dora: bool) -> None:
     class AcceptanceFrames(TwoLayers):
         """Its layers see (b · frames, d), its timestep is (b,)."""
 
@@ -120,8 +122,8 @@ def test_rows_of_frames_that_are_declared_repeat_the_level_of_their_sample() -> 
             return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
     register_denoiser("AcceptanceFrames", "sigma", sample_major=True)
-    model, stock = adapt(AcceptanceFrames(), LAYERS)
-    x, levels = torch.randn(2, 3, 7), torch.tensor([0.9, 0.2])
+    model, stock = adapt(AcceptanceFrames(), LAYERS, use_dora=use_dora)
+    x, levels = torch.randn(2, frames, 7), torch.tensor([0.9, 0.2])
     assert_near(run(model, x, levels), stock.double().each(levels, x.double()), model)
     with noise_level(model, levels.flip(0)):
         assert_near(run(model, x, levels), stock.each(levels.flip(0), x.double()), model)
@@ -137,7 +139,7 @@ class Share:
         return (args[0] > 0).float().mean(1)
 
 
-def test_source_of_another_convention_is_refused_on_all_models_at_once() -> None:
+def test_source_of_another_convention_is_refused_everywhere() -> None:
     three = nn.ModuleList(
         get_peft_model(TwoLayers(), nara_config(target_modules=LAYERS, noise_convention=convention))
         for convention in (None, "masked_share", None)
@@ -156,9 +158,7 @@ def test_source_of_another_convention_is_refused_on_all_models_at_once() -> None
     assert "other" not in three[0].base_model.model.first.lora_A
 
 
-def test_source_of_a_registered_definition_is_read_where_an_adapter_loads_until_it_is_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_registered_source_is_used_until_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(registered, "positive_share", raising=False)  # and again after the test
     source, named = Share(), SimpleNamespace(convention="mine")
     meanings = {TimestepNoise(meaning).convention for meaning in _MEANINGS}
@@ -185,7 +185,7 @@ def test_source_of_a_registered_definition_is_read_where_an_adapter_loads_until_
 # ---------------------------------------------------------------------- values
 
 
-def test_level_that_requires_a_gradient_gets_that_of_finite_differences() -> None:
+def test_level_gradient_matches_finite_differences() -> None:
     model, _ = adapt(TwoLayers(), LAYERS, fourier_scale=2.0)
 
     def loss(levels: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ def test_level_that_requires_a_gradient_gets_that_of_finite_differences() -> Non
     assert distance(leaf.grad, torch.stack(moved)) < 1e-2
 
 
-def test_timesteps_that_require_a_gradient_get_one_a_sample_though_all_are_equal() -> None:
+def test_equal_timesteps_get_one_gradient_per_sample() -> None:
     model, _ = adapt(TwoLayers(), LAYERS, fourier_scale=2.0)
     set_noise_source(model, TimestepNoise("sigma"))
 

@@ -68,7 +68,7 @@ def finish(model: nn.Module, loss: Tensor) -> None:
     assert all(each.grad is not None for each in trained)
 
 
-def test_a_read_of_the_device_raises_and_so_do_tensors_of_the_host_among_its_own() -> None:
+def test_device_read_raises_and_so_do_host_tensors() -> None:
     on_device, of_host = torch.ones(2, device=DEVICE), torch.ones(2)
     for read in (Tensor.tolist, Tensor.cpu, Tensor.nonzero, Tensor.unique):
         with pytest.raises(NotImplementedError):
@@ -106,7 +106,7 @@ def test_training_step_of_a_text_model_reads_nothing(kind: str, options: dict[st
     ],
     ids=str,
 )
-def test_sampling_step_of_a_text_model_reads_one_thing(
+def test_text_sampling_step_reads_one_value(
     kind: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, prompts = text_model(kind).eval(), torch.zeros(2, 3, dtype=torch.long, device=DEVICE)
@@ -152,7 +152,7 @@ def test_training_step_on_a_block_reads_nothing(kind: str, tmp_path: Path) -> No
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_sampling_step_on_a_block_reads_one_thing_and_the_next_block_nothing(tmp_path: Path) -> None:
+def test_block_sampling_step_reads_one_value(tmp_path: Path) -> None:
     model, prompts = llada2(tmp_path).eval(), torch.zeros(2, 3, dtype=torch.long, device=DEVICE)
     counts = []
     for length in (4, 8):
@@ -165,7 +165,7 @@ def test_sampling_step_on_a_block_reads_one_thing_and_the_next_block_nothing(tmp
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_an_adapter_adds_no_reads_to_the_sampler_of_diffusion_gemma(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapter_adds_no_reads_to_diffusion_gemma(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' own reads are two a step: which canvases are finished."""
     monkeypatch.setattr("device_reads.torch.ones", torch.zeros)  # none is
     counts = []
@@ -196,7 +196,7 @@ def training_of(name: str, folder: Path) -> tuple[TrainingStep, dict[str, Any]]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FAMILY_PIPELINES)
-def test_training_and_sampling_step_of_an_image_model_read_nothing(name: str, tmp_path: Path) -> None:
+def test_image_training_and_sampling_steps_read_nothing(name: str, tmp_path: Path) -> None:
     step, batch = training_of(name, tmp_path)
     assert len(set(batch["prompts"])) == 2
     finish(step.model.train(), step(batch).loss)

@@ -32,7 +32,7 @@ ONCE = 60
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_model_of_true_size_trains_saves_loads_and_samples(
+def test_true_size_model_trains_saves_loads_and_samples(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(row_norm, "SLICE", row_norm.DEVICE_SLICE)  # fake tensors say that they are on the CPU

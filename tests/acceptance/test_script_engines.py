@@ -84,9 +84,7 @@ def deviation(found: Path, expected: Path, start: Path) -> float:
 
 
 @slow
-def test_launched_run_in_two_processes_is_that_of_one(
-    flags: dict[str, Any], one: dict[str, Path], tmp_path: Path
-) -> None:
+def test_launched_run_in_two_processes_equals_one(flags: dict[str, Any], one: dict[str, Path], tmp_path: Path) -> None:
     """By `accelerate launch`; of one global batch, the losses, weights and figures."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--main_process_port", "0", str(ROOT / "train_scripts" / "dllm.py")]
@@ -104,7 +102,7 @@ def test_launched_run_in_two_processes_is_that_of_one(
 
 
 @slow
-def test_diffusion_gemma_in_two_processes_is_that_of_one(flags: dict[str, Any], tmp_path: Path) -> None:
+def test_diffusion_gemma_in_two_processes_equals_one(flags: dict[str, Any], tmp_path: Path) -> None:
     """Encoder and decoder share each factor, which gets its gradient from both, and the model runs twice a step."""
     gemma = flags | GEMMA
     run("dllm.py", **gemma, output_dir=tmp_path / "one")
@@ -134,7 +132,7 @@ def ddp(flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path
         pytest.param("zero-3", "bf16", marks=needs_deepspeed),
     ],
 )
-def test_run_under_an_engine_trains_the_adapter_of_one_process_also_when_killed_and_made_longer(
+def test_killed_run_under_engine_equals_one_process(
     flags: dict[str, Any], one: dict[str, Path], ddp: Path, tmp_path: Path, engine: str, precision: str
 ) -> None:
     """Killed in the write of its second checkpoint, of four steps; then it goes on to six."""
@@ -163,9 +161,7 @@ def test_run_under_an_engine_trains_the_adapter_of_one_process_also_when_killed_
 
 
 @slow
-def test_run_killed_before_its_first_checkpoint_begins_anew_and_another_number_of_processes_is_refused(
-    flags: dict[str, Any], ddp: Path, tmp_path: Path
-) -> None:
+def test_killed_run_without_checkpoint_begins_anew(flags: dict[str, Any], ddp: Path, tmp_path: Path) -> None:
     values = flags | TWO | BF16 | {"resume_from_checkpoint": "latest", "output_dir": tmp_path / "run"}
     with pytest.raises(mp.ProcessExitedException):
         in_two_processes([("ddp", "dllm.py", values)], tmp_path, moment=Moment("step", 1))
@@ -179,7 +175,7 @@ def test_run_killed_before_its_first_checkpoint_begins_anew_and_another_number_o
 
 
 @slow
-def test_image_run_in_two_processes_is_that_of_one_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
+def test_image_run_in_two_processes_resumes_exactly(tmp_path: Path) -> None:
     whole, one, resumed = (tmp_path / name for name in ("whole", "one", "resumed"))
     images = image_flags(tmp_path, small_sdxl()) | {"max_train_steps": 4, "snr_gamma": 5.0, "caption_dropout": 0.3}
     run("dreambooth_sdxl.py", **{**images, "train_batch_size": 4}, output_dir=one)
@@ -194,7 +190,7 @@ def test_image_run_in_two_processes_is_that_of_one_and_resumes_to_the_same_bits(
 
 @slow
 @needs_deepspeed
-def test_zero_3_in_bf16_trains_all_weights_in_float32(flags: dict[str, Any], tmp_path: Path) -> None:
+def test_zero_3_in_bf16_trains_in_float32(flags: dict[str, Any], tmp_path: Path) -> None:
     full = {"adapter": "full", "learning_rate": 1e-3, "core_learning_rate": None, "adapter_options": {}}
     options = flags | TWO | BF16 | full | {"lora_alpha": None, "max_train_steps": 2, "output_dir": tmp_path / "run"}
     in_two_processes([("zero-3", "dllm.py", options)], tmp_path)
@@ -216,7 +212,7 @@ def test_zero_3_in_bf16_trains_all_weights_in_float32(flags: dict[str, Any], tmp
         (None, "zero-2", {"core_start_step": 1}, "core_start_step is 1, but DeepSpeed steps as soon as"),
     ],
 )
-def test_engine_refuses_by_name_what_it_would_do_otherwise(
+def test_engine_refuses_settings_that_it_would_change(
     flags: dict[str, Any], tmp_path: Path, written: str | None, engine: str, changes: dict[str, Any], message: str
 ) -> None:
     if "zero" in f"{written} {engine}":
@@ -235,7 +231,7 @@ FSDP = {"ACCELERATE_USE_FSDP": "true"}
 FSDP2 = FSDP | {"FSDP_VERSION": "2"}
 
 
-def test_engine_that_cannot_run_here_is_refused_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_that_cannot_run_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     rows: list[Any] = [
         (FSDP, "no", "accelerate is set to FSDP1"),
@@ -257,9 +253,7 @@ def test_engine_that_cannot_run_here_is_refused_by_its_name(tmp_path: Path, monk
         assert not (tmp_path / "run").exists()
 
 
-def test_global_batch_is_divided_among_processes_and_wins_over_accelerate_s_accumulation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_global_batch_is_divided_and_overrides_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = text_arguments(tmp_path, global_batch_size=8)
     assert [accumulation_steps(args, processes) for processes in (1, 2)] == [2, 1]
     with pytest.raises(ValueError, match="must be a multiple of the 12 samples"):

@@ -86,7 +86,7 @@ def test_run_writes_its_files(finished: Path) -> None:
     assert [line["step"] for line in lines if "validation_loss" in line] == [3, 6]
 
 
-def test_trained_adapter_is_loaded_by_the_card_and_draws_the_run_s_pixels(finished: Path, sdxl: dict[str, Any]) -> None:
+def test_card_code_loads_adapter_and_draws_same_pixels(finished: Path, sdxl: dict[str, Any]) -> None:
     base = StableDiffusionXLPipeline.from_pretrained(sdxl["pretrained_model_name_or_path"])
     pipe = check_pixels(finished, base)
     C = core_matrix(pipe.unet, torch.tensor([0.1, 0.9]), adapter_name=pipe.get_active_adapters()[0])
@@ -109,7 +109,7 @@ def test_card_names_what_was_trained(finished: Path, sdxl: dict[str, Any]) -> No
     assert (config["r"], config["lora_alpha"], config["noise_convention"]) == (3, 5.0, "timestep")
 
 
-def test_run_of_dreambooth_goes_by_the_model_s_family(tmp_path: Path) -> None:
+def test_dreambooth_run_uses_the_models_family(tmp_path: Path) -> None:
     flags, out = image_flags(tmp_path, small_sd3()), tmp_path / "out"
     run("dreambooth.py", **{**flags, **SHORT, "max_sequence_length": 5}, output_dir=out)
     found = settings(out)
@@ -127,7 +127,7 @@ SIDES = {"qwen_image": 32, "wan": 32}
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*(guidance|max_sequence_length).*")
 @pytest.mark.parametrize("name", ["sd", *LENGTHS])
-def test_run_of_each_other_family_resumes_and_is_loaded_by_its_card(name: str, tmp_path: Path) -> None:
+def test_other_family_runs_resume_and_load_by_card(name: str, tmp_path: Path) -> None:
     lengths = {"max_sequence_length": LENGTHS[name]} if name in LENGTHS else {}
     flags = image_flags(tmp_path, FAMILY_PIPELINES[name]()) | {"max_train_steps": 3} | lengths
     flags["resolution"] = SIDES.get(name, 16)
@@ -156,7 +156,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_run_with_another_adapter_is_loaded_by_its_card(sdxl: dict[str, Any], tmp_path: Path, adapter: str) -> None:
+def test_other_adapter_runs_load_by_card(sdxl: dict[str, Any], tmp_path: Path, adapter: str) -> None:
     out = tmp_path / "out"
     flags = {**sdxl, **SHORT, **ADAPTERS[adapter], "adapter": adapter, "train_text_encoder": True}
     run("dreambooth_sdxl.py", **flags, output_dir=out)

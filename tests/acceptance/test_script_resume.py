@@ -60,7 +60,7 @@ def check_goes_on(script: str, moment: Moment, folder: Path, caplog: pytest.LogC
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ENDS, ids=lambda moment: f"{moment.signal.name} at {moment.what}")
-def test_text_run_that_ended_early_goes_on_to_the_same_bits(
+def test_text_run_resumed_ends_with_same_bits(
     text: dict[str, Any], undisturbed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, moment: Moment
 ) -> None:
     check_goes_on("dllm.py", moment, tmp_path, caplog, **text)
@@ -71,7 +71,7 @@ def test_text_run_that_ended_early_goes_on_to_the_same_bits(
 
 
 @pytest.mark.slow
-def test_run_on_canvases_that_is_killed_goes_on_to_the_same_bits(
+def test_killed_canvas_run_resumes_to_same_bits(
     text: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     flags = text | {"pretrained_model_name_or_path": ASSETS / "gemma-tiny", "gen_length": 16, "complementary": False}
@@ -82,9 +82,7 @@ def test_run_on_canvases_that_is_killed_goes_on_to_the_same_bits(
 
 
 @pytest.mark.slow
-def test_run_of_llada2_that_was_killed_goes_on_to_the_same_bits(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_killed_llada2_run_resumes_to_same_bits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     flags, whole = block_flags(tmp_path), tmp_path / "whole"
     run("dllm.py", **flags, output_dir=whole)
     check_goes_on("dllm.py", Moment("step", 3), tmp_path, caplog, **flags)
@@ -105,7 +103,7 @@ IMAGES: dict[str, Any] = {"gradient_accumulation_steps": 2, "lora_dropout": 0.2,
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*torch_dtype.*")
-def test_image_run_that_ended_early_goes_on_to_the_same_bits(
+def test_image_run_resumed_ends_with_same_bits(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, script: str, changes: dict[str, Any], moment: Moment
 ) -> None:
     make = small_sdxl if script == "dreambooth_sdxl.py" else small_sd3
@@ -154,7 +152,7 @@ def of_version_0_1(checkpoint: Path) -> None:
     (checkpoint / "checkpoint.json").write_text(json.dumps(fields))
 
 
-def test_checkpoint_of_another_run_or_a_damaged_one_is_refused(
+def test_foreign_or_damaged_checkpoint_is_refused(
     capsys: pytest.CaptureFixture[str], stopped: dict[str, Any], tmp_path: Path
 ) -> None:
     rows: list[Any] = [
@@ -189,9 +187,7 @@ def test_checkpoint_holds_the_adapter_and_not_the_base(stopped: dict[str, Any]) 
     assert all(torch.equal(value, final[name]) for name, value in adapter.items())
 
 
-def test_image_run_resumes_only_on_the_configurations_it_began_with(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_image_run_resumes_only_with_its_configurations(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     flags = image_flags(tmp_path, small_sdxl()) | {"max_train_steps": 1, "checkpointing_steps": 1}
     run("dreambooth_sdxl.py", **flags, output_dir=tmp_path / "run")
     flags |= {"output_dir": tmp_path / "run", "resume_from_checkpoint": tmp_path / "run" / "checkpoint-1"}

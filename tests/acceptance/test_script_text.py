@@ -78,7 +78,7 @@ def test_run_logs_its_losses(finished: Path) -> None:
     assert validations[-1]["validation_loss"] == pytest.approx(results(finished)["validation_loss_after"], rel=1e-5)
 
 
-def test_trained_adapter_is_peft_s_folder_of_a_nara(finished: Path, flags: dict[str, Any]) -> None:
+def test_trained_adapter_is_a_peft_folder(finished: Path, flags: dict[str, Any]) -> None:
     config = NaraConfig.from_pretrained(finished)
     assert (config.r, config.lora_alpha, config.noise_convention) == (3, 5.0, "masked_share")
     saved = tensors(finished)
@@ -90,7 +90,7 @@ def test_trained_adapter_is_peft_s_folder_of_a_nara(finished: Path, flags: dict[
     assert (logits(model, 0.1) - logits(model, 0.9)).abs().max() > 0  # its core has moved
 
 
-def test_card_s_code_runs_as_it_stands_on_the_model_that_was_measured(
+def test_card_code_runs_on_the_measured_model(
     finished: Path, flags: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     scope = by_the_card(finished, until="(nothing)")
@@ -144,7 +144,7 @@ NO_CORE: dict[str, Any] = {"core_learning_rate": None, "adapter_options": {}}
         ("full", NO_CORE | {"lora_alpha": None}),
     ],
 )
-def test_run_with_another_adapter_is_loaded_by_its_card(
+def test_other_adapter_runs_load_by_card(
     flags: dict[str, Any], tmp_path: Path, adapter: str, changes: dict[str, Any]
 ) -> None:
     out = tmp_path / "out"
@@ -175,9 +175,7 @@ LARGE = [path for path in LARGE if not path.stem.endswith("_tiny")]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
-def test_settings_for_a_larger_model_take_two_steps_on_the_small_one(
-    flags: dict[str, Any], tmp_path: Path, path: Path
-) -> None:
+def test_larger_model_settings_run_on_the_small_one(flags: dict[str, Any], tmp_path: Path, path: Path) -> None:
     """With its own settings, except for what the small model or a computer without a GPU doesn't have."""
     out, family = tmp_path / "out", path.stem.split("_")[0]
     changes = {name: flags[name] for name in ("train_file", "validation_file", "test_file", "eval_batch_size")}

@@ -88,7 +88,7 @@ def assert_same(found: Tensor, expected: Tensor, stock: nn.Module) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=rounding_of(stock) * float(expected.abs().max()))
 
 
-def test_llada_s_files_give_the_logits_of_a_bidirectional_llama(tmp_path: Path) -> None:
+def test_llada_files_give_bidirectional_llama_logits(tmp_path: Path) -> None:
     stock = stock_llama()
     folder = write(tmp_path, llada_names(stock.state_dict()), LLADA_CONFIG | SPECIAL)
     model, tokenizer = load_backbone(folder)
@@ -110,7 +110,7 @@ def test_llada_s_files_give_the_logits_of_a_bidirectional_llama(tmp_path: Path) 
     assert model.config._attn_implementation == "eager"
 
 
-def test_dream_s_files_give_qwen_s_logits_one_position_on(tmp_path: Path) -> None:
+def test_dream_files_give_qwen_logits_shifted_by_one(tmp_path: Path) -> None:
     stock = Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2)).eval()
     for parameter in stock.parameters():
         parameter.data += 0.3 * torch.randn(parameter.shape)  # its biases start at zero
@@ -130,7 +130,7 @@ def test_dream_s_files_give_qwen_s_logits_one_position_on(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("names", ["llada", "llama"])
-def test_illada_s_files_have_stock_settings_and_either_names(tmp_path: Path, names: str) -> None:
+def test_illada_files_have_stock_settings_and_both_names(tmp_path: Path, names: str) -> None:
     stock = stock_llama(tie_word_embeddings=True)
     tensors = {name: tensor for name, tensor in stock.state_dict().items() if name != "lm_head.weight"}
     config = stock.config.to_dict() | {"model_type": "illada", "architectures": ["iLLaDAModelLM"], "mask_token_id": 9}
@@ -140,7 +140,7 @@ def test_illada_s_files_have_stock_settings_and_either_names(tmp_path: Path, nam
     assert (model.config.mask_token_id, tokenizer.mask_token) == (9, "w9")
 
 
-def test_files_that_the_stock_class_is_not_are_refused_by_name(tmp_path: Path) -> None:
+def test_files_unlike_the_stock_class_are_refused(tmp_path: Path) -> None:
     for change, more, named in [
         ({"alibi": True}, None, "alibi"),
         ({"block_type": "sequential"}, None, "block_type"),
@@ -175,7 +175,7 @@ def test_causal_models_become_bidirectional(tmp_path: Path, model_class: Any) ->
     torch.testing.assert_close(plain_logits(model), plain_logits(stock))
 
 
-def test_mask_token_is_named_by_id_or_by_text(tmp_path: Path) -> None:
+def test_mask_token_is_set_by_id_or_text(tmp_path: Path) -> None:
     folder = saved(tmp_path, backbone(VOCABULARY))
     model, tokenizer = load_backbone(folder, mask_token_id=7)
     assert (model.config.mask_token_id, tokenizer.mask_token) == (7, "w7")
@@ -189,7 +189,7 @@ def test_mask_token_is_named_by_id_or_by_text(tmp_path: Path) -> None:
             load_backbone(folder, **options)
 
 
-def test_encoders_are_loaded_without_heads_of_other_tasks_and_other_tensors_are_refused(tmp_path: Path) -> None:
+def test_encoders_load_without_foreign_heads_and_tensors(tmp_path: Path) -> None:
     folder = saved(tmp_path, BertForPreTraining(BertConfig(**SIZES)))
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)

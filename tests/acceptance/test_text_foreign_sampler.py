@@ -36,7 +36,7 @@ def pair() -> tuple[Any, ByHand]:
     return adapted_pair(VOCABULARY)
 
 
-def test_level_is_the_masked_share_without_prompt_and_padding(pair: Any) -> None:
+def test_level_is_masked_share_without_prompt_and_padding(pair: Any) -> None:
     model, by_hand = pair
     seen = IDS.masked_fill(MASKED, MASK)
     seen[1, 9:] = MASK  # padding, which a sampler may fill with anything
@@ -70,7 +70,7 @@ def test_padding_is_no_answer(pair: Any) -> None:
         assert torch.equal(model(ids, attention_mask=REAL).logits, expected)
 
 
-def test_an_attention_mask_that_can_t_tell_is_refused(pair: Any) -> None:
+def test_ambiguous_attention_mask_is_refused(pair: Any) -> None:
     for mask in [
         REAL.bool()[:, None, :] & REAL.bool()[:, :, None],
         torch.ones(3, 1, 14, 14, dtype=torch.bool),
@@ -81,13 +81,13 @@ def test_an_attention_mask_that_can_t_tell_is_refused(pair: Any) -> None:
             pair[0](IDS, attention_mask=mask)
 
 
-def test_level_that_is_unknown_is_an_error_that_names_what_reads_it(pair: Any) -> None:
+def test_unknown_level_raises_naming_its_readers(pair: Any) -> None:
     with pytest.raises(ValueError, match=r"read_noise_from_input_ids\(model, prompt_lengths\)"):
         pair[0](IDS)
 
 
 @torch.no_grad()
-def test_context_beats_the_source_and_an_inner_source_ends(pair: Any) -> None:
+def test_context_overrides_source_and_inner_source_ends(pair: Any) -> None:
     """Of 10 tokens of an answer, or of 5, four are masked."""
     model, by_hand = pair
     ids = IDS.masked_fill(torch.arange(14) > 9, MASK)
@@ -119,7 +119,7 @@ def test_what_cannot_be_known_is_an_error() -> None:
 # ---------------------------------------------------------------------- a mask that a user types
 
 
-def test_mask_in_a_prompt_or_text_is_refused_and_one_in_padding_is_not(pair: Any) -> None:
+def test_mask_is_refused_in_text_not_in_padding(pair: Any) -> None:
     rows = torch.tensor([[9, 8, 7, MASK], [9, MASK, 7, 5]])
     with pytest.raises(ValueError, match=rf"prompt 1 holds the mask token \({MASK}\).*: write it otherwise"):
         generate(pair[0], rows, gen_length=2, prompt_lengths=[3, 2])

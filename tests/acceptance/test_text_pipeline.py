@@ -51,7 +51,7 @@ def sequences(model: Any, tokenizer: Any, questions: list[str] = QUESTIONS, **op
     return generate(model, ids, prompt_lengths=lengths, eos_token_id=ends, **LENGTH, **options)
 
 
-def test_pipeline_answers_questions_and_chats_alone_and_together_once_or_several_times(shared: LLaDAPipeline) -> None:
+def test_pipeline_answers_questions_and_chats_in_any_batch(shared: LLaDAPipeline) -> None:
     texts, ids = shared(QUESTIONS, **LENGTH, return_dict=False)
     assert texts == shared(QUESTIONS, **LENGTH).texts == ANSWERS
     assert torch.equal(ids, sequences(*load_backbone(LLADA_TINY)))
@@ -67,9 +67,7 @@ def test_pipeline_answers_questions_and_chats_alone_and_together_once_or_several
     assert not torch.equal(result.answers[0], result.answers[1])
 
 
-def test_a_chat_prompt_is_answered_in_the_blocks_of_the_models_own_chat(
-    shared: LLaDAPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chat_prompt_is_answered_in_the_chats_blocks(shared: LLaDAPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of three tokens here, where they divide the answer, and their number the steps."""
     asked, steps = [], Sampling.tokens_per_step
     assert CHAT_BLOCKS["llama"] == 32
@@ -109,7 +107,7 @@ def test_callback_sees_each_step_and_changes_it(shared: LLaDAPipeline) -> None:
     assert shared(QUESTIONS[1], **{**options, "callback_on_step_end": lambda *_: None}).texts == ["PLANET"]
 
 
-def test_without_a_chat_template_the_prompt_is_that_of_training() -> None:
+def test_prompt_without_chat_template_is_that_of_training() -> None:
     other = pipeline()
     other.tokenizer.chat_template = None
     assert other.prompt_text(QUESTIONS[2]) == prompt_text(other.tokenizer, QUESTIONS[2])
@@ -142,7 +140,7 @@ def test_models_that_cannot_unmask_are_refused(shared: LLaDAPipeline, tmp_path: 
         LLaDAPipeline.from_pretrained(tmp_path)
 
 
-def test_pipeline_with_an_adapter_answers_as_peft_does_and_saves_both(adapter: Path, tmp_path: Path) -> None:
+def test_adapted_pipeline_answers_as_peft_and_saves_both(adapter: Path, tmp_path: Path) -> None:
     pipe = pipeline()
     base = pipe(QUESTIONS, **LENGTH).sequences
     pipe.load_nara_weights(adapter, adapter_name="mine")

@@ -69,7 +69,7 @@ def test_what_other_trainers_save_loads(trainers: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_trainer_of_transformers_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(trainers: dict[str, Any]) -> None:
+def test_transformers_trainer_resumes_as_if_never_stopped(trainers: dict[str, Any]) -> None:
     options = {**trainers["options"], "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2}
     weights = []
     for checkpoint in (None, "outputs/resumed/checkpoint-2"):
@@ -84,7 +84,7 @@ def test_trainer_of_transformers_goes_on_from_its_checkpoint_as_if_it_had_not_st
 
 
 @pytest.mark.slow
-def test_trainer_of_dllm_reads_the_masked_share_that_it_draws(trainers: dict[str, Any]) -> None:
+def test_dllm_trainer_uses_its_drawn_masked_share(trainers: dict[str, Any]) -> None:
     from dllm.core.trainers import MDLMConfig  # type: ignore[import-not-found]
 
     def labelled(row: dict[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def arguments(tmp_path: Path) -> Callable[..., Arguments]:
     return lambda **changes: text_arguments(tmp_path / "other", **{**defaults, **changes})
 
 
-def test_longest_pads_over_the_global_batch_whatever_a_forward_holds(arguments, tmp_path: Path) -> None:
+def test_longest_padding_covers_the_global_batch(arguments, tmp_path: Path) -> None:
     """The losses of 1 x 4 samples are those of 4 x 1: both train the padding to the longest of the four."""
     lines, short = [], {"max_train_steps": 1, "validation_steps": 1, "test_samples": 1, "curve_points": 1}
     for size, accumulation in ((1, 4), (4, 1)):
@@ -46,7 +46,7 @@ def test_longest_pads_over_the_global_batch_whatever_a_forward_holds(arguments, 
 
 
 @pytest.mark.slow
-def test_more_training_of_what_the_base_knows_makes_it_no_worse(arguments, tmp_path: Path) -> None:
+def test_further_training_on_known_data_does_no_harm(arguments, tmp_path: Path) -> None:
     """At one sample a forward, as in the 8B configurations, and gen_length far beyond the answers."""
     draw, files = random.Random(0), {"train_file": tmp_path / "more.jsonl", "test_file": tmp_path / "held.jsonl"}
     for file, count in zip(files.values(), (200, 48), strict=True):
@@ -80,7 +80,7 @@ def canvas_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
         ({"train_file": "texts.jsonl", "gen_length": 9}, None, ""),  # without a prompt they may be longer
     ],
 )
-def test_generating_beyond_the_trained_canvas_or_less_than_an_answer_is_warned_of_before_training(
+def test_generating_beyond_trained_canvas_warns_before_training(
     arguments, caplog: Any, tmp_path: Path, monkeypatch: Any, changes: dict[str, Any], message: str | None, remedy: str
 ) -> None:
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"{n} is a number"}) + "\n" for n in range(9)))
@@ -95,7 +95,7 @@ def test_generating_beyond_the_trained_canvas_or_less_than_an_answer_is_warned_o
         assert found[0].endswith(f"give --{remedy}")
 
 
-def test_a_canvas_beyond_the_models_positions_is_refused_before_training(arguments, tmp_path: Path) -> None:
+def test_canvas_beyond_positions_is_refused_before_training(arguments, tmp_path: Path) -> None:
     long = [{"instruction": "a" * (38 + n), "output": "b"} for n in range(9)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(record) + "\n" for record in long))
     args = arguments(gen_length=30, train_file=tmp_path / "own.jsonl")
@@ -125,7 +125,7 @@ def test_lengths_are_refused_before_a_record_is_tokenised(arguments, monkeypatch
         assert not Path(args.output_dir).exists()
 
 
-def test_samples_beyond_the_positions_that_virtual_tokens_leave_are_refused(arguments) -> None:
+def test_samples_beyond_remaining_positions_are_refused(arguments) -> None:
     changes = {"adapter": "prompt_tuning", "adapter_options": {"num_virtual_tokens": 30}, "gen_length": 20}
     with pytest.raises(ValueError, match=r"together \d+, but the model has 34 positions"):
         main(arguments(**NO_CORE | changes))
@@ -135,7 +135,7 @@ RULE = {"remasking": "entropy", "entropy_bound": 0.1, "top_p": 0.9, "confidence_
 
 
 @pytest.mark.parametrize(("given", "block"), [({}, 4), ({"block_length": 6, **RULE}, 6)])
-def test_facts_report_and_card_have_the_canvas_and_the_options_and_block_length_of_generation(
+def test_report_and_card_have_canvas_and_generation_options(
     arguments, caplog: Any, given: dict[str, Any], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(masked_kind.CHAT_BLOCKS, "llama", 4)

@@ -96,7 +96,7 @@ OF_TEXT: dict[str, Callable[[Any], Tensor]] = {
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @torch.no_grad()
-def test_a_number_is_the_same_level_under_any_default_dtype(dtype: torch.dtype, tiny_llama: Any) -> None:
+def test_number_is_same_level_under_any_default_dtype(dtype: torch.dtype, tiny_llama: Any) -> None:
     def model() -> Any:
         torch.manual_seed(3)
         return adapted(TwoLayers(), target_modules=["first"])

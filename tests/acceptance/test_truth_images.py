@@ -55,7 +55,7 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return Ran(_commands.results(folder / "run"), log, (folder / "run" / "README.md").read_text(), base, size)
 
 
-def test_results_facts_and_card_name_base_and_resolution_and_how_sdxl_is_asked_for(ran: Ran) -> None:
+def test_results_and_card_name_base_and_resolution(ran: Ran) -> None:
     assert Path(ran.results["base_model"]).resolve() == ASSETS / ran.base
     assert ran.results["resolution"] == 64
     assert f"base: {ran.results['base_model']} at 64 pixels" in ran.log
@@ -70,7 +70,7 @@ def test_results_facts_and_card_name_base_and_resolution_and_how_sdxl_is_asked_f
     assert model.format(": ") in (_commands.ROOT / "train_scripts/configs/sdxl_dreambooth.yaml").read_text()
 
 
-def test_samples_and_card_have_the_most_frequent_size_of_the_training_images(ran: Ran) -> None:
+def test_samples_and_card_have_the_most_frequent_size(ran: Ran) -> None:
     sizes, width, height = "2 images at 64 x 64; samples at 64 x 64", 64, 64
     if ran.base == "sdxl-tiny":
         sizes, width, height = "2 images at 48 x 80, 1 image at 80 x 48; samples at 48 x 80", 80, 48

@@ -99,7 +99,7 @@ def test_prose_has_the_digits_of_the_records(figures):
 
 
 @pytest.mark.parametrize("page", ["images", "text", "rank4"])
-def test_prose_has_the_digits_of_the_tables_on_its_page(page):
+def test_prose_has_the_digits_of_its_pages_tables(page):
     """Of ordinary fine-tuning. A wrong digit is found where no other figure of the page happens to have it."""
     text = (report_quality.RESULTS / f"{page}.md").read_text(encoding="utf-8")
     parts = re.split(r"(?s)<!-- table:(.*?)<!-- end of table -->", text)  # prose, table, prose, …
@@ -136,7 +136,7 @@ def characters():
     return load("uniform-tiny")[1]("abcdefghijklmnopqrstuvwxyz0123456789", add_special_tokens=False)["input_ids"]
 
 
-def test_bayes_rule_is_that_of_all_characters_and_tokens_of_the_noise(batches):
+def test_bayes_rule_covers_all_characters_and_noise_tokens(batches):
     batch = batches[4]
     noise = noise_tokens(load("uniform-tiny")[1]).tolist()
     found = bayes_losses(batch)
@@ -154,7 +154,7 @@ def test_bayes_rule_is_that_of_all_characters_and_tokens_of_the_noise(batches):
 @pytest.mark.parametrize(
     ("knows_level", "score"), [(True, "1.977"), pytest.param(False, "2.078", marks=pytest.mark.slow)]
 )
-def test_bayes_rule_has_on_the_held_out_questions_what_the_record_says(batches, knows_level, score):
+def test_bayes_rule_matches_the_record_on_validation_questions(batches, knows_level, score):
     losses = [bayes_losses(batch, knows_level)[batch.answer].mean().item() for batch in batches]
     title = "Bayes' rule, told λ" if knows_level else "Bayes' rule, not told λ"
     (record,) = (each for each in results.read(RECORDS) if each["arm"] == title)
@@ -164,7 +164,7 @@ def test_bayes_rule_has_on_the_held_out_questions_what_the_record_says(batches, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("regime", ["eps_to_v", "zero_snr", "eps_to_flow"])
-def test_the_base_read_by_the_identity_has_what_the_record_says(regime):
+def test_base_read_by_identity_matches_the_record(regime):
     read = runs.FURTHER[f"{regime}_read"]
     (record,) = (each for each in results.read(RECORDS) if each["regime"] == regime and each["seed"] is None)
     assert read.figures(base().pipe.unet)["losses"] == pytest.approx(record["losses"], rel=1e-4)

@@ -43,7 +43,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.3, 0.8), (0.0, 0.7), (1 / 3, 1.0), (0.123456789, 0.999)])
-def test_what_is_drawn_is_at_strength_1_and_all_else_at_0(low: float, high: float, monkeypatch) -> None:
+def test_strength_is_1_in_window_and_0_outside(low: float, high: float, monkeypatch) -> None:
     """low ≤ λ < high in float32, and λ = 1 too where high is 1."""
     window = NoiseWindow(low, high)
     schedule = within(window)
@@ -79,7 +79,7 @@ def logits(model: Any, level: float) -> Tensor:
         return model(IDS).logits
 
 
-def test_a_text_adapter_carries_its_window_also_after_a_resume(arguments, tmp_path):
+def test_text_adapter_keeps_its_window_after_a_resume(arguments, tmp_path):
     folder, options = tmp_path / "run", WINDOW | {"max_train_steps": 2, "checkpointing_steps": 1}
     dllm.main(arguments(**options))
     whole = (folder / TEXT).read_bytes()
@@ -116,7 +116,7 @@ def without_update(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
-def test_a_text_lora_says_what_it_must_be_told(arguments, tmp_path, capsys, adapter):
+def test_text_lora_card_says_how_to_switch_off(arguments, tmp_path, capsys, adapter):
     dllm.main(arguments(**WINDOW, adapter=adapter, max_train_steps=2))
     line = f'set_strength(model, "default", {LINE})'
     said = capsys.readouterr().out
@@ -147,7 +147,7 @@ def predicted(pipe: Any, timestep: int) -> Tensor:
     [("nara", True), ("lora", False), ("dora", True)],
 )
 @pytest.mark.slow
-def test_an_image_adapter_is_off_outside_as_its_card_loads_it(
+def test_image_adapter_is_off_outside_when_loaded(
     adapter: str, train_text_encoder: bool, images: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = image_arguments(images, tmp_path / "run", **WINDOW, adapter=adapter, train_text_encoder=train_text_encoder)

@@ -30,14 +30,14 @@ PROMPTS = (
 
 
 @pytest.mark.parametrize("name", MEGABYTES)
-def test_folder_is_small_and_its_card_has_its_figures(name):
+def test_folder_is_small_and_card_has_its_figures(name):
     assert sum(path.stat().st_size for path in (ASSETS / name).rglob("*") if path.is_file()) < MEGABYTES[name] * 2**20
     results, card = json.loads((ASSETS / name / "results.json").read_text()), (ASSETS / name / "README.md").read_text()
     assert name.startswith(("clip", "sd", "dream")) or f"{results['validation_loss']:.3f}" in card
     assert not list((ASSETS / name).rglob("*.bin")) + list((ASSETS / name).rglob("*.pt"))
 
 
-def test_dream_tiny_reverses_a_word_and_uniform_tiny_repairs_one():
+def test_tiny_models_reverse_or_repair_a_word():
     """llada-tiny does the first in its pipeline."""
     model, tokenizer = load_backbone(str(ASSETS / "dream-tiny"))
     chat = [{"role": "user", "content": "reverse: planet"}]

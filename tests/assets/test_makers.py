@@ -23,7 +23,7 @@ LESS = {"scenes": 6, "held_out": 3, "save_steps": 3, "evaluation_batches": 1, "i
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
-def test_make_llada_tiny_stopped_and_resumed_gives_the_same_weights(family, tmp_path, monkeypatch):
+def test_make_llada_tiny_resumed_gives_the_same_weights(family, tmp_path, monkeypatch):
     make = pytest.importorskip("make_llada_tiny")
     sizes = {**TEXT, "lr_warmup_steps": 2, "validation_steps": 3, "checkpointing_steps": 2, "decay_share": 0.6}
 
@@ -60,7 +60,7 @@ def test_make_gemma_tiny_writes_a_model_of_canvases(tmp_path):
     assert load_backbone(tmp_path)[0].config.canvas_length == 16
 
 
-def test_gemma_tinys_faster_step_has_the_losses_and_gradients_of_the_plain_one():
+def test_gemma_tinys_fast_step_matches_the_plain_one():
     make = pytest.importorskip("make_gemma_tiny")
     torch.manual_seed(5)
     model, runs, found = make.build_gemma(make.build_tokenizer()), [], []
@@ -85,7 +85,7 @@ def test_gemma_tinys_faster_step_has_the_losses_and_gradients_of_the_plain_one()
         assert_near(found[1][name], expected, model)
 
 
-def test_make_sdxl_tiny_writes_a_pipeline_on_two_clips_of_unequal_widths(tmp_path):
+def test_make_sdxl_tiny_writes_two_unequal_clips(tmp_path):
     clips = {"clip_smaller": tmp_path / "smaller", "clip": tmp_path / "clip"}
     for width, folder in zip((32, 48), clips.values(), strict=True):
         options = {**CLIP, "text_width": width, "output_dir": folder, "max_train_steps": 2}

@@ -34,7 +34,7 @@ def disturbed(model: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize(("kind", "count"), [("bias", 10), ("constant", 1)])
-def test_a_bias_is_added_to_the_logit_of_the_token_that_is_seen(kind, count):
+def test_bias_is_added_to_the_seen_tokens_logit(kind, count):
     model, plain = copy.deepcopy(base_of(BASE)[0]), base_of(BASE)[0]
     control = Control(kind, model)
     control.numbers.data = torch.arange(1.0, count + 1)[:, None]
@@ -62,7 +62,7 @@ def test_an_embedding_is_added_to_the_canvas_only():
     torch.testing.assert_close(other.encoder_last_hidden_state, same.encoder_last_hidden_state)
 
 
-def test_a_token_of_lambda_is_one_more_on_the_canvas():
+def test_lambda_token_is_one_more_on_the_canvas():
     model, plain = copy.deepcopy(base_of(BASE)[0]), base_of(BASE)[0]
     control, seeing = Control("token", model), torch.randn(2, 17, 284)
     seeing[:, 16] = 0
@@ -80,7 +80,7 @@ def test_a_token_of_lambda_is_one_more_on_the_canvas():
             torch.testing.assert_close(found[i], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_lambda_of_generate_is_the_share_that_its_sampler_did_not_accept():
+def test_lambda_of_generate_is_the_unaccepted_share():
     model = copy.deepcopy(base_of(BASE)[0])
     control = Control("bias", model)
     control.numbers.data = torch.linspace(-0.2, 0.3, 10)[:, None]
@@ -100,7 +100,7 @@ def test_lambda_of_generate_is_the_share_that_its_sampler_did_not_accept():
         torch.testing.assert_close(level, 1 - mask.float().mean(1))
 
 
-def test_true_levels_are_the_shares_of_wrong_tokens_but_for_the_case():
+def test_true_levels_are_shares_of_wrong_tokens():
     tuned = tuning(core_type="identity", control="bias")
     inner, (_, tokenizer) = block_model(tuned.model.model), base_of(BASE)
     task = tuned.task.sampled

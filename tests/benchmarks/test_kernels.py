@@ -10,7 +10,7 @@ MOST = {"NaRA": (5, 11, 5), "NaRA-DoRA": (20, 19, 20)}
 
 
 @pytest.mark.parametrize("method", MOST)
-def test_kernels_of_a_layer_are_at_most_those_of_the_aims(method: str) -> None:
+def test_layer_kernels_are_at_most_the_aims(method: str) -> None:
     found = kernels_of_layer(method)
     for kind, most in zip(("forward", "backward", "inference"), MOST[method], strict=True):
         assert sum(found[kind].values()) <= most, (kind, found[kind])
@@ -21,7 +21,7 @@ def test_hypernetwork_launches_ten_kernels_under_autocast() -> None:
     assert found.total() <= 10, found
 
 
-def test_reads_are_none_but_one_in_a_step_of_generation() -> None:
+def test_generation_step_reads_one_value() -> None:
     small = {"block_out_channels": (32, 64, 64), "transformer_layers_per_block": 1, "attention_head_dim": 8}
     small["layers_per_block"] = 1
     assert (reads_of_unet("NaRA", **small), reads_of_loss("NaRA"), reads_of_generation("NaRA")) == (0, 0, 1)

@@ -24,7 +24,7 @@ def test_no_record_holds_an_absolute_path(path: Path):
     assert ABSOLUTE.findall(path.read_text(encoding="utf-8")) == []
 
 
-def test_command_of_a_record_has_no_folder_of_the_machine(monkeypatch):
+def test_record_command_has_no_local_folder(monkeypatch):
     script = str(benchmark_record.ROOT / "examples" / "benchmarks" / "benchmark_blocks.py")
     monkeypatch.setattr(sys, "argv", [script, "--output", "/tmp/mine/a.jsonl", "--base=/data/gemma", "--steps", "1"])
     command = benchmark_record.provenance.__wrapped__()["command"]
@@ -59,7 +59,7 @@ def clone(tmp_path, monkeypatch):
     return git
 
 
-def test_confirming_record_has_the_date_and_the_commit_of_main(clone):
+def test_confirming_record_has_date_and_commit(clone):
     record = benchmark_record.made_in("confirm")
     assert record["commit"] == clone("rev-parse", "HEAD")
     assert record["main"] == clone("rev-parse", "main") != record["commit"]

@@ -36,7 +36,7 @@ def test_benchmark_writes_a_record(benchmark, tmp_path):
     assert record.keys() > MADE_WITH
 
 
-def test_benchmark_cache_makes_the_same_tokens_in_each_way(tmp_path):
+def test_benchmark_cache_makes_same_tokens_in_each_way(tmp_path):
     models = benchmark_cache.main(steps=2, rounds=1, lengths=(96,), output_dir=tmp_path)["models"]
     assert models["llada2"]["lengths"]["96"]["same_tokens"] == {"each step": 1.0}
     assert models["diffusion_gemma"]["lengths"]["96"]["same_tokens"] == {"each step": 1.0, "each block": 1.0}
@@ -80,7 +80,7 @@ def test_each_regime_trains_a_step_and_is_measured(regime):
 
 
 @pytest.mark.usefixtures("committed")
-def test_benchmark_regimes_counts_what_is_left_and_makes_it_once(tmp_path, capsys):
+def test_benchmark_regimes_makes_each_remaining_run_once(tmp_path, capsys):
     path = tmp_path / "records.jsonl"
     of_regime = ["--regimes", "eps_to_v", "--output", str(path)]
     for seed in ("0", "0", "1"):
@@ -96,7 +96,7 @@ def test_benchmark_regimes_counts_what_is_left_and_makes_it_once(tmp_path, capsy
 
 
 @pytest.mark.usefixtures("committed")
-def test_benchmark_few_steps_runs_an_arm_once_and_needs_its_trials(tmp_path):
+def test_benchmark_few_steps_runs_an_arm_once(tmp_path):
     path = tmp_path / "few.jsonl"
     asked = ["--arms", "DoRA each step", "--steps", "2", "--seeds", "40", "--output", str(path)]
     assert benchmark_few_steps.main(["--stage", "dev", *asked]) == 0
@@ -110,7 +110,7 @@ def test_benchmark_few_steps_runs_an_arm_once_and_needs_its_trials(tmp_path):
         benchmark_few_steps.main(["--stage", "confirm", "--output", str(path), "--arms", "LoRA"])
 
 
-def test_benchmark_few_steps_gives_named_parameters_a_rate_of_their_own():
+def test_benchmark_few_steps_gives_named_parameters_their_rate():
     model = torch.nn.ModuleDict({"lora_A": torch.nn.Linear(3, 2), "lora_B": torch.nn.Linear(2, 3)})
     args = TrainingArguments(pretrained_model_name_or_path="base", learning_rate=0.1)
     with benchmark_few_steps.own_rates({"b_learning_rate": 0.5}):
@@ -126,7 +126,7 @@ def test_benchmark_few_steps_measures_what_a_step_costs():
     assert 4 * 100_000 < lora["peak"] < dora["peak"]  # more than the gradients
 
 
-def test_benchmark_few_steps_samples_the_base_and_draws_what_it_kept(tmp_path):
+def test_benchmark_few_steps_samples_base_and_draws_results(tmp_path):
     path, pictures = tmp_path / "few.jsonl", tmp_path / "grid"
     asked = ["--output", str(path), "--pictures", str(pictures)]
     assert benchmark_few_steps.main(["--stage", "samplers", "--seeds", "40", *asked]) == 0

@@ -17,7 +17,7 @@ class Denoiser(nn.Module):
         return self.time(self.first(x).relu())
 
 
-def test_each_sample_gets_the_bias_of_its_step_also_around_an_adapter() -> None:
+def test_sample_gets_its_steps_bias_around_an_adapter() -> None:
     model, x = Denoiser(), torch.randn(3, 3)
     table = StepTable(model, ["time"], torch.tensor([999.0, 500.0]))
     nn.init.normal_(table.biases[0])

@@ -48,7 +48,7 @@ def inspected(capsys: pytest.CaptureFixture[str], path: Path) -> dict[str, Any]:
     ],
     ids=["constant", "identity", "bins"],
 )
-def test_inspect_counts_parameters_and_shows_the_fields_of_this_core(changes, core, size, tmp_path, capsys) -> None:
+def test_inspect_counts_parameters_and_shows_core_fields(changes, core, size, tmp_path, capsys) -> None:
     ranks = {"rank_pattern": {"second": 3}} | changes
     model = get_peft_model(TwoLayers(), nara_config(target_modules=TARGETS, **ranks))
     model.save_pretrained(str(tmp_path))
@@ -61,7 +61,7 @@ def test_inspect_counts_parameters_and_shows_the_fields_of_this_core(changes, co
     assert part["dtypes"] == ["float32"]
 
 
-def test_inspect_prints_a_line_a_field_and_leaves_out_what_is_not_set(tmp_path, capsys) -> None:
+def test_inspect_prints_set_fields_one_per_line(tmp_path, capsys) -> None:
     folder = folder_of(tmp_path, core_type="constant", strength=[[0, 1], [1, 0.25]])
     run("inspect", folder)
     lines = capsys.readouterr().out.splitlines()
@@ -90,7 +90,7 @@ def test_curves_are_those_of_the_adapted_model(tmp_path, changes):
         torch.testing.assert_close(values[index], grams, rtol=1e-4, atol=1e-5)
 
 
-def test_a_core_of_a_lower_rank_has_nan_for_the_missing_singular_values(tmp_path) -> None:
+def test_lower_rank_core_has_nan_singular_values(tmp_path) -> None:
     part = AdapterFile.read(folder_of(tmp_path, core_sharing="layer")).parts["model"]
     distances, values = core_curves(part, torch.linspace(0, 1, 5))
     assert distances.shape == (2, 5)
@@ -98,7 +98,7 @@ def test_a_core_of_a_lower_rank_has_nan_for_the_missing_singular_values(tmp_path
     assert values.isnan().nonzero().tolist() == [[1, level, 3] for level in range(5)]
 
 
-def test_plot_draws_a_row_a_component_with_the_strength_over_lambda(tmp_path, monkeypatch) -> None:
+def test_plot_draws_a_row_per_component_with_strength(tmp_path, monkeypatch) -> None:
     from matplotlib.figure import Figure
 
     figures: list[Figure] = []
@@ -143,7 +143,7 @@ def test_convert_there_and_back_keeps_every_tensor(component: str, pipeline_file
     assert (tmp_path / "peft" / CONFIG).is_file()
 
 
-def test_convert_refuses_what_is_ambiguous_and_keeps_what_exists(pipeline_file: Path, tmp_path: Path) -> None:
+def test_convert_refuses_ambiguity_and_keeps_existing_files(pipeline_file: Path, tmp_path: Path) -> None:
     run("convert", pipeline_file, tmp_path / "peft", "--to", "peft", "--component", "unet")
     before = (tmp_path / "peft" / WEIGHTS).read_bytes()
     other = ["--to", "peft", "--component", "text_encoder"]
@@ -174,7 +174,7 @@ def lycoris(tmp_path: Path) -> tuple[Path, Path]:
     return saved(tmp_path / "lycoris", lycoris_file(pipe.unet, NAMES), SETTINGS), tmp_path / "base"
 
 
-def test_inspect_and_plot_show_a_tlora_without_its_base(lycoris, tmp_path, capsys) -> None:
+def test_inspect_and_plot_need_no_base_of_tlora(lycoris, tmp_path, capsys) -> None:
     (part,) = inspected(capsys, lycoris[0])["components"].values()
     assert part["method"] == "a T-LoRA of LyCORIS; its start factors come from the base's weights"
     assert part["core"] == {"rank_mask_min": 2, "rank_mask_exponent": 2.0, "rank_mask_step": 2}
@@ -183,7 +183,7 @@ def test_inspect_and_plot_show_a_tlora_without_its_base(lycoris, tmp_path, capsy
     assert (tmp_path / "core.png").is_file()
 
 
-def test_convert_writes_what_the_pipeline_makes_of_a_tlora(lycoris, tmp_path) -> None:
+def test_convert_writes_a_tlora_as_the_pipeline_does(lycoris, tmp_path) -> None:
     source, base = lycoris
     words = ["--component", "unet", "--base_model", base]
     run("convert", source, tmp_path / "pipeline", "--to", "pipeline", *words)
@@ -199,7 +199,7 @@ def test_convert_writes_what_the_pipeline_makes_of_a_tlora(lycoris, tmp_path) ->
     run("fold", tmp_path / "pipeline", tmp_path / "lora.safetensors", "--noise_level", "0.5")
 
 
-def test_convert_and_fold_ask_for_the_base_of_a_lycoris_file(lycoris, tmp_path) -> None:
+def test_convert_and_fold_ask_for_the_base(lycoris, tmp_path) -> None:
     for words in (
         ["convert", lycoris[0], tmp_path / "out", "--to", "peft"],
         ["fold", lycoris[0], tmp_path / "out.safetensors", "--noise_level", "0.5"],

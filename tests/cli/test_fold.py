@@ -46,7 +46,7 @@ def update_of(model: PeftModel, module: str) -> Tensor:
 
 
 @pytest.mark.parametrize("strength", [None, [[0.0, 1.0], [1.0, 0.2]]], ids=["plain", "with a strength over λ"])
-def test_the_folder_for_peft_is_the_nara_at_its_lambda(strength, tmp_path: Path, capsys) -> None:
+def test_peft_folder_is_the_nara_at_its_lambda(strength, tmp_path: Path, capsys) -> None:
     model = saved(tmp_path / "nara", strength=strength)
     fold(tmp_path / "nara", tmp_path / "lora", "--form", "peft")
     folded = PeftModel.from_pretrained(TwoLayers(), str(tmp_path / "lora"))
@@ -94,15 +94,15 @@ def test_best_says_the_largest_relative_error(tmp_path: Path, capsys) -> None:
     assert stated == pytest.approx(worst, rel=0.02)
 
 
-def test_outputs_that_would_be_lost_or_not_found_are_refused(tmp_path: Path) -> None:
+def test_outputs_that_would_be_lost_are_refused(tmp_path: Path) -> None:
     saved(tmp_path / "nara")
     (tmp_path / "there.safetensors").write_text("mine")
     fold(tmp_path / "nara", tmp_path / "lora", "--form", "peft")
     for output, words, message in [
         ("nara", ["--form", "peft"], "is the adapter itself"),
         ("lora", ["--form", "peft"], "exists"),
-        ("new", [], "in PEFT's form"),
-        ("new", ["--form", "kohya"], "in PEFT's form"),
+        ("new", [], "names no component"),
+        ("new", ["--form", "kohya"], "names no component"),
     ]:
         with pytest.raises(SystemExit, match=message):
             fold(tmp_path / "nara", tmp_path / output, *words)

@@ -57,7 +57,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_loss_in_the_head_has_the_values_and_gradients_of_all_logits(kind: str) -> None:
+def test_loss_in_head_matches_that_of_all_logits(kind: str) -> None:
     torch.manual_seed(3)
     model = MODELS[kind]().double().eval()
     Backbone(model).language_model.config.mask_token_id = MASK  # type: ignore[union-attr]
@@ -71,7 +71,7 @@ def test_loss_in_the_head_has_the_values_and_gradients_of_all_logits(kind: str) 
         torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()) + 1e-12)
 
 
-def test_head_runs_at_the_masked_positions_alone_and_where_nothing_is_masked_it_has_a_gradient() -> None:
+def test_head_runs_only_at_masked_positions() -> None:
     model = backbone(VOCABULARY)
     rows: list[int] = []
     forward = model.lm_head.forward
@@ -86,7 +86,7 @@ def test_head_runs_at_the_masked_positions_alone_and_where_nothing_is_masked_it_
     assert model.lm_head.weight.grad is not None
 
 
-def test_models_whose_head_cannot_be_hooked_take_all_logits() -> None:
+def test_models_with_unhookable_head_take_all_logits() -> None:
     model = backbone(VOCABULARY, num_hidden_layers=1)
     expected = masked_diffusion_loss(model, **BATCH).loss
     capped, in_place = copy.deepcopy(model), copy.deepcopy(model)
@@ -97,7 +97,7 @@ def test_models_whose_head_cannot_be_hooked_take_all_logits() -> None:
         torch.testing.assert_close(masked_diffusion_loss(other, **BATCH).loss, expected)
 
 
-def test_models_that_change_or_pack_their_logits_are_refused() -> None:
+def test_models_that_change_their_logits_are_refused() -> None:
     class Doubled(LlamaForCausalLM):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             output = super().forward(*args, **kwargs)
@@ -118,7 +118,7 @@ def test_models_that_change_or_pack_their_logits_are_refused() -> None:
         generate(Packed(config), IDS, gen_length=2)
 
 
-def test_answer_at_the_start_of_a_row_is_refused_where_nothing_predicts_it() -> None:
+def test_answer_at_row_start_is_refused_when_unpredictable() -> None:
     with pytest.raises(ValueError, match="begin the row with a BOS token"):
         masked_diffusion_loss(dream(), IDS, [0, 1, 2], mask_token_id=MASK)
 

@@ -17,9 +17,7 @@ from tests.helpers.word_rows import END, chat, encoded
     ("padding", "trained"),
     [({"trained_padding": 2}, [4, 8, 3]), ({"trained_padding": "gen_length", "gen_length": 5}, [5, 6, 3])],
 )
-def test_batch_is_padded_with_end_tokens_of_which_a_number_or_all_up_to_gen_length_are_trained(
-    padding: dict[str, Any], trained: list[int]
-) -> None:
+def test_batch_is_padded_and_trains_chosen_end_tokens(padding: dict[str, Any], trained: list[int]) -> None:
     rows = [
         {"input_ids": [7, 8, 9, END], "prompt_length": 2},
         {"input_ids": [7, 8, 9, 10, 11, 12, END], "prompt_length": 1},  # longer than gen_length
@@ -56,7 +54,7 @@ def test_each_pass_draws_one_answer_of_each_conversation(conversations: Dataset)
         assert abs(times - share * passes) <= 5 * (passes * share * (1 - share)) ** 0.5
 
 
-def test_stream_begun_anywhere_and_in_any_process_gives_the_same_rows(conversations: Dataset) -> None:
+def test_stream_gives_same_rows_from_any_start(conversations: Dataset) -> None:
     whole = [GlobalBatchStream(conversations, seed=3, global_batch=4)[position] for position in range(60)]
     resumed = GlobalBatchStream(conversations, seed=3, global_batch=4)
     assert [resumed[position] for position in range(29, 60, 2)] == whole[29::2]

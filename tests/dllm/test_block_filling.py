@@ -59,7 +59,7 @@ def by_hand(logits: ByHand, prompt: list[int], gen_length: int, threshold: float
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_answers_and_levels_are_those_of_the_loop_by_hand(model: Any, use_cache: bool, tmp_path: Path) -> None:
+def test_answers_and_levels_match_the_manual_loop(model: Any, use_cache: bool, tmp_path: Path) -> None:
     logits, levels = ByHand(FIELDS, write_checkpoint(tmp_path, FIELDS)), []
 
     def keep(step: GenerationStep) -> None:
@@ -90,7 +90,7 @@ def test_cache_changes_no_token_of_an_adapted_model(model: Any, rule: str) -> No
     assert not cached.equal(base)
 
 
-def test_adapters_with_one_level_a_sample_are_refused_with_the_cache(model: Any) -> None:
+def test_adapters_with_one_level_are_refused_with_cache(model: Any) -> None:
     base = answers(model, True)
     model = nara(model, target_modules=["q_proj", "down_proj"])
     model.add_adapter("still", nara_config(core_type="identity", r=3, target_modules=["v_proj"]))
@@ -128,7 +128,7 @@ def test_adapters_with_virtual_tokens_are_refused(model: Any) -> None:
         answers(adapted, True)
 
 
-def test_settings_that_don_t_go_with_blocks_are_refused(model: Any) -> None:
+def test_settings_that_conflict_with_blocks_are_refused(model: Any) -> None:
     with pytest.raises(ValueError, match="blocks of 4"):
         answers(model, True, block_length=6)
     with pytest.raises(ValueError, match="cfg_scale is"):
@@ -146,7 +146,7 @@ def test_chat_takes_the_published_threshold(model: Any) -> None:
     assert forwards[0] == forwards[1] != forwards[2]
 
 
-def test_chat_leaves_the_published_threshold_out_where_the_order_has_no_confidence(model: Any) -> None:
+def test_chat_omits_threshold_for_orders_without_confidence(model: Any) -> None:
     options = {"gen_length": 12, "stop_at_eos": False, "return_stats": True, "remasking": "entropy"}
     found = [generate(model, PROMPTS[:1], chat=chat, **options) for chat in (True, False)]
     assert found[0].answers.equal(found[1].answers)  # type: ignore[union-attr]

@@ -19,7 +19,7 @@ IDS = torch.randint(6, MASK, (3, 15), generator=torch.Generator().manual_seed(0)
 BATCH: dict[str, Any] = {"input_ids": IDS, "prompt_lengths": [5, 2, 8], "answer_lengths": [10, 9, 3], "seed": 4}
 
 
-def test_blocks_are_drawn_by_their_tokens_and_the_rest_is_clean_or_cut_off() -> None:
+def test_blocks_are_drawn_by_tokens_with_clean_rest() -> None:
     seen: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for index in range(400):
         indices = [index, index + 1000, index + 2000]
@@ -44,7 +44,7 @@ def test_blocks_are_drawn_by_their_tokens_and_the_rest_is_clean_or_cut_off() -> 
 
 
 @pytest.mark.parametrize("chunk_size", [3, None])
-def test_loss_is_that_of_the_active_blocks_at_their_levels(tmp_path: Path, chunk_size: int | None) -> None:
+def test_loss_covers_active_blocks_at_their_levels(tmp_path: Path, chunk_size: int | None) -> None:
     write_checkpoint(tmp_path, LLADA2 | {"block_length": B})
     base = load_backbone(str(tmp_path), dtype=torch.float64, experts_implementation="eager")[0]
     model = nara(base, target_modules=["q_proj", "v_proj", "down_proj"])

@@ -32,7 +32,7 @@ def pipeline(model: Any, tokenizer: Any) -> Any:
     return pipe
 
 
-def test_folder_of_a_run_answers_alike_in_the_pipeline_and_in_generate(tmp_path: Path) -> None:
+def test_run_folder_answers_alike_in_pipeline_and_generate(tmp_path: Path) -> None:
     main(arguments(tmp_path, max_train_steps=4, learning_rate=5e-2, checkpointing_steps=None, test_samples=1))
     folder = tmp_path / "run"
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -56,7 +56,7 @@ def test_folder_of_a_run_answers_alike_in_the_pipeline_and_in_generate(tmp_path:
 
 
 @pytest.mark.parametrize("adapter", ["nara", "full"])
-def test_a_run_with_blocks_of_its_own_is_loaded_by_its_card(tmp_path: Path, adapter: str) -> None:
+def test_run_with_chosen_blocks_is_loaded_by_card(tmp_path: Path, adapter: str) -> None:
     how = {"block_length": 2, "max_train_steps": 1, "checkpointing_steps": None, "adapter": adapter, "test_samples": 1}
     main(arguments(tmp_path, **how))
     card, scope = (tmp_path / "run" / "README.md").read_text(), {}
@@ -72,7 +72,7 @@ def answers(pipe: Any, rows: list[dict[str, str]]) -> list[str]:
     return [pipe(row["instruction"], **how, editing_threshold=None).texts[0] for row in rows]
 
 
-def test_the_shipped_model_answers_in_the_pipeline_what_it_was_trained_on() -> None:
+def test_shipped_model_answers_its_training_in_the_pipeline() -> None:
     model, tokenizer = load_backbone(str(ASSETS / "llada2-tiny"))
     assert (type(model), model.config.block_length) == (LLaDA2ForCausalLM, 16)
     pipe = pipeline(model, tokenizer)
@@ -81,9 +81,7 @@ def test_the_shipped_model_answers_in_the_pipeline_what_it_was_trained_on() -> N
 
 
 @pytest.mark.slow
-def test_the_configured_run_learns_a_task_and_its_folder_answers_it_in_the_pipeline(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_configured_run_learns_and_answers_in_the_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     run("dllm.py", config="train_scripts/configs/llada2_tiny.yaml", output_dir=tmp_path / "run")
     found = results(tmp_path / "run")
@@ -100,7 +98,7 @@ def test_the_configured_run_learns_a_task_and_its_folder_answers_it_in_the_pipel
     assert not set(answers(pipe, rows[:9])) & {row["answer"] for row in rows[:9]}
 
 
-def test_full_fine_tuning_writes_a_model_in_the_public_format(tmp_path: Path) -> None:
+def test_full_fine_tuning_writes_the_public_format(tmp_path: Path) -> None:
     main(arguments(tmp_path, adapter="full", max_train_steps=2, learning_rate=1e-3, test_samples=1))
     before, after = load_file(tmp_path / "model/model.safetensors"), load_file(tmp_path / "run/model.safetensors")
     assert before.keys() == after.keys()

@@ -62,7 +62,7 @@ def test_mask_token_counts_only_inside_a_prompt(model: BertForMaskedLM) -> None:
         place_prompts(Backbone(model), ids, 3, MASK, PAD, prompt_lengths=[4, 1, 2])
 
 
-def test_guidance_has_the_rows_twice_and_masks_only_the_prompts_of_the_second() -> None:
+def test_guidance_doubles_rows_and_masks_second_prompts() -> None:
     ids, padding = torch.tensor([[7, 8, MASK], [9, MASK, PAD]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
     level = torch.tensor([0.25, 0.75])
     is_prompt = torch.tensor([[True, True, False], [True, False, False]])
@@ -75,7 +75,7 @@ def test_guidance_has_the_rows_twice_and_masks_only_the_prompts_of_the_second() 
     assert ForwardRows(ids, None, level).with_masked_prompts(is_prompt, MASK).attention_mask is None
 
 
-def test_canvas_may_fill_the_model_s_positions_and_no_more(model: BertForMaskedLM) -> None:
+def test_canvas_may_fill_exactly_the_models_positions(model: BertForMaskedLM) -> None:
     check_canvas(model, 8, POSITIONS - 8)
     with pytest.raises(ValueError, match=r"together 13, .* 12 positions.*--max_prompt_length 8"):
         check_canvas(model, 9, 4, "record 3 of file.json")

@@ -14,7 +14,7 @@ def corrupted(prompts: list[int], answers: list[int], width: int, **options) -> 
     return corrupt_canvases(ids, canvas_length=CANVAS, **{**lengths, **key})
 
 
-def test_a_canvas_is_one_block_of_the_answer_with_its_clean_tokens_as_targets():
+def test_canvas_is_one_answer_block_with_clean_targets():
     batch = corrupted([3] * 64, [12] * 64, 15)
     assert set(batch.starts.tolist()) == {3, 8, 13}
     for row, start in enumerate(batch.starts.tolist()):
@@ -24,7 +24,7 @@ def test_a_canvas_is_one_block_of_the_answer_with_its_clean_tokens_as_targets():
         assert bool((batch.canvas[row, inside:] < VOCABULARY).all())  # noise, never a clean token
 
 
-def test_a_share_lambda_of_the_canvas_is_replaced_by_uniform_tokens():
+def test_share_lambda_of_canvas_becomes_uniform_tokens():
     n = 4000
     batch = corrupted([1] * n, [CANVAS] * n, 8, noise_level=torch.linspace(0.1, 0.9, n))
     changed = batch.canvas != batch.targets
@@ -36,7 +36,7 @@ def test_a_share_lambda_of_the_canvas_is_replaced_by_uniform_tokens():
     assert tokens.float().mean().item() == pytest.approx((VOCABULARY - 1) / 2, rel=0.03)
 
 
-def test_a_sample_has_the_same_corruption_in_any_batch_and_padding():
+def test_sample_has_same_corruption_in_any_batch():
     whole = corrupted([2, 4, 3], [9, 7, 12], 20)
     alone = corrupt_canvases(
         whole.input_ids[2:, :16],
@@ -52,7 +52,7 @@ def test_a_sample_has_the_same_corruption_in_any_batch_and_padding():
         assert torch.equal(getattr(alone, name), getattr(whole, name)[2:]), name
 
 
-def test_levels_are_those_of_masking_and_corruption_grows_with_them():
+def test_levels_match_masking_and_corruption_grows_with_them():
     batch = corrupted([2] * 8, [CANVAS] * 8, 9)
     assert batch.noise_level.tolist() == draw_noise_levels(range(8), 7, 8).tolist()
     low, high = (corrupted([2] * 8, [CANVAS] * 8, 9, noise_level=level) for level in (0.3, 0.7))

@@ -34,7 +34,7 @@ def decoder_logits(model, batch, row, conditioning=None):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_the_loss_is_that_of_a_decoder_on_a_cache_of_the_prefix(attention):
+def test_loss_matches_decoder_on_cached_prefix(attention):
     model = tiny_gemma()
     model.set_attn_implementation(attention)
     batch = batch_of()
@@ -57,7 +57,7 @@ def test_the_loss_is_that_of_a_decoder_on_a_cache_of_the_prefix(attention):
 
 
 @pytest.mark.parametrize("first_prompt", [4, 0])
-def test_the_encoder_learns_to_predict_each_token_of_the_answer_that_has_one_before_it(first_prompt):
+def test_encoder_learns_each_predictable_answer_token(first_prompt):
     model, batch = tiny_gemma(), batch_of([first_prompt, 9, 5])
     with torch.no_grad():
         loss = canvas_loss(model, batch)
@@ -70,7 +70,7 @@ def test_the_encoder_learns_to_predict_each_token_of_the_answer_that_has_one_bef
             assert_near(loss.encoder_loss[row], expected, model)
 
 
-def test_without_encoder_weight_its_loss_is_zero_and_one_pass_runs_without_self_conditioning(monkeypatch):
+def test_zero_encoder_weight_runs_one_pass_without_loss(monkeypatch):
     model, calls = tiny_gemma(), []
     forward = DiffusionGemmaModel.forward
     monkeypatch.setattr(DiffusionGemmaModel, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
@@ -80,7 +80,7 @@ def test_without_encoder_weight_its_loss_is_zero_and_one_pass_runs_without_self_
     assert torch.equal(loss.loss, loss.per_sample.mean())
 
 
-def test_the_encoders_logits_exist_for_a_chunk_at_a_time():
+def test_encoder_logits_exist_one_chunk_at_a_time():
     model, rows, found = tiny_gemma(), [], []
     model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:-1].numel()))
     for size in (64, 5):
@@ -130,7 +130,7 @@ def test_canvas_and_vocabulary_are_the_models():
     assert torch.equal(loss.starts, expected.starts)
 
 
-def test_the_curve_is_the_mean_over_rows_at_each_level_whatever_the_batches():
+def test_curve_is_mean_over_rows_for_any_batches():
     generator, rows = torch.Generator().manual_seed(4), []
     for prompt, length in [(3, 11), (5, 9), (2, 14), (4, 20), (6, 13)]:
         ids = torch.randint(0, VOCABULARY, (length,), generator=generator).tolist()

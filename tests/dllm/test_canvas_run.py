@@ -42,7 +42,7 @@ def arguments(folder, **changes):
     return Arguments(**{name: str(value) if name.endswith("_file") else value for name, value in flags.items()})
 
 
-def test_a_run_saves_one_adapter_resumes_to_the_same_bits_and_loads_into_the_pipeline(tmp_path, caplog):
+def test_run_saves_one_adapter_resumes_and_loads(tmp_path, caplog):
     whole, halves, model = tmp_path / "whole", tmp_path / "halves", tmp_path / "gemma"
     shutil.copytree(GEMMA, model, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))  # its tokenizer
     small = tiny_gemma(vocab_size=284, bos_token_id=278, eos_token_id=279, pad_token_id=279)
@@ -81,7 +81,7 @@ def test_a_run_saves_one_adapter_resumes_to_the_same_bits_and_loads_into_the_pip
     assert isinstance(pipe("reverse: planet", gen_length=16, num_inference_steps=4).texts[0], str)
 
 
-def test_the_shipped_model_answers_what_it_was_trained_on():
+def test_shipped_model_answers_its_training():
     model, tokenizer = load_backbone(str(GEMMA))
     questions = ["reverse: planet", "upper: planet", "sort: zebra"]
     prompts = [tokenizer(prompt_text(tokenizer, one), add_special_tokens=False)["input_ids"] for one in questions]
@@ -103,7 +103,7 @@ def test_the_shipped_run_learns_an_unseen_task(tmp_path, monkeypatch):
     assert found["exact_match_after"] >= 0.9
 
 
-def test_whole_answers_are_padded_to_the_end_of_their_canvas():
+def test_whole_answers_are_padded_to_their_canvas():
     rows = [{"input_ids": [5] * 3 + [6] * 4 + [2], "prompt_length": 3}, {"input_ids": [5, 6, 2], "prompt_length": 1}]
     batch = AnswerCollator(2, trained_padding=0, multiple=4)(rows)
     assert batch["answer_lengths"] == [8, 4]
@@ -125,7 +125,7 @@ def test_options_choose_the_layers_and_the_encoders_loss(tmp_path):
 
 
 @pytest.mark.parametrize(("adapter", "kind"), [("lora", CANVAS), ("dora", CANVAS), ("nara", CANVAS), ("lora", MASKED)])
-def test_the_card_of_a_plain_lora_on_twins_says_not_to_merge_it(adapter, kind, tmp_path):
+def test_card_of_twin_lora_warns_against_merging(adapter, kind, tmp_path):
     args = arguments(tmp_path, adapter=adapter)
     run = SimpleNamespace(args=args, folder=tmp_path, hub_id=None)
     parts = {"run": run, "kind": kind, "sampling": args.sampling()}

@@ -96,7 +96,7 @@ def answers(adapted: Any, **settings: Any) -> Any:
     return answer_prompts(adapted, PROMPTS, generator=torch.Generator().manual_seed(3), **settings)
 
 
-def test_the_cache_of_clean_canvases_changes_no_logit_and_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_of_clean_canvases_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     adapted = adapted_gemma()
     adapted.get_base_model().generation_config.sampler_config = EntropyBoundSamplerConfig(entropy_bound=2.0)
     cached = answers(adapted)
@@ -161,7 +161,7 @@ def by_hand(adapted: Any, canvases: int, steps: int, bound: float) -> tuple[list
     return texts, used
 
 
-def test_generate_gives_the_tokens_of_a_plain_loop_that_encodes_the_prefix_at_each_call() -> None:
+def test_generate_matches_a_loop_without_cache() -> None:
     adapted = adapted_gemma(load_backbone(str(ASSETS / "gemma-tiny"))[0], 0.1)
     config = adapted.get_base_model().generation_config
     config.sampler_config, config.confidence_threshold = EntropyBoundSamplerConfig(0.3), 1e-9  # no canvas ends early
@@ -188,7 +188,7 @@ def test_generate_gives_the_tokens_of_a_plain_loop_that_encodes_the_prefix_at_ea
             assert torch.equal(found.answers[row], text[0, -48:])
 
 
-def test_an_answer_ends_at_its_first_end_token_and_is_padded_unless_it_may_not_stop() -> None:
+def test_answer_ends_at_first_end_token_if_allowed() -> None:
     adapted, prompts = adapted_gemma(), torch.tensor([[5, 9, 11], [7, 8, 40]])
 
     def answers_of(**given: Any) -> Tensor:
@@ -217,12 +217,12 @@ def test_an_answer_ends_at_its_first_end_token_and_is_padded_unless_it_may_not_s
         ({"cfg_scale": 1.0}, "cfg_scale is 1.0, but a model"),
     ],
 )
-def test_generate_refuses_what_the_sampler_of_diffusion_gemma_does_not_have(changes: Any, words: str) -> None:
+def test_generate_refuses_options_that_diffusion_gemma_lacks(changes: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         generate(tiny_gemma(), torch.tensor([[5, 9, 11], [7, 8, 40]]), **{"gen_length": CANVAS, **changes})
 
 
-def test_generate_that_starts_from_logits_of_the_users_raises() -> None:
+def test_generate_from_user_logits_raises() -> None:
     model = get_peft_model(tiny_gemma(), NaraConfig(r=2, target_modules=TWINS, core_scale=1.0)).get_base_model()
     prompts, options = torch.tensor(PROMPTS[1:2]), {"max_new_tokens": CANVAS, "max_denoising_steps": 2}
     for _ in range(2):  # also after another run

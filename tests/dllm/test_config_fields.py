@@ -130,14 +130,14 @@ def write(folder: Path, fields: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_configuration_is_accepted_with_null_fields_and_token_ids(name: str, tmp_path: Path) -> None:
+def test_published_configuration_is_accepted_with_null_fields(name: str, tmp_path: Path) -> None:
     more = {"new_option": None, "eot_token_id": 3, "temperature": 0.7}
     model = backbone_on_meta(write(tmp_path, PUBLISHED[name] | more), dtype="float32")
     assert model.config.hidden_size == 24
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_field_that_is_not_known_is_refused_by_its_name(name: str, tmp_path: Path) -> None:
+def test_unknown_field_is_refused_by_name(name: str, tmp_path: Path) -> None:
     fields = PUBLISHED[name] | {"expert_capacity": 48, "block_size": 32}
     with pytest.raises(
         ValueError, match=r"aren't known: block_size=32, expert_capacity=48\. They may change its logits"
@@ -145,6 +145,6 @@ def test_field_that_is_not_known_is_refused_by_its_name(name: str, tmp_path: Pat
         backbone_on_meta(write(tmp_path, fields), dtype="float32")
 
 
-def test_llama_and_qwen_s_own_families_take_what_transformers_takes(tmp_path: Path) -> None:
+def test_llama_and_qwen_take_what_transformers_takes(tmp_path: Path) -> None:
     fields = ILLADA | {"model_type": "llama", "trained_with": "a tool"}
     assert backbone_on_meta(write(tmp_path, fields), dtype="float32").config.hidden_size == 24

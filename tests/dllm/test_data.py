@@ -64,7 +64,7 @@ FILES = ["own.jsonl", "own.json", "own.jsonl.gz", "own.json.gz", "own.parquet", 
 
 
 @pytest.mark.parametrize("name", [*FILES, "own.csv", "own.csv.gz", "bom.csv"])
-def test_texts_are_read_as_they_are_whatever_they_look_like(tmp_path: Path, name: str) -> None:
+def test_texts_are_read_unchanged_whatever_they_resemble(tmp_path: Path, name: str) -> None:
     rows = [{"prompt": text, "completion": text} for text in TEXTS]
     for start in range(0, len(rows), 3):  # a column of dates alone is where readers guess
         part, file = rows[start : start + 3], tmp_path / str(start) / name
@@ -96,7 +96,7 @@ def test_file_without_records_is_refused(tmp_path: Path, content: str) -> None:
         read_records(tmp_path / "own.json")
 
 
-def test_folder_and_names_that_begin_as_paths_are_not_asked_of_the_hub(tmp_path: Path, monkeypatch) -> None:
+def test_paths_are_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch) -> None:
     asked: list[Any] = []
 
     def load(path: str, **options: Any) -> Dataset:
@@ -138,7 +138,7 @@ def test_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
                 read_records(tmp_path / name)
 
 
-def test_files_of_another_form_are_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_files_of_another_form_are_refused_with_remedy(tmp_path: Path) -> None:
     for name, content, said in (
         ("own.csv", "question;answer\na;b, c\n", "its columns are separated by ';': save it with commas"),
         ("own.csv.gz", "question\tanswer\na\tb\n", r"its columns are separated by '\t': save it with commas"),
@@ -152,19 +152,16 @@ def test_files_of_another_form_are_refused_with_what_to_do(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("form", ["pairs", "chat", "list"])
-def test_all_incomplete_records_are_listed(tmp_path: Path, form: str) -> None:
-    missing = [n for n in range(2, 1203) if n % 100 == 3]
+def test_first_incomplete_record_is_named(tmp_path: Path, form: str) -> None:
     rows: list[dict[str, Any]] = []
-    for number in range(1, 1203):
-        answer = " " if number in missing else "b"
+    for answer in ("b", "b", " ", "b", ""):
         rows.append({"prompt": "a", "completion": answer})
         if form == "chat":
             rows[-1] = {"messages": messages(("user", "a"), ("assistant", answer))}
     file = write(tmp_path / "own.jsonl", *rows)
     if form == "list":
         file.write_text(json.dumps(rows))
-    listed = ", ".join(map(str, missing[:10]))
-    with pytest.raises(ValueError, match=rf"^record 3 of {file}.*\. 12 records are incomplete: number {listed}, …$"):
+    with pytest.raises(ValueError, match=rf"^record 3 of {file}[:,]"):
         read_records(file)
 
 
@@ -179,7 +176,7 @@ def outputs(records: Dataset) -> list[str]:
     return records["output"][:]
 
 
-def test_saved_folder_is_read_and_left_as_it_is(tmp_path: Path) -> None:
+def test_saved_folder_is_read_and_left_unchanged(tmp_path: Path) -> None:
     pairs("a", "b").save_to_disk(tmp_path / "one")
     datasets.DatasetDict(train=pairs("c"), dev=pairs("d", "e")).save_to_disk(tmp_path / "two")
     files = sorted(tmp_path.rglob("*"))
@@ -193,7 +190,7 @@ def test_saved_folder_is_read_and_left_as_it_is(tmp_path: Path) -> None:
         read_records(f"{tmp_path}/two:test")
 
 
-def test_run_validates_and_tests_on_the_parts_of_a_saved_folder(tmp_path: Path) -> None:
+def test_run_uses_the_parts_of_a_saved_folder(tmp_path: Path) -> None:
     parts = {"train": pairs(*"abcd"), "validation": pairs("x", "y", "z"), "test": pairs("u", "v")}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "own")
     named = {"pretrained_model_name_or_path": "none", "train_file": str(tmp_path / "own")}
@@ -211,7 +208,7 @@ PAIRED, CONVERSED = {"prompt": "a", "completion": "b"}, {"messages": messages(*C
 NO_CHAT = "field 'messages': expected"
 
 
-def test_record_that_does_not_fit_is_named_with_its_fields_and_flags(tmp_path: Path) -> None:
+def test_unfitting_record_is_named_with_fields_and_flags(tmp_path: Path) -> None:
     rows: list[Any] = [
         (PAIRED, {"prompt": "a"}, {}, ["output, field 'completion'", "it has prompt", "--output_field NAME"]),
         (PAIRED, {"prompt": "a", "completion": ["b"]}, {}, ["field 'completion'", "['b']", "a text or a number"]),
@@ -235,7 +232,7 @@ def test_record_that_does_not_fit_is_named_with_its_fields_and_flags(tmp_path: P
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_error_in_a_record_that_was_held_out_has_its_number_in_the_file(tmp_path: Path, chat: bool) -> None:
+def test_held_out_records_error_has_its_file_number(tmp_path: Path, chat: bool) -> None:
     many = [{"messages": messages(("user", f"w{i}"), *CHAT[1:])} for i in range(6, 18)]
     file = write(tmp_path / "own.jsonl", *many)
     args = Arguments(pretrained_model_name_or_path="none", train_file=str(file))
@@ -255,7 +252,7 @@ def divided(folder: Path, count: int, validation_samples: int | None) -> tuple[D
 
 
 @pytest.mark.parametrize(("count", "given", "held"), [(130, None, 13), (3, None, 1), (1500, None, 128), (130, 65, 65)])
-def test_tenth_of_the_records_is_held_out_and_128_at_most(tmp_path: Path, count: int, given: Any, held: int) -> None:
+def test_validation_takes_a_tenth_up_to_128(tmp_path: Path, count: int, given: Any, held: int) -> None:
     train, validation, test = divided(tmp_path, count, given)
     assert (len(train), len(validation), len(test)) == (count - held, held, held)
     assert len({*train["output"], *validation["output"]}) == count  # none is in both
@@ -275,7 +272,7 @@ def rows_of(folder: Path, tokenizer: Any, *outputs: str, **options: Any) -> Data
     return encode_records(read_records(write(folder / "own.jsonl", *records)), tokenizer, **options).rows
 
 
-def test_prompts_that_leave_nothing_are_refused_with_the_flags(tmp_path: Path) -> None:
+def test_prompts_that_leave_nothing_are_refused_with_flags(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(LLADA_TINY)
     shortest = rows_of(tmp_path, tokenizer, "AB", max_length=64)["prompt_length"][0]
     for options in {"max_length": shortest}, {"max_length": 64, "max_prompt_length": shortest - 1}:
@@ -287,7 +284,7 @@ def test_prompts_that_leave_nothing_are_refused_with_the_flags(tmp_path: Path) -
     assert len(rows_of(tmp_path, tokenizer, "AB", "ABCDE", max_length=shortest + 1)) == 1
 
 
-def test_template_that_adds_text_with_the_generation_prompt_alone_is_refused(tmp_path: Path) -> None:
+def test_template_with_text_only_in_prompts_is_refused(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(LLADA_TINY)
     tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n\n</think>{% endif %}"
     with pytest.raises(
@@ -297,7 +294,7 @@ def test_template_that_adds_text_with_the_generation_prompt_alone_is_refused(tmp
         rows_of(tmp_path, tokenizer, "AB", "CDE", max_length=64)
 
 
-def test_own_records_without_a_model_are_told_that_they_teach_the_shipped_toy(caplog: Any) -> None:
+def test_own_records_without_model_warn_of_the_toy(caplog: Any) -> None:
     with caplog.at_level("INFO"):
         assert "train_file" not in shipped_run({"train_file": "own.jsonl"})
         assert "train_file" in shipped_run({})
@@ -316,7 +313,7 @@ def test_given_names_choose_the_form(tmp_path: Path) -> None:
     assert read_records(file, {"messages": "said"})["output"][:] == ["w9 w10"]
 
 
-def test_run_takes_the_first_samples_and_the_names_of_data_options(tmp_path: Path) -> None:
+def test_run_takes_first_samples_and_data_field_names(tmp_path: Path) -> None:
     records, file = [{"q": f"q{i}", "r": f"r{i}"} for i in range(100)], tmp_path / "own.jsonl"
     file.write_text("\n\n\n".join(map(json.dumps, records)))  # blank lines are none
     options = {"instruction_field": "q", "output_field": "r", "max_train_samples": 20}
@@ -327,7 +324,7 @@ def test_run_takes_the_first_samples_and_the_names_of_data_options(tmp_path: Pat
     assert list(test) == list(validation)
 
 
-def test_run_on_every_answer_of_conversations_says_so_and_its_card_asks_a_question(tmp_path: Path, caplog: Any) -> None:
+def test_run_on_all_conversation_answers_says_so(tmp_path: Path, caplog: Any) -> None:
     turns = [("user" if j % 2 == 0 else "assistant", f"word {j}") for j in range(6)]
     many = [{"messages": messages(*turns[: 2 + 2 * (i % 3)])} for i in range(12)]
     long = {"messages": messages(("user", "w" * 60), ("assistant", "a"))}

@@ -47,7 +47,7 @@ def test_steps_place_the_surest_tokens(count: int) -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.8, 0.999])
-def test_threshold_places_all_surer_tokens_and_at_least_one(threshold: float) -> None:
+def test_threshold_places_all_surer_tokens_or_one(threshold: float) -> None:
     _, chosen = place(confidence_threshold=threshold)
     for row in range(2):
         sure = [k for p, k in ranked(row) if p > threshold] or [ranked(row)[0][1]]
@@ -96,7 +96,7 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], message: str)
         Sampling(**settings)
 
 
-def test_confidence_beside_last_tokens_is_that_among_the_others() -> None:
+def test_confidence_beside_last_tokens_is_among_the_others() -> None:
     ends = torch.tensor([int(LOGITS[0, 0].argmax()), int(LOGITS[1, 1].argmax())]).unique()
     others = [token for token in range(9) if token not in ends.tolist()]
     among_all = LOGITS.double().softmax(-1).amax(-1)  # (a, k)
@@ -157,7 +157,7 @@ def test_place_chooses_what_the_rule_by_hand_does(rule: dict[str, Any], last: tu
 
 
 @pytest.mark.parametrize("remasking", ["low_confidence", "random"])
-def test_place_draws_from_the_nucleus_and_keeps_the_surest_of_all_probabilities_or_any(remasking: str) -> None:
+def test_place_draws_from_nucleus_and_keeps_surest_tokens(remasking: str) -> None:
     logits = torch.tensor([[1.0, 0.9, -1.0, -2.0, -3.0], [1.2, 0.1, 0.05, -0.1, -0.2]])
     sampling, rows = Sampling(gen_length=2, temperature=0.7, top_p=0.8, remasking=remasking), 20000
     random = torch.Generator().manual_seed(0)

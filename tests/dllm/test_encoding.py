@@ -19,7 +19,7 @@ from tests.acceptance._text import SPECIAL, word_tokenizer
 from tests.helpers.word_rows import BOT, END, PLAIN, TOKENIZER, TURN, USER, chat, encoded, pairs
 
 
-def test_long_answer_is_cut_and_a_prompt_that_fills_the_length_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+def test_long_answer_is_cut_and_long_prompt_dropped(caplog: pytest.LogCaptureFixture) -> None:
     texts = [("w7", "w8 w9"), ("w7", "w8 w9 w10 w11 w12"), ("w7 w7 w7 w7 w7", "w8")]
     with caplog.at_level(logging.WARNING):
         rows = encoded(pairs(*texts), max_length=8)
@@ -33,7 +33,7 @@ def test_long_answer_is_cut_and_a_prompt_that_fills_the_length_is_dropped(caplog
 # ---------------------------------------------------------------------- conversations
 
 
-def test_each_answer_of_a_conversation_ends_a_row_with_everything_before_it() -> None:
+def test_each_conversation_answer_ends_its_own_row() -> None:
     long = chat("w6", "w7", "w8 " * 60, "w9")
     records = [chat("w6", "w7", "w8", "w9 w10", "w11"), chat("w6", "w7"), long, long]
     prompt = [USER, 6, TURN, BOT, 7, TURN, USER, 8, TURN, BOT]
@@ -51,7 +51,7 @@ def test_each_answer_of_a_conversation_ends_a_row_with_everything_before_it() ->
     assert encode_prompts(TOKENIZER, [prompt_text(TOKENIZER, turns)]) == [prompt]  # for generation
 
 
-def test_system_message_stands_in_the_prompt_and_needs_a_template() -> None:
+def test_system_message_is_in_prompt_and_needs_template() -> None:
     records = [chat("w6", "w7", system="w20")]
     ids = [BOT, 20, TURN, USER, 6, TURN, BOT, 7, TURN, END]  # the template's other role
     assert encoded(records)["input_ids"][:] == [ids]
@@ -67,7 +67,7 @@ def test_text_has_no_prompt_but_bos() -> None:
         assert (rows["input_ids"][:], rows["prompt_length"][:]) == ([[*prompt, 7, 8, END]], [len(prompt)])
 
 
-def test_rows_of_a_cache_are_not_taken_where_file_tokenizer_or_settings_are_others(tmp_path: Path) -> None:
+def test_cached_rows_depend_on_file_tokenizer_and_settings(tmp_path: Path) -> None:
     file = tmp_path / "own.jsonl"
 
     def ids(tokenizer: Any = TOKENIZER, max_length: int = 99) -> list[list[int]]:
@@ -83,7 +83,7 @@ def test_rows_of_a_cache_are_not_taken_where_file_tokenizer_or_settings_are_othe
     assert ids() == [[USER, 20, TURN, BOT, 8, TURN, END]]
 
 
-def test_digest_is_of_the_tokens_and_of_where_rows_answers_and_records_begin() -> None:
+def test_digest_covers_tokens_and_their_boundaries() -> None:
     records = normalized(pairs(*[(f"w{i % 20 + 6}", "w8") for i in range(2500)]), source="test")
     whole = encode_records(records, TOKENIZER, max_length=64)
     tokens = whole.rows["input_ids"][:]

@@ -35,7 +35,7 @@ def answer_bound(row: int, log_p: Callable[[list[int], float], Tensor]) -> Any:
 
 
 @pytest.mark.parametrize(("scale", "cap"), [(0.0, None), (1.5, None), (1.5, 1e9)])
-def test_likelihood_of_a_short_answer_is_the_sum_over_all_masks(
+def test_likelihood_of_short_answer_sums_all_masks(
     pair: Any, scale: float, cap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guided, too, in the head and by all logits: under a cap, which is too high to change a thing, `head` is None."""
@@ -67,9 +67,7 @@ def test_differentiable_likelihood_has_the_gradients_of_plain_forwards(pair: Any
 
 
 @pytest.mark.parametrize("differentiable", [False, True])
-def test_likelihood_of_a_longer_answer_is_the_mean_over_masks_of_stratified_sizes(
-    pair: Any, differentiable: bool
-) -> None:
+def test_likelihood_of_longer_answer_averages_stratified_masks(pair: Any, differentiable: bool) -> None:
     """10 tokens and 5 masks: a size in each fifth of 1 … 10. The model stays in training where dropout is to act."""
     model, by_hand = pair
     row, prompt, n, modes, sizes = [5, 9, 4, 6, 20, 8, 11, 3, 25, 16, END, END], 2, 10, set(), set()

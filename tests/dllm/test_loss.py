@@ -34,7 +34,7 @@ def check_loss(by_hand: ByHand, result: Any, rows: list[int]) -> None:
     assert float(result.loss.detach()) == pytest.approx(sum(expected) / len(expected), rel=1e-4)
 
 
-def test_loss_at_given_levels_is_the_sum_by_hand(pair: Any) -> None:
+def test_loss_at_given_levels_matches_manual_sum(pair: Any) -> None:
     model, by_hand = pair
     levels = torch.tensor([0.9, 0.4, 0.65])
     result = masked_diffusion_loss(model, **batch(), noise_level=levels, seed=4, chunk_size=3)
@@ -43,7 +43,7 @@ def test_loss_at_given_levels_is_the_sum_by_hand(pair: Any) -> None:
     check_loss(by_hand, result, [0, 1, 2])
 
 
-def test_loss_draws_one_level_of_each_stratum_however_the_batch_is_split(pair: Any) -> None:
+def test_loss_draws_each_stratum_once_in_any_split(pair: Any) -> None:
     """As over two processes: λ and masks are those of the sample's place in the stream."""
     model, by_hand = pair
     indices = list(range(8, 16))
@@ -64,7 +64,7 @@ def test_loss_draws_one_level_of_each_stratum_however_the_batch_is_split(pair: A
     assert not torch.equal(other.noise_level, whole.noise_level)
 
 
-def test_loss_with_complementary_masks_trains_each_token_of_an_answer_once(pair: Any) -> None:
+def test_loss_with_complementary_masks_trains_tokens_once(pair: Any) -> None:
     model, by_hand = pair
     result = masked_diffusion_loss(model, **batch(), seed=2, complementary=True)
     first, second = result.masked.chunk(2)
@@ -77,7 +77,7 @@ def test_loss_with_complementary_masks_trains_each_token_of_an_answer_once(pair:
     check_loss(by_hand, result, [0, 1, 2, 0, 1, 2])
 
 
-def test_curve_at_each_level_is_the_ratio_by_hand(pair: Any) -> None:
+def test_curve_at_each_level_matches_manual_ratio(pair: Any) -> None:
     """Σ_i 1/n_i Σ_{j masked} − log p over Σ_i 1/n_i Σ_{j masked} 1; masks grow with λ."""
     model, by_hand = pair
     rows = [{"input_ids": ids, "prompt_length": n} for ids, n in zip(ROWS, PROMPTS, strict=True)]
@@ -98,6 +98,6 @@ def test_curve_at_each_level_is_the_ratio_by_hand(pair: Any) -> None:
 
 
 @pytest.mark.parametrize("lengths", [[3], [3, 4, 5], [3.0, 4.0], 3])
-def test_loss_refuses_lengths_that_are_not_one_a_row(pair: Any, lengths: Any) -> None:
+def test_loss_refuses_wrong_number_of_lengths(pair: Any, lengths: Any) -> None:
     with pytest.raises(ValueError, match=r"prompt_lengths is .*: pass a whole number for each of the 2 rows"):
         masked_diffusion_loss(pair[0], torch.ones(2, 9, dtype=torch.long), lengths)

@@ -13,7 +13,7 @@ MASK = 29
 
 
 @pytest.mark.parametrize("group_size", [1, 8])
-def test_masks_given_a_level_cover_each_position_with_that_probability(group_size: int) -> None:
+def test_masks_cover_each_position_with_the_levels_probability(group_size: int) -> None:
     """In each eighth of λ, within 5 standard deviations: the draw of λ says nothing else about the masks."""
     count, answer = 4000, 3
     rows = torch.zeros(count, 1 + answer, dtype=torch.long)

@@ -23,9 +23,7 @@ IDS = torch.randint(6, VOCABULARY, (2, 11), generator=torch.Generator().manual_s
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpoint_in_its_stock_class_has_the_logits_by_hand(
-    kind: str, experts: str, attention: str, tmp_path: Path
-) -> None:
+def test_checkpoint_in_stock_class_has_manual_logits(kind: str, experts: str, attention: str, tmp_path: Path) -> None:
     fields, stock = KINDS[kind]
     by_hand = ByHand(fields, write_checkpoint(tmp_path, fields))
     # grouped products of experts, the default of transformers, aren't there in float64
@@ -63,7 +61,7 @@ def test_attention_that_takes_no_block_mask_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_saved_copy_has_the_public_names_and_values_and_loads_again(kind: str, tmp_path: Path) -> None:
+def test_saved_copy_has_public_names_and_loads_again(kind: str, tmp_path: Path) -> None:
     fields, stock = KINDS[kind]
     state = write_checkpoint(tmp_path / "public", fields)
     model, tokenizer = load_backbone(str(tmp_path / "public"))
@@ -90,7 +88,7 @@ UNKNOWN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_option_that_the_stock_class_lacks_is_refused_by_its_name(name: str, tmp_path: Path) -> None:
+def test_option_missing_in_stock_class_is_refused(name: str, tmp_path: Path) -> None:
     fields, change = UNKNOWN[name]
     write_checkpoint(tmp_path, fields | change)
     with pytest.raises(ValueError, match="shared.expert" if "shared" in name else name):
@@ -105,7 +103,7 @@ def test_missing_tensor_of_llada2_is_refused(tmp_path: Path) -> None:
         load_backbone(str(tmp_path))
 
 
-def test_mask_that_only_the_vocabulary_has_is_found_and_so_is_the_end_of_a_turn(tmp_path: Path) -> None:
+def test_mask_and_turn_end_are_found_in_vocabulary(tmp_path: Path) -> None:
     """As in the public checkpoints of LLaDA2 and LLaDA-MoE: no file says which token is the mask."""
     write_checkpoint(tmp_path, LLADA_MOE)
     names = {"<mask>": "<|mask|>", "w9": "<|role_end|>"}

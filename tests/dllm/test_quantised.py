@@ -47,7 +47,7 @@ def adapted(model: Any) -> PeftModel:
 
 
 @pytest.mark.parametrize(("bits", "precision"), [(4, 1e-4), (8, 3e-2)])
-def test_gradients_are_those_of_the_rounded_weights_also_after_an_evaluation(bits: int, precision: float) -> None:
+def test_gradients_use_rounded_weights_also_after_evaluation(bits: int, precision: float) -> None:
     """On a CPU bitsandbytes packs 4-bit weights at the first evaluation, and gives packed ones no gradient."""
     small, _ = load_backbone(LLADA_TINY, dtype=torch.float32, **{f"load_in_{bits}bit": True})
     whole, _ = load_backbone(LLADA_TINY)
@@ -83,7 +83,7 @@ def test_weights_are_rounded_to_nf4_with_double_quantisation() -> None:
 @pytest.mark.parametrize(
     ("bits", "precision"), [(4, {"mixed_precision": "bf16"}), (8, {"gradient_checkpointing": True})]
 )
-def test_run_that_is_killed_goes_on_to_the_same_bits(tmp_path: Path, bits: int, precision: dict[str, Any]) -> None:
+def test_killed_run_resumes_to_the_same_bits(tmp_path: Path, bits: int, precision: dict[str, Any]) -> None:
     flags = text_flags(tmp_path) | {f"load_in_{bits}bit": True, "optimizer": "PagedAdamW", **precision}
     flags |= {"validation_steps": 2}
     fresh_accelerate()  # other tests leave one
@@ -106,7 +106,7 @@ def test_both_widths_and_full_training_are_refused(tmp_path: Path) -> None:
             text_arguments(tmp_path, load_in_4bit=True, **changes)
 
 
-def test_missing_bitsandbytes_is_refused_with_the_extra_s_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_bitsandbytes_is_refused_naming_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nara_diffusion.dllm.models.quantised.find_spec", lambda name: None)
     for option in ("load_in_4bit", "load_in_8bit"):
         with pytest.raises(ValueError, match=r"need bitsandbytes, which isn't installed: pip install .*\[optimizers\]"):

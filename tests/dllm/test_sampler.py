@@ -78,7 +78,7 @@ def test_generate_by_confidence_writes_the_answers_by_hand(pair: Any, setting: s
     assert any(greedy(constant, p, mask=VOCABULARY - 1, **options)[0] not in answers for p in PROMPTS)  # λ matters
 
 
-def test_generate_keeps_what_the_end_of_a_step_fills_and_counts_it(pair: Any) -> None:
+def test_generate_keeps_and_counts_tokens_of_last_step(pair: Any) -> None:
     levels_seen: list[float] = []
 
     def fill(step: Any) -> None:
@@ -90,14 +90,14 @@ def test_generate_keeps_what_the_end_of_a_step_fills_and_counts_it(pair: Any) ->
     assert levels_seen[1] <= 3 / 6
 
 
-def test_generate_with_what_is_merged_at_another_level_is_refused() -> None:
+def test_generate_merged_at_another_level_is_refused() -> None:
     model = adapted_pair(VOCABULARY)[0]
     model.merge_adapter(noise_level=0.5)
     with pytest.raises(ValueError, match=r"merged at noise_level 0\.5, but this forward asks for \[1"):
         generate(model, torch.tensor([PROMPTS[0]]), gen_length=4)
 
 
-def test_generate_fills_an_answer_that_has_ended_with_its_end_token(pair: Any) -> None:
+def test_generate_fills_ended_answer_with_its_end_token(pair: Any) -> None:
     model, by_hand = pair
     options: dict[str, Any] = {"gen_length": 8, "block_length": 2}
     whole = [greedy(by_hand, p, mask=VOCABULARY - 1, **options)[0] for p in PROMPTS]
@@ -123,7 +123,7 @@ def test_generate_draws_by_the_generator_alone(pair: Any) -> None:
 
 
 @pytest.mark.parametrize("setting", ["logits_eos_inf", "confidence_eos_eot_inf"])
-def test_end_token_of_the_configuration_is_never_predicted_or_placed_last(
+def test_configured_end_token_is_never_predicted_or_last(
     pair: Any, setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, by_hand = pair
@@ -142,7 +142,7 @@ def test_end_token_of_the_configuration_is_never_predicted_or_placed_last(
 # ---------------------------------------------------------------- Dream
 
 
-def test_dream_answers_and_scores_after_a_bos_token_where_there_is_no_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dream_without_prompt_answers_after_a_bos_token(monkeypatch: pytest.MonkeyPatch) -> None:
     model, by_hand = load_backbone(DREAM_TINY)[0], DreamByHand()
     prompts = torch.tensor([[5, 5, 5], [9, 8, 7]])
     result: Any = generate(model, prompts, gen_length=4, prompt_lengths=[0, 3], stop_at_eos=False, return_stats=True)
@@ -174,7 +174,7 @@ def test_dream_answers_and_scores_after_a_bos_token_where_there_is_no_prompt(mon
 # ---------------------------------------------------------------- what is refused
 
 
-def test_generate_refuses_impossible_settings_by_name_and_says_how_texts_are_encoded(pair: Any) -> None:
+def test_generate_refuses_impossible_settings_by_name(pair: Any) -> None:
     for options, message in [
         ({"block_length": 3}, "block_length 3 has to divide"),
         ({"block_length": 4, "steps": 3}, "steps is 3 and there are 2 blocks"),

@@ -40,7 +40,7 @@ def split(file: Path, **options: Any) -> tuple[Dataset, Dataset, Dataset]:
     return load_records(Arguments(pretrained_model_name_or_path="none", train_file=str(file), **options))
 
 
-def test_copies_of_held_out_records_are_not_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_copies_of_held_out_records_are_not_trained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train, held_out, _ = split(write(tmp_path / "own.jsonl", *numbered(*[*range(10, 30)] * 4)))
     held = set(held_out["output"])
     assert len(held_out) == 8
@@ -51,7 +51,7 @@ def test_copies_of_held_out_records_are_not_trained_on(tmp_path: Path, caplog: p
     assert caplog.messages == [f"training data: {copies} of 72 rows equal held-out ones and are left out"]
 
 
-def test_a_split_that_loses_most_of_its_training_records_as_copies_is_refused(tmp_path: Path) -> None:
+def test_split_losing_most_records_as_copies_is_refused(tmp_path: Path) -> None:
     records = split(write(tmp_path / "own.jsonl", *numbered(*[*range(10, 30)] * 12)))[:2]
     training, validation = (encode_records(part, TOKENIZER, max_length=64) for part in records)
     with pytest.raises(ValueError, match=r"training data: \d+ of 216 rows of tokens .* remove the copies"):
@@ -69,9 +69,7 @@ def test_split_of_different_records_is_that_of_datasets(tmp_path: Path, seed: in
     assert list(validation) == list(expected["test"])
 
 
-def test_rows_that_only_encoding_makes_equal_are_left_out_of_training(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_rows_equal_only_after_encoding_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Unknown words are one token, and a conversation can begin as another one does."""
     files = {
         "train": [
@@ -94,7 +92,7 @@ def test_rows_that_only_encoding_makes_equal_are_left_out_of_training(
         without_held_out(held_out, held_out)
 
 
-def test_given_files_that_repeat_training_rows_are_named_before_training_and_beside_the_figures(
+def test_files_repeating_training_rows_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train = numbered(*range(8))

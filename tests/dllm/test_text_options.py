@@ -64,7 +64,7 @@ def test_numbers_of_records_are_those_of_the_flags(tmp_path: Path) -> None:
     assert [len(part) for part in load_records(arguments(train_file=file, **flags))] == [7, 5, 17]
 
 
-def test_dataset_of_the_hub_is_read_with_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_dataset_is_read_with_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
     def load(path: str, **options: Any) -> Dataset:

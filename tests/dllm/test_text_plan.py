@@ -71,7 +71,7 @@ def test_plan_is_what_the_run_holds(name, generated, flags, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_flags_that_fit_are_never_those_that_the_run_refuses(capsys):
+def test_suggested_flags_are_never_refused_by_the_run(capsys):
     """A mixture of experts isn't rounded."""
     words = [*text_words(ASSETS / "gemma-tiny"), "--gen_length", "16", "--train_batch_size", "1"]
     with pytest.raises(ValueError, match="4 stacked experts"):

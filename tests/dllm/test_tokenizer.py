@@ -20,7 +20,7 @@ def test_chat_template_frames_prompt_and_answer() -> None:
     assert encode_prompts(TOKENIZER, texts) == prompts  # what generation starts from
 
 
-def test_without_a_chat_template_an_answer_follows_alpaca_s_prompt_and_ends_once() -> None:
+def test_answer_without_chat_template_follows_alpacas_prompt() -> None:
     head = "Below is an instruction that describes a task"
     more = ", paired with an input that provides further context"
     tail = ". Write a response that appropriately completes the request.\n\n### Instruction:\nw7 w8\n\n"

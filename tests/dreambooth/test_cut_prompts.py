@@ -54,7 +54,7 @@ def message(source: str, rest: str) -> str:
     return f"{start}CLIP reads its first {MAX_TOKENS} tokens and ignores {rest!r}. Shorten it."
 
 
-def test_each_prompt_is_warned_of_once_with_its_image(pipe, tmp_path, caplog) -> None:
+def test_each_cut_prompt_warns_once_with_its_image(pipe, tmp_path, caplog) -> None:
     folder = folder_of(tmp_path, [(20, 24)] * 4)
     texts = [SHORT, long("ab"), long("ab"), long("c")]
     rows = [json.dumps({"file_name": f"{n:02d}.png", "text": text}) for n, text in enumerate(texts)]

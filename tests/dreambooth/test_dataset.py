@@ -76,7 +76,7 @@ def test_one_resampling_gives_the_pixels_of_three_steps(original, target, flip: 
         assert np.abs(cut(picture, target, top, left, flip) - expected).max() <= 1.01
 
 
-def test_random_crops_reach_every_position_and_a_bounded_number(instances, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_crops_reach_every_position_within_bounds(instances, monkeypatch: pytest.MonkeyPatch) -> None:
     wide, tall = instances[3].key, instances[1].key  # 90 × 50, scaled to 58 × 32; 60 × 80, to 32 × 43
 
     def crops(count: int, number: int, key: str = wide) -> list[TrainingSample]:
@@ -95,7 +95,7 @@ def test_random_crops_reach_every_position_and_a_bounded_number(instances, monke
     assert abs(sum(count for (_, flip), count in bounded.items() if flip) - 60) < 20
 
 
-def test_no_flip_and_the_middle_where_they_are_asked_for(instances) -> None:
+def test_no_flip_and_center_crop_when_requested(instances) -> None:
     data = dataset(instances, buckets=[(32, 32)], crop="center", flip=False)
     samples = {sample.image.key: sample for position in range(50) for sample in data.samples_at(position)}
     assert samples[instances[3].key].time_ids == (50, 90, 0, 13, 32, 32)
@@ -103,9 +103,7 @@ def test_no_flip_and_the_middle_where_they_are_asked_for(instances) -> None:
     assert [sample.key for sample in data.plain_samples()] == [samples[image.key].key for image in instances]
 
 
-def test_a_batch_holds_one_bucket_and_its_class_images_and_a_round_each_image_equally_often(
-    instances, class_images
-) -> None:
+def test_batch_holds_one_bucket_and_round_each_image(instances, class_images) -> None:
     data = dataset(instances, class_images=class_images)
     keys = [data.samples_at(position)[1].image.key for position in range(12)]
     assert all(len(set(keys[start : start + 3])) == 3 for start in range(0, 12, 3))  # each before one comes again
@@ -127,7 +125,7 @@ def test_a_batch_holds_one_bucket_and_its_class_images_and_a_round_each_image_eq
     assert [one_bucket[p] for p in range(30)] == [stream.sample_at(p) for p in range(30)]
 
 
-def test_captions_are_dropped_as_often_as_asked_and_nothing_else_changes(instances, class_images) -> None:
+def test_captions_are_dropped_at_the_requested_rate_only(instances, class_images) -> None:
     plain = dataset(instances, class_images=class_images)
     data = dataset(instances, class_images=class_images, caption_dropout=0.3)
     pairs = [(data.samples_at(p), plain.samples_at(p)) for p in range(1000)]
@@ -146,7 +144,7 @@ def test_images_that_are_too_small_are_named(instances, caplog) -> None:
     assert f"{expected}, so the model learns blur." in caplog.text
 
 
-def test_random_crops_that_leave_out_much_are_said_with_the_share_and_the_flags(tmp_path, caplog) -> None:
+def test_random_crops_that_lose_much_warn_with_flags(tmp_path, caplog) -> None:
     wide = records_from_folder(folder_of(tmp_path, [(96, 54), (64, 64)]), prompt="a toy")
     squares = {"buckets": [(32, 32)]}
     dataset(wide, **squares).warn_of_sizes()
@@ -189,7 +187,7 @@ def test_latents_are_drawn_from_the_posterior_and_scaled(data, shifted: bool) ->
     torch.testing.assert_close(cache.mode(samples), (mode - m) * 0.5 / d)
 
 
-def test_neither_bounds_nor_batches_nor_a_resume_change_a_bit(data) -> None:
+def test_bounds_batches_and_resume_change_no_bit(data) -> None:
     expected = [LatentCache(small_vae(), memory_mib=0).sample(batch["samples"], seed=4) for batch in batches(data)]
     for bound in (1024.0, 0.01):
         cache = LatentCache(small_vae(), memory_mib=bound)
@@ -202,7 +200,7 @@ def test_neither_bounds_nor_batches_nor_a_resume_change_a_bit(data) -> None:
     assert not LatentCache(small_vae()).sample(batch["samples"], seed=5).equal(expected[0])
 
 
-def test_each_crop_is_encoded_once_while_there_is_room(data, monkeypatch, caplog) -> None:
+def test_each_crop_is_encoded_once_within_the_limit(data, monkeypatch, caplog) -> None:
     model, calls = small_vae(), []
     encode = model.encode
     monkeypatch.setattr(model, "encode", lambda pixels: calls.append(len(pixels)) or encode(pixels))

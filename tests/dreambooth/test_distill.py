@@ -79,7 +79,7 @@ def test_run_learns_and_writes_its_files(ended: Path) -> None:
     assert (ended / "samples.png").is_file()
 
 
-def test_file_says_the_steps_their_timesteps_and_the_guidance(ended: Path) -> None:
+def test_file_has_steps_timesteps_and_guidance(ended: Path) -> None:
     scheduler = DDIMScheduler(**BETAS, timestep_spacing="trailing")
     scheduler.set_timesteps(2)
     config = AdapterFile.read(ended).parts["unet"].config
@@ -102,7 +102,7 @@ def test_samples_are_those_of_the_card_s_sampler(
         assert abs(found - np.asarray(image).astype(int)).max() <= 1
 
 
-def test_killed_run_goes_on_to_the_bits_of_one_run_without_the_teacher(
+def test_killed_run_resumes_without_teacher_to_same_bits(
     sdxl: dict[str, Any], ended: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(ended, tmp_path / "out")
@@ -167,7 +167,7 @@ def test_pipeline_that_samples_otherwise_is_warned_once(sdxl: dict[str, Any], en
         pixels(pipe, **SAMPLED)
 
 
-def test_lora_of_one_level_is_refused_for_a_core_that_reads_it(sdxl: dict[str, Any], ended: Path) -> None:
+def test_lora_of_one_level_is_refused_for_cores(sdxl: dict[str, Any], ended: Path) -> None:
     pipe = DiffusionPipeline.from_pretrained(sdxl["pretrained_model_name_or_path"])
     pipe.load_nara_weights(ended, adapter_name="fast")
     with pytest.raises(ValueError, match="samples in 2 steps, and its update differs from step to step"):

@@ -52,7 +52,7 @@ def with_lora(folder: Path, seed: int = 1) -> Any:
     return pipe
 
 
-def test_teacher_has_the_users_lora_and_each_trajectory_its_prompt(
+def test_teacher_has_users_lora_and_trajectories_their_prompts(
     flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipe, losses, trained = with_lora(tmp_path / "own"), [], []
@@ -97,7 +97,7 @@ def test_teacher_has_the_users_lora_and_each_trajectory_its_prompt(
 
 
 @pytest.mark.slow
-def test_card_of_another_kind_of_adapter_has_code_that_runs(
+def test_card_of_another_adapter_kind_has_working_code(
     flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run("dreambooth_sdxl.py", **flags | {"adapter": "loha", "output_dir": tmp_path})

@@ -113,7 +113,7 @@ def sampled(name: str) -> Run:
 
 @pytest.mark.parametrize("name", PIPELINES)
 @torch.no_grad()
-def test_denoiser_is_called_as_the_pipeline_calls_it_on_latents_that_it_decodes_alike(name: str) -> None:
+def test_denoiser_is_called_as_its_pipeline_calls_it(name: str) -> None:
     run = sampled(name)
     scheduler, denoiser = run.pipe.scheduler, getattr(run.pipe, run.family.denoiser)
     embeddings = run.family.encode(run.pipe, PROMPTS)

@@ -45,7 +45,7 @@ def sampler_of(kind: str, steps: int) -> Any:
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
-def test_a_target_makes_diffusers_sampler_land_where_the_teacher_lands(kind: str) -> None:
+def test_target_makes_sampler_land_with_the_teacher(kind: str) -> None:
     sampler = sampler_of(kind, 3)
     timesteps, factors = landings(sampler, 3)
     z, end = torch.randn(2, 2, 3, 4, 5)
@@ -86,7 +86,7 @@ def test_no_step_of_a_flow_is_idle(shift: float) -> None:
         assert torch.equal(pipe.scheduler.sigmas, sampler.sigmas)
 
 
-def test_a_flow_with_a_scheduler_of_another_class_is_taught_too() -> None:
+def test_flow_with_another_scheduler_class_is_trained() -> None:
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     sampler, _ = student_sampler(scheduler, 4, True)
     sampler.set_timesteps(4)
@@ -121,7 +121,7 @@ def sampling(pipe: Any) -> tuple[Any, Family, tuple[int, int, int]]:
 
 
 @pytest.mark.parametrize(("make", "guidance_scale"), [(small_sd, 3.5), (small_sdxl, 1.0), (small_sd3, 4.0)])
-def test_latents_are_those_after_each_step_of_the_pipeline(make: Any, guidance_scale: float) -> None:
+def test_latents_match_each_step_of_the_pipeline(make: Any, guidance_scale: float) -> None:
     pipe, family, shape = sampling(make())
     noise, prompts = torch.randn(2, *shape), ["a photo of toy", "red cube on grass"]
     call = {**CALL, **family.sample_call, "guidance_scale": guidance_scale}
@@ -143,7 +143,7 @@ def test_latents_are_those_after_each_step_of_the_pipeline(make: Any, guidance_s
         torch.testing.assert_close(path[:, number + 1], z, rtol=1e-3, atol=1e-3)
 
 
-def test_trajectories_are_made_once_and_depend_on_their_numbers_only(tmp_path: Any) -> None:
+def test_trajectories_are_made_once_by_their_numbers(tmp_path: Any) -> None:
     accelerator, asked = Accelerator(cpu=True), []
 
     def sample(indices: Any) -> torch.Tensor:
@@ -178,7 +178,7 @@ def loss_of(pipe: Any, family: Family, paths: torch.Tensor, prompts: list[str], 
     return StudentLoss(denoiser, paths, prompts, steps, base, source, cache, ids, batch_size=2)
 
 
-def test_the_loss_is_the_error_to_the_target_over_the_base_error() -> None:
+def test_loss_is_target_error_over_base_error() -> None:
     pipe, family, shape = sampling(small_sdxl())
     paths, base = torch.randn(4, 4, *shape), torch.tensor([0.5, 2.0, 4.0])
     model = Fixed(torch.randn(3, *shape))
@@ -195,7 +195,7 @@ def test_the_loss_is_the_error_to_the_target_over_the_base_error() -> None:
 
 
 @pytest.mark.parametrize("make", [small_sdxl, small_sd3])
-def test_errors_are_shares_of_the_base_and_the_end_is_that_of_the_pipeline(make: Any) -> None:
+def test_errors_are_base_shares_and_end_at_pipeline(make: Any) -> None:
     pipe, family, shape = sampling(make())
     prompts, base = ["a toy", "red cube", "on grass"], torch.tensor([0.5, 2.0])
     paths = torch.randn(3, 3, *shape)

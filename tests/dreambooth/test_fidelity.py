@@ -86,7 +86,7 @@ def test_similarity_is_the_mean_cosine_over_all_pairs(clip, dino) -> None:
 
 
 @torch.no_grad()
-def test_alignment_is_the_mean_cosine_of_image_and_own_prompt(clip) -> None:
+def test_alignment_is_mean_cosine_of_image_and_prompt(clip) -> None:
     model, words, images = clip.model, CLIPTokenizer.from_pretrained(CLIP_TINY), pictures(3)
     tokens = [words(prompt, return_tensors="pt") for prompt in PROMPTS]
     texts = [model.text_projection(model.text_model(**each).pooler_output)[0] for each in tokens]
@@ -110,7 +110,7 @@ def test_models_that_cannot_measure_are_refused(dino, tmp_path) -> None:
         Encoder(tmp_path / "other")
 
 
-def test_encoder_out_of_reach_is_named_with_the_way_without() -> None:
+def test_unreachable_encoder_is_named_with_the_way_without() -> None:
     args = SimpleNamespace(similarity_model="some/dino", alignment_model=None)
     message = r"The encoder some/dino can't be loaded \(the Hub can't be reached\)\. .* --alignment_model none"
     with pytest.raises(ValueError, match=message):

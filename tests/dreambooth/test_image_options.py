@@ -26,7 +26,7 @@ def arguments(**flags: Any) -> DreamBoothArguments:
     return DreamBoothArguments(**{"pretrained_model_name_or_path": "none", "instance_data_dir": "none"} | flags)
 
 
-def test_family_has_the_lengths_and_guidance_of_the_flags() -> None:
+def test_family_uses_lengths_and_guidance_of_flags() -> None:
     pipe = small_flux()
     family = run_family(arguments(max_sequence_length=7, training_guidance_scale=2.5), pipe)
     assert (family.max_sequence_length, family.guidance) == (7, 2.5)
@@ -88,7 +88,7 @@ def test_class_images_are_made_as_flags_say(tmp_path: Path, monkeypatch: pytest.
     assert calls == list(values.values())
 
 
-def test_captions_are_read_from_the_column_of_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captions_are_read_from_the_flags_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
     def read(folder: str, **options: Any) -> None:

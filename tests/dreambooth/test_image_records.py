@@ -46,7 +46,7 @@ def test_other_modes_become_rgb_and_transparent_parts_white(tmp_path) -> None:
     assert np.abs(loaded[:, :5] - (stored[:, :5] * 128 / 255 + 127)).max() <= 1
 
 
-def test_images_that_cannot_be_used_are_named_all_at_once(tmp_path) -> None:
+def test_unusable_images_are_all_named_at_once(tmp_path) -> None:
     folder = folder_of(tmp_path, [(64, 48)] * 5)
     (folder / "00.png").write_bytes((folder / "00.png").read_bytes()[:3000])
     Image.fromarray(np.full((5, 5), 40000, dtype=np.uint16)).save(folder / "01.png")  # of an unknown range
@@ -57,7 +57,7 @@ def test_images_that_cannot_be_used_are_named_all_at_once(tmp_path) -> None:
         records_from_folder(folder, prompt=PROMPT)
 
 
-def test_names_of_images_that_are_no_files_are_refused_in_one_line(tmp_path) -> None:
+def test_image_names_without_files_are_refused_briefly(tmp_path) -> None:
     folder = folder_of(tmp_path, [(8, 8)])
     (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (folder / "sub.png").mkdir()
@@ -66,7 +66,7 @@ def test_names_of_images_that_are_no_files_are_refused_in_one_line(tmp_path) -> 
         records_from_folder(folder, prompt=PROMPT)
 
 
-def test_message_of_a_file_that_is_no_image_has_no_memory_address(tmp_path) -> None:
+def test_message_of_broken_image_has_no_memory_address(tmp_path) -> None:
     (tmp_path / "page.jpg").write_bytes(b"<html>404</html>")
     with pytest.raises(ValueError, match=r"page\.jpg can't be decoded \(not an image") as error:
         load_image(tmp_path / "page.jpg")
@@ -87,7 +87,7 @@ def test_a_folder_becomes_records_in_order_of_names(tmp_path) -> None:
     assert np.array_equal(pixels(there.load()), pixels(noise(11, 12, seed=1)))
 
 
-def test_what_is_no_image_is_left_out_with_a_warning(tmp_path, caplog) -> None:
+def test_non_images_are_left_out_with_a_warning(tmp_path, caplog) -> None:
     folder = folder_of(tmp_path, [(8, 8), (8, 8)])
     for name in ("00.txt", ".DS_Store", "._00.png", "notes.txt", "clip.mp4"):
         (folder / name).write_text("x")
@@ -110,7 +110,7 @@ def test_folders_without_images_of_their_own_are_refused(tmp_path) -> None:
     refused(tmp_path, "contains the folder '10_sks dog'. Repeats and prompts in a folder's name aren't supported")
 
 
-def test_description_of_the_images_has_those_of_prior_preservation(tmp_path) -> None:
+def test_description_of_images_includes_prior_preservation(tmp_path) -> None:
     images = records_from_folder(folder_of(tmp_path / "images", [(8, 8)] * 2), prompt=PROMPT)
     prior = class_records(folder_of(tmp_path / "class", [(8, 8)] * 3), prompt="a photo of a dog")
     expected = f"2 images of “{PROMPT}”, and 3 images of “a photo of a dog” for prior preservation"
@@ -134,7 +134,7 @@ def captions_of(images: list[Path], prompt: str | None, column: str | None = Non
     return fill_captions(own_captions(images, column), [image.name for image in images], prompt)
 
 
-def test_captions_come_from_text_files_else_from_one_prompt(images, caplog) -> None:
+def test_captions_come_from_text_files_or_one_prompt(images, caplog) -> None:
     assert captions_of(images, f" {PROMPT}\n") == [PROMPT] * 3
     assert not caplog.text
     for image, text in zip(images, ("first", "second,\n with a line break \n", "dritte über"), strict=True):
@@ -160,7 +160,7 @@ def test_metadata_wins_over_text_files(images) -> None:
 
 
 @pytest.mark.parametrize("name", ["images/a.png", "A.png", "a.pgn"])
-def test_metadata_row_without_an_image_is_refused_by_file_and_line(images, name) -> None:
+def test_metadata_row_without_image_is_refused_by_line(images, name) -> None:
     rows = [{"file_name": "b.jpg", "text": None}, {"file_name": name, "text": "a"}]
     (images[0].parent / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(
@@ -178,7 +178,7 @@ def test_images_without_a_metadata_row_are_warned_of(images, caplog) -> None:
     )
 
 
-def test_captions_that_cannot_be_read_are_refused_by_file_and_line(images) -> None:
+def test_unreadable_captions_are_refused_by_file_and_line(images) -> None:
     def refused(message: str, column: str | None = None) -> None:
         with pytest.raises(ValueError, match=message):
             own_captions(images, column)

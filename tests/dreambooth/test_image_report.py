@@ -37,7 +37,7 @@ def measured(similarity: float | None, text_alignment: float | None) -> Any:
     return SimpleNamespace(similarity=similarity, text_alignment=text_alignment)
 
 
-def test_alignment_that_halves_while_similarity_rises_is_said_with_the_remedy() -> None:
+def test_halved_alignment_beside_rising_similarity_is_warned() -> None:
     (text,) = forgetting(measured(0.26, 0.48), measured(0.7, 0.24))
     assert "alignment with the prompt fell from 0.48 to 0.24" in text
     assert "Train fewer steps (--max_train_steps)" in text

@@ -31,7 +31,7 @@ def tensors() -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_discrete_objective_corrupts_and_weights_by_min_snr_as_diffusers(tensors, prediction_type: str) -> None:
+def test_discrete_objective_matches_diffusers_corruption_and_weights(tensors, prediction_type: str) -> None:
     latents, noise, _ = tensors
     scheduler = DDPMScheduler(**BETAS, prediction_type=prediction_type)
     # the pipeline's scheduler is another class, of the same betas
@@ -92,7 +92,7 @@ def test_flow_noise_levels_are_those_of_the_scheduler(tensors, shift: float) -> 
     torch.testing.assert_close(batch.model_input, (1 - sigma) * latents + sigma * noise, rtol=1e-5, atol=1e-5)
 
 
-def test_shift_is_the_schedulers_unless_it_depends_on_the_size_or_is_given() -> None:
+def test_shift_is_the_schedulers_unless_given() -> None:
     wan = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0)
     dynamic = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
     given = [(dynamic, None, 0.5), (wan, None, 5 / 6), (wan, 2.0, 2 / 3)]

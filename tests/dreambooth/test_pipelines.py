@@ -33,7 +33,7 @@ CONFIGS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("method", CONFIGS)
-def test_everything_that_is_trained_gets_a_gradient_in_float32(method: str) -> None:
+def test_every_trained_weight_gets_a_float32_gradient(method: str) -> None:
     pipe = small_sdxl()
     pipe.to(dtype=torch.bfloat16)
     for part in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2):
@@ -53,7 +53,7 @@ def test_everything_that_is_trained_gets_a_gradient_in_float32(method: str) -> N
     assert isinstance(model.unet, PeftModel) is (method == "hira")
 
 
-def test_text_encoders_have_the_options_of_the_unet_but_those_of_a_core() -> None:
+def test_text_encoders_have_unet_options_except_the_cores() -> None:
     shared: dict[str, Any] = PATTERNS | {"lora_dropout": 0.1, "init_lora_weights": "gaussian", "use_dora": True}
     shared |= {"use_rslora": True, "r": 3, "lora_alpha": 5.0}
     core: dict[str, Any] = {"core_sharing": "layer", "noise_embedding": "raw", "noise_convention": "timestep"}
@@ -65,7 +65,7 @@ def test_text_encoders_have_the_options_of_the_unet_but_those_of_a_core() -> Non
 
 
 @pytest.mark.parametrize("option", [{"init_lora_weights": "pissa"}, {"bias": "all"}], ids=str)
-def test_adapter_that_no_other_copy_of_the_base_could_load_is_refused(option: dict[str, Any]) -> None:
+def test_adapter_bound_to_one_base_copy_is_refused(option: dict[str, Any]) -> None:
     pipe = small_sdxl()
     names = {name for name, _ in pipe.unet.named_modules()}
     with pytest.raises(ValueError, match="changes the base model"):
@@ -76,14 +76,14 @@ def test_adapter_that_no_other_copy_of_the_base_could_load_is_refused(option: di
 # ---------------------------------------------------------------------- files
 
 
-def test_file_that_lacks_a_tensor_is_refused_and_the_base_stays(tmp_path: Path) -> None:
+def test_file_lacking_a_tensor_is_refused_without_change(tmp_path: Path) -> None:
     write_adapter(AdaptedDenoiser(small_sdxl(), CONFIGS["lora"](), train_text_encoder=True), tmp_path, {})
     tensors = load_file(tmp_path / LORA_WEIGHTS)
     tensors.pop(next(key for key in tensors if "lora_B" in key))
     save_file(tensors, tmp_path / LORA_WEIGHTS, metadata={"format": "pt"})
     sampler = small_sdxl()
     before = {name: getattr(sampler, name) for name in COMPONENTS}
-    with pytest.raises(ValueError, match=r"did not load|lacks|adapted layer"), adapter_loaded(sampler, tmp_path):
+    with pytest.raises(ValueError, match=r"has 1 tensors that .* does not have"), adapter_loaded(sampler, tmp_path):
         pytest.fail("a layer at random")
     assert all(getattr(sampler, name) is part for name, part in before.items())
     torch.testing.assert_close(pixels(sampler), pixels(small_sdxl()), rtol=0, atol=0)
@@ -117,7 +117,7 @@ def test_twin_shares_weights_and_nothing_that_comes_later(folder: Path) -> None:
     assert not other.unet.is_gradient_checkpointing
 
 
-def test_twin_in_half_precision_is_what_a_user_loads(folder: Path, tmp_path: Path) -> None:
+def test_half_precision_twin_equals_a_loaded_pipeline(folder: Path, tmp_path: Path) -> None:
     vae = small_sdxl().vae
     vae.register_to_config(scaling_factor=0.5)
     vae.save_pretrained(tmp_path / "vae")
@@ -132,7 +132,7 @@ def test_twin_in_half_precision_is_what_a_user_loads(folder: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("shards", [{}, {"max_shard_size": "20KB"}], ids=["one file", "shards"])
-def test_model_with_files_of_a_variant_only_is_refused_by_its_option(tmp_path: Path, shards: dict[str, Any]) -> None:
+def test_model_with_only_variant_files_names_the_option(tmp_path: Path, shards: dict[str, Any]) -> None:
     small_sdxl().save_pretrained(tmp_path / "sdxl", variant="fp16", **shards)
     with pytest.raises(ValueError, match=r"sdxl can't be loaded as .* --variant fp16 takes the files"):
         load_pipeline(str(tmp_path / "sdxl"), dtype=torch.float32)
@@ -145,7 +145,7 @@ def test_model_without_files_of_the_variant_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["sdxl.safetensors", "gone/model.ckpt", "folder.v1/a.file"])
-def test_single_file_as_a_model_is_refused_with_how_to_convert_it(name: str, folder: Path, tmp_path: Path) -> None:
+def test_single_file_model_is_refused_with_its_conversion(name: str, folder: Path, tmp_path: Path) -> None:
     path = tmp_path / name
     if "gone" not in name:
         path.parent.mkdir(exist_ok=True)

@@ -57,7 +57,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_an_interrupted_set_is_completed_to_the_same_files_at_any_batch_size(tmp_path) -> None:
+def test_interrupted_set_is_completed_to_the_same_files(tmp_path) -> None:
     painter = Painter()
     assert generate(tmp_path / "whole", painter=painter, height=8) == 5
     assert painter.batches == [2, 2, 1]
@@ -76,7 +76,7 @@ def test_an_interrupted_set_is_completed_to_the_same_files_at_any_batch_size(tmp
         generate(tmp_path / "whole", prompt="a cube")
 
 
-def test_enough_images_of_the_user_s_own_need_no_pipeline(tmp_path) -> None:
+def test_enough_user_images_need_no_pipeline(tmp_path) -> None:
     folder = folder_of(tmp_path / "class", [(8, 8)] * 3)
     assert generate_class_images(lambda: pytest.fail("loaded"), folder, PROMPT, 3, seed=0) == 0
     assert generate(folder, count=5) == 2
@@ -102,7 +102,7 @@ def test_processes_share_the_work(tmp_path) -> None:
 CALL = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 3.0}
 
 
-def test_samples_are_those_of_the_pipeline_s_own_call(tmp_path) -> None:
+def test_samples_match_the_pipelines_own_call(tmp_path) -> None:
     pipe = small_sdxl()
     settings = SampleSettings(["a red toy", "a cube"], 3, seed=7, batch_size=3, call=CALL)
     images = sample_images(pipe, settings)
@@ -116,7 +116,7 @@ def test_samples_are_those_of_the_pipeline_s_own_call(tmp_path) -> None:
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "samples" / "01-seed-8.png")), np.asarray(images[4]))
 
 
-def test_each_image_is_on_the_sheet_where_its_prompt_and_seed_say(tmp_path) -> None:
+def test_each_image_is_at_its_place_on_sheet(tmp_path) -> None:
     def colours(count: int, blue: int) -> list[Image.Image]:
         return [Image.new("RGB", (32, 32), (10 + 20 * i, 200 - 20 * i, blue)) for i in range(count)]
 

@@ -43,7 +43,7 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in metrics(folder) if "loss" in line]
 
 
-def test_run_goes_on_for_more_steps_with_other_prompts_to_the_bits_of_one_run(
+def test_run_with_more_steps_and_prompts_keeps_bits(
     sdxl: dict[str, Any], ended: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -60,7 +60,7 @@ def test_run_goes_on_for_more_steps_with_other_prompts_to_the_bits_of_one_run(
 
 
 @pytest.mark.slow
-def test_run_goes_on_with_other_images_and_its_card_says_what_they_show_and_where_the_loss_was_measured(
+def test_run_continues_with_other_images_on_its_card(
     sdxl: dict[str, Any], ended: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     card = (ended / "README.md").read_text()
@@ -82,7 +82,7 @@ def test_run_goes_on_with_other_images_and_its_card_says_what_they_show_and_wher
 
 
 @pytest.mark.parametrize("change", [{"snr_gamma": 5.0}, {"resolution": 32}, {"rank": 2}], ids=str)
-def test_run_that_would_learn_something_else_is_not_gone_on_with(
+def test_run_that_would_learn_otherwise_is_not_continued(
     sdxl: dict[str, Any], ended: Path, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     name, value = next(iter(change.items()))
@@ -90,9 +90,7 @@ def test_run_that_would_learn_something_else_is_not_gone_on_with(
         resumed(ended, sdxl, tmp_path / "out", **change)
 
 
-def test_defaults_on_a_named_model_are_its_own_size_and_hundreds_of_steps(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_named_model_defaults_to_its_size_and_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A pass over five images would be two steps, and a model of 64 pixels at 1024 would show noise."""
     for name in ("sdxl-tiny", "sd-tiny-flow"):
         found = family_defaults({NAMED: str(ASSETS / name)})
@@ -113,7 +111,7 @@ def test_another_model_is_taught_with_dora_by_default() -> None:
     assert of_student == {name: value for name, value in defaults.items() if name != "weighting_scheme"}
 
 
-def test_images_larger_than_the_model_has_positions_for_are_refused(tmp_path: Path) -> None:
+def test_images_beyond_model_positions_are_refused(tmp_path: Path) -> None:
     pipe = small_sd3()
     limit = pipe.transformer.config.pos_embed_max_size * pipe.vae_scale_factor * pipe.transformer.config.patch_size
     flags = image_flags(tmp_path, pipe) | {"resolution": 2 * limit, "max_sequence_length": 5}
@@ -123,7 +121,7 @@ def test_images_larger_than_the_model_has_positions_for_are_refused(tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-def test_shipped_run_is_a_settings_file_without_its_images_for_own_ones(tmp_path: Path) -> None:
+def test_shipped_run_is_settings_without_its_images(tmp_path: Path) -> None:
     found = shipped_run({}, CONFIGS / "sdxl_tiny.yaml")
     assert [found[name] for name in ("resolution", "max_train_steps", "learning_rate", "rank")] == [64, 700, 2e-3, 16]
     places = (NAMED, "similarity_model", "alignment_model", "instance_data_dir")
@@ -138,7 +136,7 @@ def test_shipped_run_is_a_settings_file_without_its_images_for_own_ones(tmp_path
 
 
 @pytest.mark.parametrize("data", [{"prompts_file": "own.txt"}, {"instance_prompt": "a photo of a dog"}], ids=str)
-def test_shipped_prompts_are_not_those_of_a_distillation_on_own_prompts(
+def test_shipped_prompts_are_not_used_for_own_distillation(
     data: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")

@@ -107,7 +107,7 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("convention", SCHEDULERS)
-def test_step_with_another_number_of_timesteps_has_its_noise_levels(tmp_path: Path, convention: str) -> None:
+def test_step_with_other_timestep_count_has_its_levels(tmp_path: Path, convention: str) -> None:
     pipe, batch = small_sdxl(), batch_of(tmp_path, prior=False)
     pipe.scheduler = SCHEDULERS[convention]
     model = disturbed(pipe, NaraConfig(**CONFIG | {"noise_convention": convention}))
@@ -133,7 +133,7 @@ def test_random_numbers_depend_on_seed_stream_and_index() -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.3, 0.7)])
-def test_stratified_indices_take_one_stratum_of_the_window_each(low: float, high: float) -> None:
+def test_stratified_indices_cover_each_stratum_once(low: float, high: float) -> None:
     objective = build_objective(DDPMScheduler())
     levels = drawable_levels(objective.noise_levels, NoiseWindow(low, high))
     first, count, n = round(1000 * low), round(1000 * (high - low)), 10
@@ -142,7 +142,7 @@ def test_stratified_indices_take_one_stratum_of_the_window_each(low: float, high
         assert sorted(((group - first) * n // count).tolist()) == list(range(n))
 
 
-def test_window_without_a_noise_level_is_refused_with_the_schedules() -> None:
+def test_window_without_levels_is_refused_with_the_schedules() -> None:
     with pytest.raises(ValueError, match=r"1000 noise levels from .* to 0\.999, and none .* 0\.9991 and .* 0\.9999"):
         drawable_levels(build_objective(DDPMScheduler()).noise_levels, NoiseWindow(0.9991, 0.9999))
 
@@ -157,7 +157,7 @@ def test_window_without_a_noise_level_is_refused_with_the_schedules() -> None:
     ],
     ids=str,
 )
-def test_levels_are_drawn_as_often_as_diffusers_scripts_draw_them(scheme: str, density: dict, window) -> None:
+def test_levels_are_drawn_as_often_as_in_diffusers(scheme: str, density: dict, window) -> None:
     """They take scheduler.timesteps[⌊u N⌋], of which the first is pure noise."""
     count, n = 1_000_000, 10
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=n)
@@ -172,7 +172,7 @@ def test_levels_are_drawn_as_often_as_diffusers_scripts_draw_them(scheme: str, d
     assert (ours[ours > 0] / ours.sum() - 1 / (ours > 0).sum()).abs().max() > 0.01
 
 
-def test_noise_is_normal_and_an_offset_shifts_each_channel_of_it() -> None:
+def test_noise_is_normal_and_offset_shifts_channels() -> None:
     noise = draw_noise(range(400), (2, 4, 4), seed=3)
     assert noise.dtype == torch.float32
     assert abs(noise.mean()) < 0.03

@@ -73,7 +73,7 @@ def turning(levels: Tensor) -> Tensor:
 
 
 @pytest.mark.slow
-def test_decide_of_an_update_that_turns_with_the_level_is_likely():
+def test_decide_for_turning_update_is_likely():
     """A static update can do nothing; C(λ) can turn the sign."""
     repeats, verdict = decide(linear_task(turning, settings=LONG), progress=False)
     assert (verdict.answer, verdict.way) == (LIKELY, "nara")
@@ -84,7 +84,7 @@ def test_decide_of_an_update_that_turns_with_the_level_is_likely():
 
 
 @pytest.mark.slow
-def test_decide_of_a_static_update_is_unlikely_after_three_repeats():
+def test_decide_for_static_update_is_unlikely_after_three():
     repeats, verdict = decide(linear_task(torch.ones_like, rest=5, settings=LONG), progress=False)
     assert (verdict.answer, len(repeats)) == (UNLIKELY, 3)
 
@@ -136,7 +136,7 @@ def test_trials_refuses_a_loss_that_is_not_finite():
         next(trials(linear_task(lambda levels: levels / 0), progress=False))
 
 
-def test_trials_of_the_token_train_and_measure_on_its_own_losses():
+def test_token_trials_train_and_measure_their_own_losses():
     """`with_token` here is a task that a LoRA can learn; the other arms' it can't."""
     task = linear_task(turning, settings={"steps": 30, "samples": 50, "repeats": 1}, learning_rate=1e-3)
     add_cheap(task.model, task.config)
@@ -146,7 +146,7 @@ def test_trials_of_the_token_train_and_measure_on_its_own_losses():
     assert losses["token"].mean() < 0.7 * min(losses["lora"].mean(), losses["base"].mean())
 
 
-def test_cheap_lora_leaves_the_other_arms_as_they_are():
+def test_cheap_lora_leaves_other_arms_unchanged():
     alone, beside = linear_task(turning), linear_task(turning)
     add_cheap(beside.model, beside.config)
     expected, found = (next(trials(task, progress=False)).losses for task in (alone, beside))
@@ -169,7 +169,7 @@ OTHERS = ("text_embedder", "guidance_embedder", "context_embedder", "proj_out", 
 
 
 @pytest.mark.parametrize("make", TIME, ids=lambda make: make.__name__)
-def test_time_layers_of_each_family_get_a_lora_of_naras_size(make):
+def test_time_layers_get_a_lora_of_naras_size(make):
     pipe = make()
     config: Any = NaraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["to_q", "to_k"])
     model = AdaptedDenoiser(pipe, config)
@@ -243,7 +243,7 @@ def test_judge_takes_the_first_rule_that_holds(losses, answer, way, reason):
     assert (NO_CHEAP in verdict.reason) == (not {"time", "token"} & set(losses) and "from the base's" not in reason)
 
 
-def test_differences_count_each_bin_alike_and_have_the_cheap_way_from_lora():
+def test_differences_weight_bins_equally_and_compare_cheap_way():
     arms = {"lora": [1.0, 3.0, 0.01], "nara": [1.0, 1.0, 0.02], "time": [1.0, 1.0, 0.01], "untold": [1.0, 3.0, 0.04]}
     repeat = Repeat(torch.tensor([0.05, 0.06, 0.95]), {arm: torch.tensor(values) for arm, values in arms.items()})
     found = {arm: {other: d.mean for other, d in others.items()} for arm, others in differences([repeat] * 2).items()}

@@ -73,7 +73,7 @@ def test_identity_of_exact_predictions_is_exact(kind: str, target: str) -> None:
     torch.testing.assert_close(read, batch.target, rtol=1e-5, atol=2e-5)
 
 
-def test_zero_terminal_snr_takes_the_timestep_of_as_much_noise_and_is_clamped_at_the_end() -> None:
+def test_zero_terminal_snr_takes_the_matching_timestep() -> None:
     base = base_scheduler()
     objective = build_objective(base_scheduler("v_prediction", rescale_betas_zero_snr=True))
     reading = IdentityReading(base, objective)
@@ -95,7 +95,7 @@ def test_zero_terminal_snr_takes_the_timestep_of_as_much_noise_and_is_clamped_at
     torch.testing.assert_close(read.double(), expected, rtol=2e-4, atol=2e-4)
 
 
-def test_epsilon_base_with_a_level_of_pure_noise_is_read_at_the_last_level_that_has_an_image() -> None:
+def test_epsilon_base_at_pure_noise_uses_last_level() -> None:
     base = DDPMScheduler(num_train_timesteps=LEVELS, rescale_betas_zero_snr=True)
     wanted = DDPMScheduler.from_config(base.config, prediction_type="v_prediction")
     reading = IdentityReading(base, build_objective(wanted))

@@ -18,7 +18,7 @@ DIGITS = list(range(15, 25))  # of llada-tiny
 PROMPT = 20  # tokens of a question in `questions`
 
 
-def test_with_level_token_puts_the_digit_of_each_row_at_the_end_of_its_prompt():
+def test_with_level_token_appends_each_rows_digit():
     rows, prompts = [[5, 9, 11, 4, 6, 20, 8], [7, 21, 8, 21], [12, 4, 9, 25, 16]], [3, 0, 4]
     ids = torch.tensor([row + [1] * (7 - len(row)) for row in rows])
     lengths = [len(row) - prompt for row, prompt in zip(rows, prompts, strict=True)]
@@ -46,7 +46,7 @@ def questions(folder: Path, monkeypatch: Any, *flags: str) -> CheckTask:
     return nara_check.check(str(LLADA), str(folder / "train.jsonl"), flags)  # type: ignore[return-value]
 
 
-def test_check_of_text_tells_each_sample_its_own_level(tmp_path, monkeypatch):
+def test_text_check_gives_each_sample_its_level(tmp_path, monkeypatch):
     task = questions(tmp_path, monkeypatch, "--gen_length", "12")
     assert task.arms == ["base", "lora", "untold", "token", "nara"]
     assert task.with_token is not None
@@ -68,7 +68,7 @@ def test_check_of_text_tells_each_sample_its_own_level(tmp_path, monkeypatch):
         assert changed.token_loss[:, PROMPT].eq(0).all()
 
 
-def test_check_of_text_without_a_place_or_digits_leaves_the_token_out(tmp_path, monkeypatch):
+def test_text_check_without_place_or_digits_omits_token(tmp_path, monkeypatch):
     full = questions(tmp_path, monkeypatch, "--gen_length", str(64 - PROMPT))
     assert "token" not in full.arms
     monkeypatch.setattr(nara_check, "digit_tokens", lambda tokenizer: [3] * 10)

@@ -8,7 +8,7 @@ import pytest
 from mean_interval import interval
 
 
-def test_interval_is_students_and_one_value_has_no_spread():
+def test_interval_is_students_and_single_value_has_none():
     """t of Abramowitz & Stegun, table 26.10."""
     for count, t in [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (30, 2.045)]:
         values = [float(i % 3) for i in range(count)]

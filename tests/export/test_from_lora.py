@@ -54,7 +54,7 @@ def assert_same_tensors(nara: Any, lora: Any, adapter_name: str = "default") -> 
     ],
     ids=str,
 )
-def test_a_folder_of_peft_becomes_a_nara_with_its_tensors_and_forward(tmp_path, options, core):
+def test_peft_folder_becomes_nara_with_tensors_and_forward(tmp_path, options, core):
     lora = trained_lora(tmp_path, **options)
     model = from_lora(tmp_path, base(), **core).eval()
     assert isinstance(model.peft_config["default"], NaraConfig)
@@ -65,7 +65,7 @@ def test_a_folder_of_peft_becomes_a_nara_with_its_tensors_and_forward(tmp_path, 
             assert relative_error(model(x), lora(x)) < 4 * rounding_of(lora)
 
 
-def test_a_second_adapter_joins_a_peft_model_and_half_precision_changes_no_bit(tmp_path):
+def test_second_adapter_in_half_precision_changes_no_bit(tmp_path):
     lora, model = trained_lora(tmp_path / "whole"), adapted(base().to(torch.bfloat16), target_modules=["first"])
     before = copy.deepcopy(get_peft_model_state_dict(model))
     assert from_lora(tmp_path / "whole", model, "other") is model
@@ -90,7 +90,7 @@ def test_a_second_adapter_joins_a_peft_model_and_half_precision_changes_no_bit(t
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match")
-def test_what_would_not_start_as_the_lora_is_refused_and_changes_nothing(options, arguments, make, message, tmp_path):
+def test_different_start_is_refused_without_change(options, arguments, make, message, tmp_path):
     trained_lora(tmp_path, **options)
     model = make()
     before = dict(model.state_dict())
@@ -112,7 +112,7 @@ def test_what_would_not_start_as_the_lora_is_refused_and_changes_nothing(options
     ],
     ids=["DoRA", "half a layer", "another model"],
 )
-def test_a_hosts_file_of_which_diffusers_would_drop_a_part_is_refused(change, message, tmp_path):
+def test_host_file_that_diffusers_would_cut_is_refused(change, message, tmp_path):
     file = _files.FILES / "exports" / "sdxl_kohya.safetensors"
     tensors = load_file(file)
     change(tensors, next(key for key in tensors if "unet" in key and "lora_down" in key).split(".")[0])
@@ -125,7 +125,7 @@ def test_a_hosts_file_of_which_diffusers_would_drop_a_part_is_refused(change, me
         from_lora(file, pipe.unet)
 
 
-def test_lora_that_version_0_2_folded_for_another_prediction_is_refused(tmp_path: Path) -> None:
+def test_lora_folded_by_0_2_otherwise_is_refused(tmp_path: Path) -> None:
     pipe, file = small_sdxl(**MORE_ATTENTION), tmp_path / "lora.safetensors"
     pipe.unet.add_adapter(nara_config(target_modules=["to_q", "to_v"]), "toy")
     lora = to_lora(pipe.unet, 0.4, "toy")

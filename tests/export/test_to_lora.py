@@ -44,7 +44,7 @@ def dense(layer: Any) -> torch.Tensor:
     return layer.scaling * layer.B.double() @ layer.A.double()
 
 
-def test_factors_of_half_precision_fold_in_float32_and_share_nothing_with_the_model():
+def test_half_precision_factors_fold_in_separate_float32():
     model = adapted(base(), target_modules=TARGETS).to(torch.bfloat16)
     before = copy.deepcopy(model.state_dict())
     folded = to_lora(model, LEVEL).layers["first"]
@@ -65,7 +65,7 @@ def test_one_of_several_injected_adapters_folds_alone():
 
 
 @torch.no_grad()
-def test_modules_and_biases_that_are_trained_with_it_come_along(tmp_path):
+def test_trained_modules_and_biases_are_included(tmp_path):
     model = adapted(base(), target_modules=["first"], modules_to_save=["second"], bias="lora_only")
     model.base_model.model.first.base_layer.bias.data.normal_()
     to_lora(model, LEVEL).save_pretrained(tmp_path)
@@ -75,7 +75,7 @@ def test_modules_and_biases_that_are_trained_with_it_come_along(tmp_path):
     assert relative_error(PeftModel.from_pretrained(base(), tmp_path)(x), wanted) < 4 * rounding_of(model)
 
 
-def test_the_level_of_the_context_and_that_of_a_merge_count():
+def test_level_of_context_or_merge_is_used():
     model = adapted(base(), target_modules=TARGETS)
     expected = to_lora(model, LEVEL).state_dict()
     with noise_level(model, LEVEL):
@@ -87,7 +87,7 @@ def test_the_level_of_the_context_and_that_of_a_merge_count():
         assert torch.equal(merged[key], tensor)
 
 
-def test_room_that_hotswapping_makes_for_larger_ranks_is_left_out():
+def test_hotswap_padding_is_left_out():
     model = adapted(base(), target_modules=TARGETS)
     expected = to_lora(model, LEVEL).state_dict()
     prepare_model_for_compiled_hotswap(model, target_rank=9)
@@ -97,7 +97,7 @@ def test_room_that_hotswapping_makes_for_larger_ranks_is_left_out():
 # ---------------------------------------------------------------------- the nearest over all λ
 
 
-def test_best_of_a_strength_with_a_step_off_the_grid_is_its_exact_mean():
+def test_best_for_stepped_strength_is_the_exact_mean():
     model: Any = get_peft_model(base(), lora_config(target_modules=TARGETS))
     disturb(model)
     set_strength(model, "default", StrengthSchedule([(0.3, 1.0), (0.3, 0.25)]))
@@ -122,7 +122,7 @@ def error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> to
     return (squares / size).sqrt()
 
 
-def test_best_is_the_nearest_lora_and_measures_its_error_also_in_its_folder(tmp_path, capsys):
+def test_best_is_nearest_lora_and_stores_its_error(tmp_path, capsys):
     model, grid = adapted(base(), target_modules=TARGETS, rank_pattern={"second": 2}), (torch.arange(256) + 0.5) / 256
     wanted = {name: updates(model, name, levels=grid) for name in TARGETS}
     best = to_lora(model, noise_level="best")
@@ -146,7 +146,7 @@ def test_best_is_the_nearest_lora_and_measures_its_error_also_in_its_folder(tmp_
 
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
-def test_best_measures_its_error_on_a_convolution_with_groups_too():
+def test_best_measures_error_of_grouped_convolutions():
     torch.manual_seed(3)
     model = adapted(torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3, groups=2)), target_modules=["0"], r=4)
     best: Any = to_lora(model, "best")
@@ -163,7 +163,7 @@ def test_best_measures_its_error_on_a_convolution_with_groups_too():
     torch.testing.assert_close(torch.tensor(best.error.update), (errors / unit).float(), rtol=1e-4, atol=1e-6)
 
 
-def test_best_of_an_adapter_that_changes_nothing_has_no_error():
+def test_best_of_unchanged_adapter_has_no_error():
     best: Any = to_lora(get_peft_model(base(), nara_config(target_modules=TARGETS)), "best")
     assert best.error.worst_update == 0
 

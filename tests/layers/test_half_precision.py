@@ -64,7 +64,7 @@ def deviation_of_norm(norm: float) -> Tensor:
 
 
 @half
-def test_update_in_half_precision_is_as_exact_as_loras_and_has_the_effect_of_lambda(kind):
+def test_half_precision_update_is_exact_and_shows_lambda(kind):
     zero = deviation_of_norm(0.0)
     of_lora, exact = update_and_exact(kind, use_nara=False, D=zero)
     bound = 1.25 * (of_lora - exact).norm() / exact.norm()
@@ -79,7 +79,7 @@ def test_update_in_half_precision_is_as_exact_as_loras_and_has_the_effect_of_lam
 
 
 @half
-def test_strength_that_takes_most_of_an_update_away_leaves_the_rest_exact(kind):
+def test_strength_removing_most_update_leaves_exact_rest(kind):
     """σ C − I is nearly −I there: rounded, it would be off by a tenth of the update that is left."""
     config = NaraConfig(r=16, lora_alpha=24, target_modules=["0"], core_type="knots", core_knots=2, core_scale=1.0)
     A, B, x = (torch.randn(shape).bfloat16().float() for shape in ((16, 96), (80, 16), (2, 40, 96)))

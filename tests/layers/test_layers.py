@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nara_diffusion import core_matrix, noise_level
 from nara_diffusion.layers import row_norm as norms
 from nara_diffusion.layers.row_norm import norm_parts, row_norm
-from nara_diffusion.noise.rows import ModelRows
 from tests.acceptance._by_hand import CORES, LEVELS, SMALL, Kinds, tensors_of
 from tests.helpers.adapted import OneLayer, adapted, disturb, nara_config, relative_error
 
@@ -28,7 +27,7 @@ def one_layer(use_dora: bool) -> Any:
 
 
 @DORA
-def test_expert_without_tokens_gets_gradients_of_zero_at_a_level_per_sample(use_dora: bool) -> None:
+def test_expert_without_tokens_gets_zero_gradients(use_dora: bool) -> None:
     model = one_layer(use_dora)
     layer = model.base_model.model.layer
     with noise_level(model, LEVELS):
@@ -37,7 +36,7 @@ def test_expert_without_tokens_gets_gradients_of_zero_at_a_level_per_sample(use_
         assert factor["default"].weight.grad.count_nonzero() == 0
 
 
-def test_adapter_that_is_added_to_an_adapted_layer_after_layerwise_casting_reads_its_input_in_float32() -> None:
+def test_adapter_added_after_layerwise_casting_reads_float32() -> None:
     model, x = adapted(OneLayer(nn.Linear(7, 5).bfloat16()), target_modules=["layer"]), torch.randn(3, 4, 7).bfloat16()
     apply_layerwise_casting(model.base_model.model, torch.float8_e4m3fn, torch.bfloat16)
     model.add_adapter("second", nara_config(target_modules=["layer"]))
@@ -54,34 +53,11 @@ def test_adapter_that_is_added_to_an_adapted_layer_after_layerwise_casting_reads
     assert relative_error(output, expected) < torch.finfo(torch.bfloat16).eps
 
 
-class Frames(nn.Module):
-    """Its layer sees all frames of the first sample, then those of the next one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(7, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-
-
-@DORA
-def test_frames_of_a_video_get_the_core_of_their_sample(use_dora: bool) -> None:
-    model = adapted(Frames(), target_modules=["layer"], use_dora=use_dora)
-    model.base_model.model.layer.lora_variant["default"].channel.rows = ModelRows(sample_major=True)
-    x = torch.randn(3, 2, 4, 7)
-    with noise_level(model, LEVELS):
-        together = model(x)
-    for sample, level, output in zip(x, LEVELS, together, strict=True):
-        with noise_level(model, float(level)):
-            torch.testing.assert_close(output, model(sample[None])[0])
-
-
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
 @pytest.mark.parametrize("core", CORES)
 @DORA
-def test_model_on_meta_runs_forward_and_backward_and_gives_the_shapes_of_a_real_one(core: str, use_dora: bool) -> None:
+def test_meta_model_gives_the_shapes_of_real_one(core: str, use_dora: bool) -> None:
     kinds = SMALL[use_dora]
     real = adapted(Kinds(kinds), target_modules=kinds, use_dora=use_dora, **CORES[core])
     inputs, model = Kinds(kinds).inputs(), copy.deepcopy(real).to("meta")
@@ -95,7 +71,7 @@ def test_model_on_meta_runs_forward_and_backward_and_gives_the_shapes_of_a_real_
     assert tensors_of(model, gradients=True).keys() == tensors_of(real, gradients=True).keys()
 
 
-def test_large_layer_and_a_strength_over_noise_run_on_meta() -> None:
+def test_large_layer_with_strength_runs_on_meta() -> None:
     for options in ({"use_dora": True}, {"use_dora": False}, {"strength": [[0.0, 1.0], [0.5, 0.0]]}):
         base = OneLayer(nn.Linear(512, 512, device="meta"))
         model = get_peft_model(base, nara_config(target_modules=["layer"], **options))
@@ -131,7 +107,7 @@ CIRCULAR = nn.Conv3d(6, 7, 3, padding=1, padding_mode="circular")
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
-def test_layer_that_can_have_no_variant_is_refused_by_name_and_left(layer: Any, options: Any, message: str) -> None:
+def test_layer_without_a_variant_is_refused_and_unchanged(layer: Any, options: Any, message: str) -> None:
     base, options = OneLayer(layer), dict(options)
     custom = options.pop("custom", None)
     config = nara_config(target_modules=["layer"], **options)
@@ -143,7 +119,7 @@ def test_layer_that_can_have_no_variant_is_refused_by_name_and_left(layer: Any, 
     assert [name for name, _ in base.named_modules()] == [name for name, _ in OneLayer(layer).named_modules()]
 
 
-def test_orthogonal_start_has_orthonormal_directions_and_is_the_base_at_every_level() -> None:
+def test_orthogonal_start_is_orthonormal_and_equals_base() -> None:
     kinds = ["linear", "conv2d", "embedding"]
     base = Kinds(kinds)
     inputs = base.inputs()
@@ -185,7 +161,7 @@ def test_dora_makes_no_update_matrix_of_each_sample() -> None:
     assert largest.numel <= 80 * 96
 
 
-def test_dora_norm_at_llada_width_is_exact_to_float32() -> None:
+def test_dora_norm_at_llada_width_matches_float32() -> None:
     W0, A, K = torch.randn(512, 768) * 0.02, torch.randn(32, 768) * 0.02, torch.randn(4, 512, 32)
     exact = (W0.double() + 0.5 * K.double() @ A.double()).norm(dim=2)
     assert relative_error(row_norm(norm_parts(W0, A), K, 0.5), exact) < 1e-6
@@ -201,7 +177,7 @@ def nearly_cancelling(dtype: torch.dtype, residual: float) -> tuple[Tensor, Tens
 
 @pytest.mark.parametrize("residual", [1.0, 0.3, 0.1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_dora_norm_of_a_half_precision_base_that_the_update_cancels_is_as_exact_as_the_dense_norm(
+def test_dora_norm_in_half_precision_survives_cancellation(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, residual: float
 ) -> None:
     monkeypatch.setattr(norms, "SLICE", 10_000)
@@ -212,14 +188,14 @@ def test_dora_norm_of_a_half_precision_base_that_the_update_cancels_is_as_exact_
     assert error <= 2 * bound
 
 
-def test_dora_norm_that_the_update_cancels_is_exact_in_float32_but_for_the_cancelled_digits() -> None:
+def test_dora_norm_in_float32_survives_cancellation() -> None:
     W0, A, K = nearly_cancelling(torch.float32, 0.1)
     exact = (W0.double() + K.double() @ A.double()).norm(dim=2)
     error = ((row_norm(norm_parts(W0, A), K, 1.0) - exact) / exact).abs().max()
     assert error <= 10 * torch.finfo(torch.float32).eps / 0.1**2
 
 
-def test_dora_norm_converts_a_large_half_precision_base_by_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dora_norm_converts_large_bases_by_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norms, "SLICE", 1000)
     W0, A, K = torch.randn(80, 96).bfloat16(), torch.randn(4, 96), torch.randn(2, 80, 4)
     with LargestTensor(torch.float32) as largest:
@@ -232,7 +208,7 @@ def test_dora_norm_converts_a_large_half_precision_base_by_slices(monkeypatch: p
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast")
 @pytest.mark.parametrize("safe_merge", [False, True])
-def test_merging_an_8_bit_layer_that_peft_takes_for_a_plain_one_is_refused_and_changes_nothing(
+def test_merging_8_bit_layer_seen_as_plain_fails(
     safe_merge: bool,
 ) -> None:
     bnb = pytest.importorskip("bitsandbytes")

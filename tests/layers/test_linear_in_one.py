@@ -38,7 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 @DORA
-def test_layer_in_one_function_gives_no_gradient_to_what_is_frozen(calls: list[bool], use_dora: bool) -> None:
+def test_fused_layer_gives_frozen_tensors_no_gradient(calls: list[bool], use_dora: bool) -> None:
     model, x, found = one_layer(use_dora), torch.randn(3, 4, 7, requires_grad=True), []
     for frozen in (("none",), ("lora_A", "core"), ("lora_B",), ("magnitude",)):  # a core is trained where A is
         for name, parameter in model.named_parameters():
@@ -56,7 +56,7 @@ def test_layer_in_one_function_gives_no_gradient_to_what_is_frozen(calls: list[b
 
 
 @DORA
-def test_second_derivatives_of_a_layer_in_one_function_are_those_of_its_parts(
+def test_fused_layer_has_the_parts_second_derivatives(
     monkeypatch: pytest.MonkeyPatch, calls: list[bool], use_dora: bool
 ) -> None:
     model, x, found = one_layer(use_dora), torch.randn(3, 4, 7), []
@@ -75,7 +75,7 @@ def test_second_derivatives_of_a_layer_in_one_function_are_those_of_its_parts(
         assert relative_error(one, other) < 1e-4
 
 
-def test_magnitudes_gradient_of_a_float64_layer_in_one_function_is_that_of_the_formula(
+def test_fused_float64_layer_has_the_formulas_magnitude_gradient(
     calls: list[bool],
 ) -> None:
     model, x = one_layer(True).double(), torch.randn(3, 4, 7, dtype=torch.float64)
@@ -91,9 +91,7 @@ def test_magnitudes_gradient_of_a_float64_layer_in_one_function_is_that_of_the_f
 
 
 @DORA
-def test_batched_gradients_of_a_layer_in_one_function_are_those_of_one_after_the_other(
-    calls: list[bool], use_dora: bool
-) -> None:
+def test_fused_layer_has_the_same_batched_gradients(calls: list[bool], use_dora: bool) -> None:
     model, x = one_layer(use_dora), torch.randn(3, 4, 7, requires_grad=True)
     leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
     with noise_level(model, LEVELS):
@@ -107,7 +105,7 @@ def test_batched_gradients_of_a_layer_in_one_function_are_those_of_one_after_the
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")  # PyTorch's own use of it
-def test_forward_mode_gradient_is_that_of_a_layer_in_parts(calls: list[bool]) -> None:
+def test_forward_mode_gradient_matches_layer_in_parts(calls: list[bool]) -> None:
     model, x, direction = one_layer(True), torch.randn(3, 7), torch.randn(3, 7)
     with noise_level(model, LEVELS), torch.no_grad():
         expected = model(x + direction) - model(x)
@@ -119,7 +117,7 @@ def test_forward_mode_gradient_is_that_of_a_layer_in_parts(calls: list[bool]) ->
 
 
 @DORA
-def test_output_of_a_layer_in_one_function_may_be_changed_in_place(calls: list[bool], use_dora: bool) -> None:
+def test_fused_layers_output_may_be_changed_in_place(calls: list[bool], use_dora: bool) -> None:
     model, x, found = one_layer(use_dora), torch.randn(3, 4, 7), []
     for change in (lambda y: y * 2 + 1, lambda y: y.mul_(2).add_(1)):
         model.zero_grad()
@@ -155,7 +153,7 @@ BASE_BY_ITSELF: dict[str, Callable[[Any, Any], Any]] = {
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
 @DORA
 @pytest.mark.parametrize("name", STEPWISE)
-def test_layer_that_something_watches_or_changes_is_computed_step_by_step(name: str, calls: Any, use_dora: bool):
+def test_watched_layer_is_computed_step_by_step(name: str, calls: Any, use_dora: bool):
     model = one_layer(use_dora)
     layer = model.base_model.model.layer
     STEPWISE[name](layer, model)
@@ -168,7 +166,7 @@ def test_layer_that_something_watches_or_changes_is_computed_step_by_step(name: 
 
 @DORA
 @pytest.mark.parametrize("name", BASE_BY_ITSELF)
-def test_base_that_is_watched_trained_or_shared_makes_its_own_gradients(name: str, calls: Any, use_dora: bool):
+def test_watched_trained_or_shared_base_has_own_gradients(name: str, calls: Any, use_dora: bool):
     """Output and gradients are those of the steps. NaRA-DoRA, whose norm scales the base, is computed by steps."""
     model, x, found = one_layer(use_dora).train(), torch.randn(3, 4, 7), []
     BASE_BY_ITSELF[name](model.base_model.model.layer, model)
@@ -186,7 +184,7 @@ def test_base_that_is_watched_trained_or_shared_makes_its_own_gradients(name: st
         assert one is None or relative_error(one, other) < 1e-5
 
 
-def test_global_hook_sees_the_output_of_the_base_layer(calls: list[bool]) -> None:
+def test_global_hook_sees_the_base_layers_output(calls: list[bool]) -> None:
     model, x, seen = one_layer(False), torch.randn(3, 4, 7), []
     base_layer = model.base_model.model.layer.base_layer
     hook = nn.modules.module.register_module_forward_hook(
@@ -199,9 +197,7 @@ def test_global_hook_sees_the_output_of_the_base_layer(calls: list[bool]) -> Non
 
 
 @DORA
-def test_layer_under_torch_func_is_computed_step_by_step_and_under_autocast_as_one_function(
-    calls: list[bool], use_dora: bool
-) -> None:
+def test_layer_under_torch_func_is_computed_in_steps(calls: list[bool], use_dora: bool) -> None:
     model, x = one_layer(use_dora), torch.randn(3, 7)
     with noise_level(model, 0.5):
         torch.func.vmap(model.requires_grad_(False))(x)

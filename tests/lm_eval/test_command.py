@@ -48,7 +48,7 @@ def test_both_kinds_of_request_in_one_run(
     assert all(row["instruction"] in prompt for row, prompt in zip(ROWS, asked, strict=True))
 
 
-def test_what_can_be_mended_is_said_without_a_traceback(tasks: str) -> None:
+def test_fixable_mistakes_are_reported_without_traceback(tasks: str) -> None:
     for flags, message in [
         (["--batch_size", "auto"], "nara-eval: --batch_size is auto, but nara_dllm can't search for one"),
         (["--gen_kwargs", "steps=5,gen_length=8,block_length=4"], "nara-eval: gen_kwargs: steps is 5 and there are"),
@@ -70,7 +70,7 @@ def test_shipped_tasks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert [name for name in names if f"|{name}" not in listed] == []
 
 
-def test_a_file_of_arguments_has_our_model_and_flags_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_file_names_our_model_and_flags_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "run.yaml"
     for settings, flags, (model, device, paths) in [
         ({}, [], ("nara_dllm", "auto", [])),
@@ -85,7 +85,7 @@ def test_a_file_of_arguments_has_our_model_and_flags_win(tmp_path: Path, monkeyp
         assert (found.model, found.device, found.include_path) == (model, device, [str(TASKS), *paths])
 
 
-def test_a_preset_is_named_and_flags_win_entry_by_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preset_entries_are_overridden_by_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--config", "llada_base_generation", "--model_args", "peft=mine", "--gen_kwargs", "steps=256"]
     monkeypatch.setattr("sys.argv", ["nara-eval", "run", *flags, "--tasks", "gsm8k"])
     found = EvaluatorConfig.from_cli(with_config(HarnessCLI().parse_args()))
@@ -128,7 +128,7 @@ def single_task(manager: TaskManager, task: Any) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_presets_name_tasks_of_lm_eval_whose_answers_are_generated_where_a_preset_says_how(monkeypatch) -> None:
+def test_presets_name_existing_tasks_with_generated_answers(monkeypatch) -> None:
     monkeypatch.undo()  # with lm-eval's own tasks
     manager = TaskManager()
     for name, preset in CONFIGS.items():

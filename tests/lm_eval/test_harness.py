@@ -50,7 +50,7 @@ def answer_of(harness: NaraDLLM, prompt: list[int], **options: Any) -> list[int]
     return found[0, len(prompt) :].tolist()
 
 
-def test_generate_until_answers_each_question_as_the_sampler_does_alone(harness: NaraDLLM) -> None:
+def test_generate_until_answers_as_the_sampler_does(harness: NaraDLLM) -> None:
     settings = {"gen_length": 8, "steps": 4, "block_length": 4, "until": [], "do_sample": False}
     shorter = {"max_gen_toks": 4, "until": "\n"}
     asked = [(question, settings) for question in QUESTIONS] + [(QUESTIONS[0], shorter)]
@@ -63,7 +63,7 @@ def test_generate_until_answers_each_question_as_the_sampler_does_alone(harness:
         assert text == (expected.split("\n")[0] if how is shorter else expected)
 
 
-def test_a_model_of_canvases_answers_by_its_own_sampler_and_has_no_likelihood() -> None:
+def test_canvas_model_answers_itself_and_has_no_likelihood() -> None:
     harness = NaraDLLM(str(Path(LLADA_TINY).with_name("gemma-tiny")), batch_size=3, device="cpu")
     asked = []
     for question in ("reverse: planet", "upper: planet", "sort: zebra"):
@@ -79,7 +79,7 @@ def test_a_model_of_canvases_answers_by_its_own_sampler_and_has_no_likelihood() 
     ("until", "expected"),
     [(["three", ".", "stop"], "  one "), ("two", "  one stop "), ([], "  one stop two. three")],
 )
-def test_generate_until_ends_before_the_first_stop_text_and_keeps_white_space(
+def test_generate_until_stops_before_stop_text_keeping_spaces(
     harness: NaraDLLM, monkeypatch: pytest.MonkeyPatch, until: Any, expected: str
 ) -> None:
     ids = harness.tokenizer("  one stop two. three", add_special_tokens=False).input_ids
@@ -101,7 +101,7 @@ def test_prompts_too_long_lose_their_start(harness: NaraDLLM, caplog: pytest.Log
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.5])
-def test_loglikelihood_is_the_bound_at_the_level_of_each_mask(
+def test_loglikelihood_is_the_bound_at_mask_levels(
     harness: NaraDLLM, monkeypatch: pytest.MonkeyPatch, scale: float
 ) -> None:
     monkeypatch.setattr(harness, "cfg_scale", scale)
@@ -147,7 +147,7 @@ def test_encode_pair_is_the_whole_text_divided() -> None:
     assert prompt[len(opening) :] + answer == tokenizer("ab cd", add_special_tokens=False).input_ids
 
 
-def test_read_gen_kwargs_takes_lm_eval_s_names_and_refuses_what_the_sampler_lacks() -> None:
+def test_read_gen_kwargs_takes_lm_evals_names_only() -> None:
     for given, until, sampling in [
         ({}, (), {"gen_length": 256}),
         ({"max_gen_toks": 8, "until": "x", "temperature": 0.7, "do_sample": False}, ("x",), {"gen_length": 8}),
@@ -183,7 +183,7 @@ def test_adapter_with_another_noise_level_is_refused(tmp_path: Any) -> None:
         harness.loglikelihood(requests("loglikelihood", ("a", "b")))
 
 
-def test_adapter_names_its_base_and_a_plain_lora_is_evaluated(adapter: str, harness: NaraDLLM, tmp_path: Any) -> None:
+def test_adapter_names_its_base_also_as_plain_lora(adapter: str, harness: NaraDLLM, tmp_path: Any) -> None:
     tokens = encode(harness.tokenizer, "upper: ab", has_template=False)
     alone = NaraDLLM(peft=adapter, batch_size="2", device="cpu")
     assert bound(alone, tokens[:-2], tokens[-2:]) == bound(harness, tokens[:-2], tokens[-2:])
@@ -196,7 +196,7 @@ def test_adapter_names_its_base_and_a_plain_lora_is_evaluated(adapter: str, harn
         assert torch.equal(*(one(torch.tensor([tokens])).logits for one in (lora.model, model)))
 
 
-def test_dream_s_texts_begin_with_a_bos_token_as_in_its_own_evaluation() -> None:
+def test_dream_texts_begin_with_bos_as_in_paper() -> None:
     harness, by_hand = NaraDLLM(DREAM_TINY, device="cpu", batch_size=2, samples=64), DreamByHand()
     log_p = lambda ids, level: by_hand([ids], level)[0].log_softmax(-1)  # noqa: E731
     ids = harness.tokenizer("upper: ab").input_ids

@@ -59,7 +59,7 @@ def run(model: LM, names: list[Any], manager: TaskManager, **options: Any) -> di
     return result["results"]
 
 
-def test_every_set_scores_the_right_answer_and_not_the_wrong_one(tmp_path: Path) -> None:
+def test_every_set_scores_only_the_right_answer(tmp_path: Path) -> None:
     answers = {}
     for name, (_, rows) in SETS.items():
         (tmp_path / name).mkdir()

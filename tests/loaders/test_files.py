@@ -31,7 +31,7 @@ FOLDER, FILE = _files.FILES / "pipelines" / "sdxl_float32", _files.PIPELINE_WEIG
 """A NaRA of SDXL's UNet and both text encoders."""
 
 
-def test_repositories_of_either_format_are_loaded_and_what_is_nowhere_is_named(monkeypatch, tmp_path: Path) -> None:
+def test_repositories_of_both_formats_load_or_are_named(monkeypatch, tmp_path: Path) -> None:
     repositories = {"me/toy": FOLDER, "me/peft": _files.unet_folder(tmp_path / "given")}  # in place of the Hub
 
     def download(repository: str, *, weights_name: str, **options: Any) -> str:
@@ -57,7 +57,7 @@ def test_repositories_of_either_format_are_loaded_and_what_is_nowhere_is_named(m
 
 
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")  # which Diffusers passes
-def test_a_hub_that_cannot_be_reached_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     """Diffusers says then: "does not appear to have a file named …"."""
 
     def fail(*_: Any, **__: Any) -> None:
@@ -71,7 +71,7 @@ def test_a_hub_that_cannot_be_reached_is_told_as_that(monkeypatch: pytest.Monkey
         assert "me/toy" in str(caught.value)
 
 
-def test_a_file_of_another_name_is_found_in_a_subfolder(tmp_path: Path) -> None:
+def test_file_of_another_name_loads_from_subfolder(tmp_path: Path) -> None:
     (tmp_path / "deeper").mkdir()
     shutil.copy(FOLDER / FILE, tmp_path / "deeper" / "style.safetensors")
     pipe: Any = _bases.sdxl()
@@ -91,7 +91,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_configuration_that_is_no_json_object_is_refused_by_its_name(text: str, tmp_path: Path) -> None:
+def test_configuration_that_is_no_object_is_refused(text: str, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(_files.FILES / "peft" / "nara", tmp_path / "nara"))
     config = folder / _files.PEFT_CONFIG
     config.write_text(TEXTS[text](config.read_text()))
@@ -136,7 +136,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("row", UNREADABLE)
-def test_peft_folder_that_cannot_be_read_is_refused_in_one_line(row: str, tmp_path: Path) -> None:
+def test_unreadable_peft_folder_is_refused_in_one_line(row: str, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(_files.FILES / "peft" / "nara", tmp_path / "nara"))
     change, message = UNREADABLE[row]
     change(folder)
@@ -151,7 +151,7 @@ def test_peft_folder_that_cannot_be_read_is_refused_in_one_line(row: str, tmp_pa
         assert "\n" not in str(caught.value)
 
 
-def test_naras_and_loras_are_refused_by_each_others_loaders_with_the_right_call(tmp_path: Path) -> None:
+def test_loaders_refuse_each_others_files_with_remedy(tmp_path: Path) -> None:
     pipe, trained, masked = (_bases.sdxl() for _ in range(3))
     trained.unet.add_adapter(lora_config(target_modules=["to_q"]))
     trained.save_lora_weights(tmp_path / "lora", unet_lora_layers=get_peft_model_state_dict(trained.unet))
@@ -214,7 +214,7 @@ def test_every_tensor_is_checked_once_per_load(monkeypatch, tmp_path: Path) -> N
 # ---------------------------------------------------------------------- after a load
 
 
-def test_a_load_by_peft_that_lost_or_ignored_tensors_is_refused(tmp_path: Path) -> None:
+def test_peft_load_with_lost_tensors_is_refused(tmp_path: Path) -> None:
     model: Any = get_peft_model(TwoLayers(), lora_config(target_modules=["first", "second"]))
     disturb(model)
     model.save_pretrained(tmp_path)
@@ -254,7 +254,7 @@ def test_load_whole_model_refuses_missing_weights(tmp_path: Path) -> None:
         load_whole_model(type(unet), tmp_path, low_cpu_mem_usage=False)
 
 
-def test_lora_in_peft_s_names_is_refused_with_what_loads_it(tmp_path: Path) -> None:
+def test_lora_with_peft_names_is_refused_with_remedy(tmp_path: Path) -> None:
     """Pipelines of text models have no `load_lora_weights`."""
     model = get_peft_model(TwoLayers(), lora_config(target_modules=["first"]))
     model.save_pretrained(tmp_path)

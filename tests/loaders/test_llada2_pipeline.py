@@ -77,7 +77,7 @@ def by_hand(model: Any) -> tuple[Tensor, list[list[float]]]:
     return text[:, prompt:end], levels
 
 
-def test_adapted_pipeline_samples_under_the_block_mask_at_each_block_s_level(base: Path, tmp_path: Path) -> None:
+def test_adapted_pipeline_samples_blocks_at_their_levels(base: Path, tmp_path: Path) -> None:
     model, pipe = adapter(base, tmp_path / "adapter"), pipeline(base)
     pipe.load_nara_weights(tmp_path / "adapter")
     expected, levels = by_hand(model)
@@ -112,7 +112,7 @@ def test_unloaded_pipeline_samples_as_before_loading(base: Path, tmp_path: Path)
     assert pipe(input_ids=PROMPT, **RUN).sequences.equal(before)
 
 
-def test_adapter_without_a_level_runs_under_the_block_mask_too(base: Path, tmp_path: Path) -> None:
+def test_static_adapter_runs_under_the_block_mask_too(base: Path, tmp_path: Path) -> None:
     adapter(base, tmp_path / "adapter", core_type="constant", noise_convention=None)
     pipe, masks = pipeline(base), []
     pipe.load_nara_weights(tmp_path / "adapter")
@@ -144,7 +144,7 @@ def test_forward_outside_a_run_asks_for_the_level(base: Path, tmp_path: Path) ->
         pipe.model(PROMPT)
 
 
-def test_adapter_that_is_enabled_in_the_middle_of_a_block_has_its_level(base: Path, tmp_path: Path) -> None:
+def test_adapter_enabled_inside_a_block_has_its_level(base: Path, tmp_path: Path) -> None:
     adapter(base, tmp_path / "adapter")
     pipe, levels = pipeline(base), []
     pipe.load_nara_weights(tmp_path / "adapter")
@@ -165,7 +165,7 @@ def test_adapter_that_is_enabled_in_the_middle_of_a_block_has_its_level(base: Pa
     assert [level.tolist() for level in levels if level is not None and level.any()] == expected
 
 
-def test_forward_after_a_run_does_not_take_the_run_for_its_own(base: Path, tmp_path: Path) -> None:
+def test_forward_after_a_run_is_independent_of_it(base: Path, tmp_path: Path) -> None:
     adapter(base, tmp_path / "adapter")
     pipe = pipeline(base)
     pipe.load_nara_weights(tmp_path / "adapter")
@@ -181,7 +181,7 @@ def test_forward_after_a_run_does_not_take_the_run_for_its_own(base: Path, tmp_p
         pipe.model(text.repeat(1, 2), attention_mask=real, position_ids=places)
 
 
-def test_pipelines_that_share_a_model_have_each_the_levels_of_their_own_run(base: Path, tmp_path: Path) -> None:
+def test_pipelines_sharing_a_model_have_their_own_levels(base: Path, tmp_path: Path) -> None:
     model, pipe = adapter(base, tmp_path / "adapter"), pipeline(base)
     other = LLaDA2Pipeline(model=pipe.model, scheduler=BlockRefinementScheduler(), tokenizer=None)
     other.set_progress_bar_config(disable=True)
@@ -203,7 +203,7 @@ def test_pipelines_that_share_a_model_have_each_the_levels_of_their_own_run(base
 
 
 @pytest.mark.parametrize("first_step", [0, 3])  # at step 3 both runs see as many positions
-def test_runs_that_take_turns_have_each_their_own_levels(base: Path, tmp_path: Path, first_step: int) -> None:
+def test_interleaved_runs_have_their_own_levels(base: Path, tmp_path: Path, first_step: int) -> None:
     adapter(base, tmp_path / "adapter")
     pipe, whole, inner = pipeline(base), RUN | {"block_length": 2 * B, "gen_length": 10}, []
     other = LLaDA2Pipeline(model=pipe.model, scheduler=BlockRefinementScheduler(), tokenizer=None)
@@ -227,7 +227,7 @@ def test_runs_that_take_turns_have_each_their_own_levels(base: Path, tmp_path: P
     assert same(input_ids=PROMPT, **RUN).sequences.equal(alone)
 
 
-def test_later_forwards_of_a_run_read_no_value_from_the_device(base: Path) -> None:
+def test_later_forwards_read_no_value_from_device(base: Path) -> None:
     class WithoutReads(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             assert function is not torch.ops.aten._local_scalar_dense.default
@@ -245,7 +245,7 @@ def test_later_forwards_of_a_run_read_no_value_from_the_device(base: Path) -> No
     assert level.tolist() == [[0.75], [0.75]]
 
 
-def test_answer_begins_at_the_first_mask_of_any_row_of_the_first_forward(base: Path) -> None:
+def test_answer_begins_at_first_mask_of_any_row(base: Path) -> None:
     model, scheduler = fresh(base), BlockRefinementScheduler()
     scheduler.set_timesteps(2, block_length=B)
     ids = torch.tensor([[7, 8, 9, MASK], [7, MASK, 9, MASK], [7, 8, 9, MASK]])  # a prompt with a gap
@@ -267,6 +267,6 @@ def test_adapter_of_another_definition_is_refused_at_loading(base: Path, tmp_pat
         adapter(base, tmp_path / "other", noise_convention="masked_share")
 
 
-def test_adapter_without_a_definition_takes_that_of_the_blocks(base: Path) -> None:
+def test_adapter_without_definition_takes_that_of_blocks(base: Path) -> None:
     model = nara(fresh(base), noise_convention=None, target_modules=TARGETS)
     assert model.peft_config["default"].noise_convention == BLOCK_SHARE

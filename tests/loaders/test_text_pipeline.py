@@ -104,7 +104,7 @@ def test_adapters_are_swapped_chosen_deleted_and_loaded_again(tmp_path):
     assert torch.equal(sampled(pipe), alone[2])
 
 
-def test_models_that_share_a_scheduler_are_sampled_and_unloaded_in_any_order(tmp_path):
+def test_models_sharing_a_scheduler_unload_in_any_order(tmp_path):
     folders, alone = [trained(tmp_path / "0"), trained(tmp_path / "1", seed=2)], []
     for folder in folders:
         pipe = pipeline()
@@ -123,7 +123,7 @@ def test_models_that_share_a_scheduler_are_sampled_and_unloaded_in_any_order(tmp
         assert not {"step", "step_correct"} & set(vars(scheduler))
 
 
-def test_a_schedulers_own_step_is_called_and_put_back(folder):
+def test_schedulers_own_step_is_called_and_restored(folder):
     pipe, calls = pipeline(), []
     expected = pipeline()
     expected.load_nara_weights(folder)

@@ -106,7 +106,7 @@ def test_lycoris_file_plays_with_guidance_in_each_sampler(scheduler) -> None:
     assert relative_error(*outputs) <= 1e-4
 
 
-def test_lycoris_names_of_flux_reach_the_layers_that_they_name() -> None:
+def test_lycoris_names_of_flux_reach_their_layers() -> None:
     pipe = _bases.flux()
     names = ["proj_out", "single_transformer_blocks.0.attn.to_q", "transformer_blocks.0.ff_context.net.2"]
     tensors = lycoris_file(pipe.transformer, names)
@@ -121,7 +121,7 @@ def test_lycoris_names_of_flux_reach_the_layers_that_they_name() -> None:
         assert relative_error(output[index], _bases.flux_outputs(pipe)["transformer"][index]) <= 1e-5
 
 
-def test_lycoris_alpha_of_zero_means_the_rank_and_layers_may_differ() -> None:
+def test_lycoris_alpha_of_zero_means_the_rank() -> None:
     pipe = _bases.sdxl()
     tensors = lycoris_file(pipe.unet, NAMES)
     keys = [key for key in tensors if key.endswith("alpha")]
@@ -140,7 +140,7 @@ def test_base_factors_beyond_the_smaller_size_are_padded() -> None:
     assert not torch.cat([P[:, 3:].flatten(), Q[3:].flatten()]).any()
 
 
-def test_kernel_without_padding_is_played_and_with_padding_refused() -> None:
+def test_kernel_without_padding_is_played_others_refused() -> None:
     class Patches(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -172,7 +172,7 @@ def test_names_are_guessed_without_a_model() -> None:
         assert [dotted("lycoris_" + name.replace(".", "_")) for name in names] == names
 
 
-def test_key_that_names_no_module_or_two_is_refused() -> None:
+def test_key_naming_no_module_or_two_is_refused() -> None:
     model = nn.ModuleDict({"a_b": nn.Linear(2, 3), "a": nn.ModuleDict({"b": nn.Linear(2, 3)})})
     with pytest.raises(ValueError, match=r"'lycoris_a_b' names 'a_b' and 'a\.b' of ModuleDict"):
         module_names(["lycoris_a_b"], model)

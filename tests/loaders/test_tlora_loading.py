@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.loaders import base_factors, tensor_files
 from nara_diffusion.loaders.file import AdapterFile
-from tests.acceptance import _bases
+from tests.acceptance import _bases, _files
 from tests.acceptance._files import refused, state
 from tests.helpers.adapted import disturb
 from tests.helpers.small_pipelines import pixels, small_sdxl
@@ -35,7 +35,7 @@ from tests.helpers.tlora_files import (
 # ---------------------------------------------------------------- settings of the mask
 
 
-def test_mask_without_settings_is_the_default_and_warns_once(tmp_path, caplog) -> None:
+def test_mask_without_settings_is_default_and_warns_once(tmp_path, caplog) -> None:
     pipe = _bases.sdxl()
     with caplog.at_level(logging.WARNING):
         pipe.load_nara_weights(saved(tmp_path, lycoris_file(pipe.unet, NAMES)), "mine")
@@ -57,18 +57,28 @@ def test_argument_has_precedence_over_settings_beside_the_file(tmp_path) -> None
     ("changes", "message"),
     [({"min": 5}, "rank 4"), ({"min": True}, "rank 4"), ({"exponent": 0}, "greater"), ({"least": 2}, "least")],
 )
-def test_mask_that_the_rank_does_not_allow_is_refused(changes, message) -> None:
+def test_mask_beyond_the_rank_is_refused(changes, message) -> None:
     pipe = _bases.sdxl()
     tensors = lycoris_file(pipe.unet, NAMES)
     refused(lambda: pipe.load_nara_weights(tensors, rank_mask=MASK | changes), pipe, message)
 
 
+@pytest.mark.parametrize("text", ["[1]", '{"algo": "tlora"', "9" * 4301, '{"algo": "lokr"}', '{"tlora_alpha": "1"}'])
+def test_damaged_settings_or_of_another_method_are_refused(text: str, tmp_path) -> None:
+    pipe = _bases.sdxl()
+    folder = saved(tmp_path, lycoris_file(pipe.unet, NAMES))
+    (folder / "lycoris_config.json").write_text(text)
+    refused(lambda: pipe.load_nara_weights(folder), pipe, str(folder / "lycoris_config.json"))
+
+
 def test_rank_mask_for_a_nara_is_refused(tmp_path) -> None:
     pipe = _bases.sdxl()
+    folder = _files.unet_folder(tmp_path / "nara")
+    refused(lambda: pipe.load_nara_weights(folder, rank_mask=MASK), pipe, "rank_mask is for")
     refused(lambda: pipe.load_nara_weights({"unet.x": torch.ones(1)}, rank_mask=MASK), pipe, "rank_mask is for")
 
 
-def test_repository_is_loaded_with_the_settings_beside_its_file(tmp_path, monkeypatch) -> None:
+def test_repository_is_loaded_with_its_settings(tmp_path, monkeypatch) -> None:
     pipe = _bases.sdxl()
     folder = saved(tmp_path, lycoris_file(pipe.unet, NAMES), SETTINGS)
     names = []
@@ -171,7 +181,7 @@ def test_start_factors_are_computed_once_for_each_base(tmp_path, monkeypatch) ->
     assert len(list(folder.glob("*.base_factors"))) == 2
 
 
-def test_folder_that_cannot_be_written_keeps_no_start_factors(tmp_path, monkeypatch) -> None:
+def test_read_only_folder_keeps_no_start_factors(tmp_path, monkeypatch) -> None:
     def fail(*_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -199,7 +209,7 @@ def loaded(tmp_path: Path) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
-def test_three_adapters_add_up_with_weights_and_are_deleted(tmp_path) -> None:
+def test_three_adapters_add_up_and_are_deleted(tmp_path) -> None:
     pipe = loaded(tmp_path)
     base = pixels(small_sdxl())
     layer: Any = pipe.unet.get_submodule(NAMES[0])
@@ -228,7 +238,7 @@ def test_three_adapters_add_up_with_weights_and_are_deleted(tmp_path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
-def test_saved_tlora_is_an_ordinary_file_that_gives_the_same_pixels(tmp_path) -> None:
+def test_saved_tlora_reloads_with_the_same_pixels(tmp_path) -> None:
     pipe = loaded(tmp_path)
     pipe.set_adapters("mask")
     pipe.delete_adapters(["nara", "lora"])
@@ -265,7 +275,7 @@ def test_peft_is_told_where_such_a_file_belongs(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("key", ["lycoris_x.lokr_w1", "lycoris_x.lora_down.weight", "x.lora_A.weight"])
-def test_mixed_file_is_refused_by_the_first_key_that_is_not_understood(key: str) -> None:
+def test_mixed_file_is_refused_by_its_first_key(key: str) -> None:
     pipe = _bases.sdxl()
     for tensors, key_there in (
         (lycoris_file(pipe.unet, NAMES), key),
@@ -276,7 +286,7 @@ def test_mixed_file_is_refused_by_the_first_key_that_is_not_understood(key: str)
         refused(lambda mixed=mixed: pipe.load_nara_weights(mixed, rank_mask=MASK), pipe, f"'{key_there}'")
 
 
-def test_layer_of_another_rank_is_refused_by_its_name() -> None:
+def test_layer_of_another_rank_is_refused() -> None:
     pipe = _bases.sdxl()
     tensors = lycoris_file(pipe.unet, NAMES[:2]) | lycoris_file(pipe.unet, NAMES[2:], rank=3)
     refused(lambda: pipe.load_nara_weights(tensors, rank_mask=MASK), pipe, "ff_net_2' has rank 3")

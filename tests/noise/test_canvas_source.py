@@ -146,7 +146,7 @@ def levels(monkeypatch):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @torch.no_grad()
-def test_a_pipeline_runs_each_call_at_the_uncommitted_share(model, levels, name):
+def test_pipeline_runs_each_call_at_uncommitted_share(model, levels, name):
     expected, by_loop = by_hand(model, SCHEDULERS[name]())
     levels.clear()
     pipe = pipeline(model, SCHEDULERS[name]())
@@ -160,7 +160,7 @@ def test_a_pipeline_runs_each_call_at_the_uncommitted_share(model, levels, name)
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @torch.no_grad()
-def test_a_block_that_ends_early_leaves_lambda_of_the_next_as_it_is(model, levels, name):
+def test_block_ending_early_keeps_next_blocks_lambda(model, levels, name):
     chosen = torch.randint(0, VOCABULARY, (CANVAS,), generator=torch.Generator().manual_seed(8))
     likely = 7 * one_hot(chosen, VOCABULARY)  # stable predictions
     model.lm_head.register_forward_hook(lambda _, __, logits: logits + likely)
@@ -173,7 +173,7 @@ def test_a_block_that_ends_early_leaves_lambda_of_the_next_as_it_is(model, level
 
 
 @torch.no_grad()
-def test_a_scheduler_that_is_swapped_is_followed_and_both_are_restored(model):
+def test_swapped_scheduler_is_followed_and_both_restored(model):
     first, second = BlockRefinementScheduler(threshold=0.4), DiscreteDDIMScheduler()
     expected = by_hand(model, DiscreteDDIMScheduler())[0]
     pipe = pipeline(model, first)
@@ -190,7 +190,7 @@ def test_a_scheduler_that_is_swapped_is_followed_and_both_are_restored(model):
 
 
 @torch.no_grad()
-def test_generate_runs_each_call_at_the_share_that_its_sampler_has_not_accepted(model, levels, monkeypatch):
+def test_generate_runs_each_call_at_unaccepted_share(model, levels, monkeypatch):
     accepted, accept = [], EntropyBoundSampler.accept_canvas
 
     def recorded(sampler, *args):
@@ -209,7 +209,7 @@ def test_generate_runs_each_call_at_the_share_that_its_sampler_has_not_accepted(
 
 
 @torch.no_grad()
-def test_samples_that_end_at_different_blocks_leave_lambda_of_the_others_as_it_is(model, levels):
+def test_samples_ending_apart_keep_each_others_lambda(model, levels):
     options = GENERATION | {"max_new_tokens": 3 * CANVAS, "pad_token_id": 0, "return_dict_in_generate": False}
     torch.manual_seed(4)
     whole = model.generate(PROMPTS, **options)[:, PROMPTS.shape[1] :].unflatten(1, (3, CANVAS))
@@ -236,7 +236,7 @@ def static_cache(model):
 
 
 @pytest.mark.parametrize("is_given", [False, True])
-def test_generate_with_a_static_cache_is_refused_unless_nothing_is_compiled(model, is_given):
+def test_generate_with_compiled_static_cache_is_refused(model, is_given):
     def options():
         return {CACHE: static_cache(model)} if is_given else {"cache_implementation": "static"}
 
@@ -269,7 +269,7 @@ def test_calls_that_are_not_a_samplers_raise(model):
 
 
 @torch.no_grad()
-def test_a_loop_that_encodes_again_before_each_step_raises_at_its_second_step(model):
+def test_loop_that_encodes_again_raises_at_second_step(model):
     pipe = pipeline(model, BlockRefinementScheduler(threshold=0.4))
     scheduler = pipe.scheduler
     scheduler.set_timesteps(STEPS, block_length=CANVAS)

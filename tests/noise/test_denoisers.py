@@ -76,7 +76,7 @@ def test_denoisers_read_arguments_that_their_forwards_have() -> None:
         assert {denoiser.argument, *denoiser.also, *pinned} <= set(forward_of(name)), name
 
 
-def test_denoisers_have_the_levels_arguments_and_rows_of_the_page() -> None:
+def test_denoisers_have_the_pages_levels_and_rows() -> None:
     assert declared().keys() == _DENOISERS.keys()
     assert f"{len(_DENOISERS)} classes" in PAGE
     for name, (convention, level_of, arguments, rows) in declared().items():
@@ -88,7 +88,7 @@ def test_denoisers_have_the_levels_arguments_and_rows_of_the_page() -> None:
         assert levels == pytest.approx(list(level_of.values()), abs=1e-6), name
 
 
-def test_discrete_denoiser_is_read_by_the_convention_that_an_adapter_names() -> None:
+def test_discrete_denoiser_follows_the_adapters_convention() -> None:
     denoiser = _DENOISERS["UNet2DConditionModel"]
     read = [denoiser.read_as(convention) for convention in ("edm", "flow", "timestep", None)]
     assert [source.meaning for source in read] == ["edm", "sigma_1000", "discrete", "discrete"]
@@ -131,7 +131,7 @@ def level_of(source: TimestepNoise, **given: Any) -> list[float]:
     return source(Omni(), (None,), given).tolist()
 
 
-def test_noisiest_of_several_or_packed_timesteps_counts_and_a_pinned_one_beats_all() -> None:
+def test_noisiest_timestep_counts_and_pinned_one_wins() -> None:
     source = TimestepNoise("sigma", also=("sound",), pinned=("mode", "extract", 0.125))
     frames = torch.tensor([[0.0, 0.75], [0.25, 0.25]])
     assert level_of(source, timestep=frames) == [0.75, 0.25]
@@ -160,7 +160,7 @@ def test_timestep_is_shared_by_its_shape_or_strides(timestep: float | torch.Tens
     assert level_of(TimestepNoise("sigma"), timestep=timestep) == levels
 
 
-def test_timestep_and_that_of_sound_are_shared_only_together() -> None:
+def test_timestep_and_sound_timestep_are_shared_together() -> None:
     source, shared = TimestepNoise("sigma", also=("sound",)), torch.tensor(0.5).expand(2)
     assert level_of(source, timestep=shared, sound=torch.tensor([0.25, 0.75])) == [0.5, 0.75]
     assert level_of(source, timestep=shared, sound=torch.tensor(0.25).expand(2)) == [0.5]
@@ -173,14 +173,14 @@ ONE_LEVEL = {"ErnieImageTransformer2DModel", "MiniMaxH3Transformer3DModel"}
 """Their layers see the tokens of all samples, or one sample alone."""
 
 
-def test_every_class_whose_layers_may_see_several_rows_a_sample_has_a_model() -> None:
+def test_every_class_with_several_rows_has_a_model() -> None:
     assert {name for name, entry in _DENOISERS.items() if entry.sample_major or entry.one_level} <= DENOISERS.keys()
     assert DENOISERS.keys() <= _DENOISERS.keys()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in DENOISERS if name not in ONE_LEVEL])
-def test_each_sample_of_a_batch_has_the_level_of_its_timestep(name: str) -> None:
+def test_each_sample_has_the_level_of_its_timestep(name: str) -> None:
     argument, expected = _DENOISERS[name].argument, declared()[name][1]
     unit = 1000 if name == "SanaWMLTX2RefinerTransformer3DModel" else 1  # by the configuration of its model
     timesteps, levels = unit * torch.tensor(list(expected)[:BATCH]).float(), list(expected.values())[:BATCH]
@@ -197,7 +197,7 @@ def test_each_sample_of_a_batch_has_the_level_of_its_timestep(name: str) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(ONE_LEVEL))
-def test_layers_that_see_tokens_of_all_samples_have_one_level(name: str) -> None:
+def test_layers_seeing_all_samples_tokens_have_one_level(name: str) -> None:
     argument, model, inputs = _DENOISERS[name].argument, adapted_denoiser(name), inputs_of(name)
     for timestep, level in list(declared()[name][1].items())[:3]:
         timesteps = torch.tensor([float(timestep)] * (1 if name.startswith("MiniMax") else BATCH))
@@ -208,7 +208,7 @@ def test_layers_that_see_tokens_of_all_samples_have_one_level(name: str) -> None
 
 
 @pytest.mark.slow
-def test_where_layers_may_see_several_rows_a_sample_the_batch_has_one_level_each_and_a_part_one_for_all() -> None:
+def test_several_rows_per_sample_require_one_level() -> None:
     name = "UNetSpatioTemporalConditionModel"
     model, inputs = adapted_denoiser(name), inputs_of(name)
     layer = next(module for module in model.modules() if isinstance(module, Linear))

@@ -79,7 +79,7 @@ class Runs:
 
 
 @pytest.mark.parametrize("name", TIMES)
-def test_each_layer_sees_each_frame_at_its_own_level(name: str) -> None:
+def test_each_layer_sees_each_frames_level(name: str) -> None:
     runs = Runs(name)
     times = TIMES[name][0](LEVELS)
     seen = runs(times)
@@ -112,7 +112,7 @@ def test_tokens_are_in_frames_order(name: str) -> None:
         assert torch.equal(changed, part)
 
 
-def test_context_with_a_level_a_frame_gives_the_sample_s_largest_to_layers_of_its_one_timestep() -> None:
+def test_context_per_frame_gives_timestep_layers_the_largest() -> None:
     runs, timestep = Runs("WanTransformer3DModel"), torch.full((SAMPLES,), 500.0)
     with noise_level(runs.model, LEVELS):
         seen = runs(timestep)
@@ -127,7 +127,7 @@ def levels_of(source: TimestepNoise, model: nn.Module, timestep: Any, **inputs: 
     return source(model, (), {"timestep": timestep, **inputs})
 
 
-def test_timesteps_of_frames_and_of_patches_become_levels_of_frames() -> None:
+def test_timesteps_of_frames_and_patches_become_levels() -> None:
     runs = Runs("WanTransformer3DModel")
     source, inputs = _DENOISERS["WanTransformer3DModel"], {"hidden_states": runs.video}
     patches = 1000 * LEVELS.repeat_interleave(PATCHES, dim=1)
@@ -143,7 +143,7 @@ def test_timesteps_of_frames_and_of_patches_become_levels_of_frames() -> None:
     torch.testing.assert_close(levels_of(source, runs.model, 1000 * LEVELS), LEVELS.amax(1))  # no video
 
 
-def test_source_that_a_user_has_set_reads_frames_as_the_table_s_does() -> None:
+def test_user_source_reads_frames_as_the_table_does() -> None:
     runs = Runs("SkyReelsV2Transformer3DModel")
     times = TIMES["SkyReelsV2Transformer3DModel"][0](LEVELS)
     expected = levels_of_core(runs.model, lambda: runs(times))
@@ -153,7 +153,7 @@ def test_source_that_a_user_has_set_reads_frames_as_the_table_s_does() -> None:
     assert source.frames is None
 
 
-def test_page_names_the_classes_with_a_level_a_frame() -> None:
+def test_page_names_the_classes_with_frame_levels() -> None:
     line = next(line for line in PAGE.split("\n- ") if line.startswith("**One value a token or frame"))
     assert {name for name, entry in _DENOISERS.items() if entry.frames is not None} == TIMES.keys()
     assert all(f"`{name}`" in line for name in TIMES)

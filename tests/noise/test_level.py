@@ -32,14 +32,14 @@ def test_only_values_on_the_cpu_are_read() -> None:
 
 
 @pytest.mark.parametrize("level", [-0.001, 1.001, NAN])
-def test_level_outside_its_range_is_an_error_on_the_cpu_and_nan_elsewhere(level: float) -> None:
+def test_level_outside_range_raises_or_is_nan(level: float) -> None:
     with pytest.raises(ValueError, match=r"noise_level is \[0.25, .*has to lie in \[0, 1\]"):
         as_level([0.25, level])
     assert values_of(as_level(elsewhere([0.0, level, 0.25, 1.0]))) == pytest.approx([0, NAN, 0.25, 1], nan_ok=True)
 
 
 @pytest.mark.parametrize("timestep", [1001.0, -2.0, NAN])
-def test_timestep_outside_its_range_is_an_error_on_the_cpu_and_nan_elsewhere(timestep: float) -> None:
+def test_timestep_outside_range_raises_or_is_nan(timestep: float) -> None:
     source = TimestepNoise("discrete")
     with pytest.raises(ValueError, match=r"timestep is .*gives a λ outside .*'discrete' with N = 1000"):
         source.noise_level(torch.tensor([500.0, timestep]))
@@ -49,7 +49,7 @@ def test_timestep_outside_its_range_is_an_error_on_the_cpu_and_nan_elsewhere(tim
 
 @pytest.mark.parametrize("core_type", [name for name in BUILT_IN if name not in ("constant", "identity")])
 def test_core_is_nan_where_the_level_is_nan(core_type: str) -> None:
-    core = build_core(nara_config(core_type=core_type, core_bins=2), 4)
+    core = build_core(nara_config(core_type=core_type, core_bins=2, core_sharing="layer"), 4)
     is_nan = core(torch.tensor([0.25, NAN])).isnan()
     diagonal = is_nan.diagonal(dim1=1, dim2=2)
     assert diagonal.tolist() == [[False] * 4, [True] * 4]
@@ -93,7 +93,7 @@ def test_text_without_an_answer_is_nan_elsewhere() -> None:
     assert values_of(found) == pytest.approx([2 / 3, NAN], nan_ok=True)
 
 
-def test_model_at_a_level_outside_its_range_returns_nan() -> None:
+def test_model_at_level_outside_range_returns_nan() -> None:
     model = adapted(nn.Sequential(nn.Linear(7, 5)), target_modules=["0"])
     with noise_level(model, elsewhere([0.25, 1.5])):
         found = model(torch.randn(2, 7))

@@ -81,7 +81,7 @@ def gradients(model: nn.Module, output: Tensor, *others: Tensor) -> list[Tensor]
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
 @pytest.mark.parametrize("has_dropout", [False, True], ids=["", "dropout"])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_each_part_of_each_sample_runs_at_its_own_level(kind: str, has_dropout: bool) -> None:
+def test_each_part_runs_at_its_own_level(kind: str, has_dropout: bool) -> None:
     make, width, use_dora = LAYERS[kind]
     model = adapted(OneLayer(make()).to("cpu"), target_modules=["layer"], use_dora=use_dora, r=2)
     if has_dropout and width is not None:
@@ -98,7 +98,7 @@ def test_each_part_of_each_sample_runs_at_its_own_level(kind: str, has_dropout: 
         assert relative_error(one, other) < 2e-5
 
 
-def test_positions_may_have_more_axes_and_the_view_copies_nothing() -> None:
+def test_positions_may_have_more_axes_without_copying() -> None:
     model = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"], r=2)
     x = torch.randn(SAMPLES, LENGTH, 6, 7)  # six heads a position
     with noise_level(model, LEVELS):
@@ -121,9 +121,7 @@ class Kernels(TorchDispatchMode):
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
 @pytest.mark.parametrize("size", [(7, 5), (24, 2400)], ids=["parts", "one function"])
-def test_one_part_costs_what_a_level_a_sample_costs_and_several_add_no_kernel_to_a_layer(
-    use_dora: bool, size: tuple[int, int]
-) -> None:
+def test_several_parts_add_no_kernel_to_a_layer(use_dora: bool, size: tuple[int, int]) -> None:
     found = []
     model = adapted(OneLayer(nn.Linear(*size)), target_modules=["layer"], use_dora=use_dora, r=2)
     layer, x = model.base_model.model.layer, torch.randn(SAMPLES, LENGTH, size[0])
@@ -144,7 +142,7 @@ def test_one_part_costs_what_a_level_a_sample_costs_and_several_add_no_kernel_to
     assert found[2][1] == found[0][1]
 
 
-def test_one_part_a_sample_is_one_level_a_sample_and_one_row_is_for_all_samples() -> None:
+def test_one_part_equals_one_level_per_sample() -> None:
     model, x = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"]), torch.randn(SAMPLES, LENGTH, 7)
     outputs = []
     for level in (LEVELS[:, 0], LEVELS[:, :1], LEVELS[:1], LEVELS[:1].expand(SAMPLES, -1), LEVELS[:1, :1], 0.9):
@@ -156,7 +154,7 @@ def test_one_part_a_sample_is_one_level_a_sample_and_one_row_is_for_all_samples(
     assert relative_error(model(x), one_by_one(model, x)) < 1e-5  # a source may give parts as well
 
 
-def test_static_adapters_and_strengths_over_noise_have_parts_too() -> None:
+def test_static_adapters_and_strengths_have_parts_too() -> None:
     base = OneLayer(nn.Linear(7, 5))
     model = adapted(base, target_modules=["layer"], strength=[[0.0, 0.2], [1.0, 1.0]])
     x = torch.randn(SAMPLES, LENGTH, 7)
@@ -196,7 +194,7 @@ def adapted_llama() -> Any:
     return model
 
 
-def test_layers_of_a_language_model_see_the_level_of_their_part() -> None:
+def test_language_model_layers_see_their_parts_level() -> None:
     model, ids = adapted_llama(), torch.randint(IDS, (SAMPLES, LENGTH))
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     layers = {name: each for name, each in model.named_modules() if hasattr(each, "lora_variant")}
@@ -219,7 +217,7 @@ def test_layers_of_a_language_model_see_the_level_of_their_part() -> None:
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_recomputed_blocks_have_the_parts_of_their_own_forward(use_reentrant: bool) -> None:
+def test_recomputed_blocks_have_their_forwards_parts(use_reentrant: bool) -> None:
     model, ids = adapted_llama(), torch.randint(IDS, (SAMPLES, LENGTH))
 
     def slopes() -> list[Tensor]:
@@ -257,7 +255,7 @@ class Mixture(nn.Module):
         return output.unflatten(0, x.shape[:2])
 
 
-def test_layers_that_see_the_flattened_tokens_of_the_batch_have_parts_and_experts_are_refused() -> None:
+def test_layers_of_flattened_tokens_have_parts_except_experts() -> None:
     x = torch.randn(SAMPLES, LENGTH, 7)
     model = adapted(OneLayer(Mixture()), target_modules=["gate", "shared"])
     with noise_level(model, LEVELS):

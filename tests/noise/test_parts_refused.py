@@ -50,7 +50,7 @@ class Other(nn.Module):
     ],
 )
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_layer_that_does_not_see_the_positions_in_order_is_refused_with_its_name(
+def test_layer_without_ordered_positions_is_refused_by_name(
     layer: nn.Module, shape: tuple[int, ...], use_dora: bool
 ) -> None:
     model, x = Other(layer, torch.randn(shape)), torch.randn(SAMPLES, LENGTH, 7)
@@ -59,7 +59,7 @@ def test_layer_that_does_not_see_the_positions_in_order_is_refused_with_its_name
         model(x)
 
 
-def test_length_first_is_refused_even_where_the_sizes_are_equal() -> None:
+def test_length_first_is_refused_even_with_equal_sizes() -> None:
     block = nn.TransformerEncoderLayer(4, 2, 6)
     model = adapted(OneLayer(block), target_modules=["linear1"])
     with noise_level(model, LEVELS.mT[:, :3]), pytest.raises(ValueError, match=r"'layer\.linear1' sees"):
@@ -76,13 +76,13 @@ def test_length_first_is_refused_even_where_the_sizes_are_equal() -> None:
         (LEVELS + 0.5, r"lie in \[0, 1\]"),
     ],
 )
-def test_parts_that_do_not_fit_the_forward_are_refused(level: Tensor, message: str) -> None:
+def test_parts_that_do_not_fit_are_refused(level: Tensor, message: str) -> None:
     model = adapted(TwoLayers(), target_modules=["first"])
     with pytest.raises(ValueError, match=message), noise_level(model, level):
         model(torch.randn(SAMPLES, LENGTH, 7))
 
 
-def test_part_of_a_model_that_is_called_by_itself_has_no_known_positions() -> None:
+def test_separate_part_of_model_has_unknown_positions() -> None:
     model = adapted(TwoLayers(), target_modules=["first"])
     with noise_level(model, LEVELS), pytest.raises(RuntimeError, match="call the whole model"):
         model.base_model.model.first(torch.randn(SAMPLES, LENGTH, 7))
@@ -104,7 +104,7 @@ FEATURES = torch.zeros(3, 20, 7)
 
 
 @pytest.mark.parametrize("name", ["input_ids", "inputs_embeds", "hidden_states", "x"])
-def test_positions_are_those_of_the_one_sequence_of_a_forward(name: str) -> None:
+def test_positions_are_those_of_the_only_sequence(name: str) -> None:
     sequence = IDS_OF if name == "input_ids" else FEATURES
     before = {} if name == "x" else {"labels": torch.zeros(4, 9, 2)}
     assert positions_of({**before, name: sequence, "mask": torch.ones(3, 2)}, "Model") == Positions(3, 20)
@@ -121,12 +121,12 @@ def test_positions_are_those_of_the_one_sequence_of_a_forward(name: str) -> None
         {"input_ids": IDS_OF, "inputs_embeds": FEATURES},
     ],
 )
-def test_forward_without_a_single_sequence_has_no_known_positions(arguments: dict[str, Tensor]) -> None:
+def test_forward_without_single_sequence_has_unknown_positions(arguments: dict[str, Tensor]) -> None:
     with pytest.raises(ValueError, match="no single sequence"):
         positions_of(arguments, "Model")
 
 
-def test_levels_of_rows_are_those_of_parts_in_order() -> None:
+def test_levels_of_rows_follow_the_parts() -> None:
     parts = parts_of(LEVELS, Positions(SAMPLES, LENGTH))
     assert parts == Parts(PARTS, Positions(SAMPLES, LENGTH))
     assert torch.equal(parts.levels(LEVELS), LEVELS.flatten())
@@ -134,7 +134,7 @@ def test_levels_of_rows_are_those_of_parts_in_order() -> None:
 
 
 @pytest.mark.parametrize(("kind", "rows"), [("tokens", 59), ("tokens", 12), ("routed tokens", 60), ("positions", 60)])
-def test_flattened_tokens_have_to_be_all_tokens_in_order(kind: RowKind, rows: int) -> None:
+def test_flattened_tokens_must_be_complete_and_in_order(kind: RowKind, rows: int) -> None:
     parts, core = parts_of(LEVELS, Positions(SAMPLES, LENGTH)), torch.rand(12, 2, 2)
     options = {"is_image": False, "layer_name": "gate"}
     assert parts.core_of_layer(core, torch.zeros(60, 7), kind="tokens", **options) == (core, True)
@@ -150,14 +150,14 @@ def frame_tokens(axis: int = 2) -> FrameTokens:
 
 
 @pytest.mark.parametrize(("axis", "shape"), [(2, (3, 5, 6, 4, 8)), (1, (3, 6, 5, 4, 8))])
-def test_frames_are_counted_on_the_axis_of_the_class(axis: int, shape: tuple[int, ...]) -> None:
+def test_frames_are_counted_on_the_classs_axis(axis: int, shape: tuple[int, ...]) -> None:
     """Six frames of 4 × 8 in five channels, in patches of two frames and 2 × 4: three frames of four patches."""
     model: Any = SimpleNamespace(config=SimpleNamespace(patch_size=(2, 2, 4)))
     assert frame_tokens(axis).shape(model, {"hidden_states": torch.zeros(shape)}) == (3, 12)
 
 
 @pytest.mark.parametrize(("timesteps", "is_seen"), [(PARTS, True), (LENGTH, True), (5, False)])
-def test_rows_of_times_are_seen_by_parts_only_if_the_parts_divide_them(timesteps: int, is_seen: bool) -> None:
+def test_rows_of_times_need_parts_that_divide_them(timesteps: int, is_seen: bool) -> None:
     parts = parts_of(LEVELS, Positions(SAMPLES, LENGTH, timesteps), frame_tokens())
     core, x = torch.rand(SAMPLES * PARTS + SAMPLES, 2, 2), torch.zeros(SAMPLES * timesteps, 7)
     if not is_seen:

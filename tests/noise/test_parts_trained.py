@@ -16,8 +16,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level
+from nara_diffusion.loaders.components import part_of
 from nara_diffusion.loaders.file import METADATA_KEY, AdapterFile
-from nara_diffusion.loaders.insertion import insert, part_of
+from nara_diffusion.loaders.insertion import insert
 from tests.helpers.adapted import OneLayer, TwoLayers, adapted, nara_config
 
 SAMPLES, LENGTH = 3, 20
@@ -25,9 +26,7 @@ LEVELS = torch.tensor([[0.9, 0.1, 0.4, 0.7], [0.2, 0.6, 0.0, 1.0], [0.3, 0.8, 0.
 
 
 @pytest.mark.parametrize(("trained", "level"), [("sample", LEVELS[:, 0]), ("part", LEVELS), ("part", LEVELS[:, :1])])
-def test_file_says_whether_samples_or_parts_had_a_level_in_training_and_the_other_use_warns_once(
-    tmp_path: Path, trained: str, level: Tensor
-) -> None:
+def test_file_records_level_per_part_and_misuse_warns(tmp_path: Path, trained: str, level: Tensor) -> None:
     model = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"], noise_level_per=trained)
     x = torch.randn(SAMPLES, LENGTH, 7)
     model.save_pretrained(str(tmp_path))
@@ -45,7 +44,7 @@ def test_file_says_whether_samples_or_parts_had_a_level_in_training_and_the_othe
     assert loaded.peft_config["default"].noise_level_per == trained
 
 
-def test_another_adapter_of_the_same_name_is_warned_of_too(tmp_path: Path) -> None:
+def test_second_adapter_of_same_name_warns_too(tmp_path: Path) -> None:
     model = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"])
     model.peft_config["default"].noise_level_per = "sample"
     model.save_pretrained(str(tmp_path))
@@ -82,7 +81,7 @@ def warned_by(model: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("is_old", [True, False])
-def test_peft_folder_without_the_field_counts_as_trained_with_a_level_a_sample(tmp_path: Path, is_old: bool) -> None:
+def test_peft_folder_without_field_counts_as_per_sample(tmp_path: Path, is_old: bool) -> None:
     untrained = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"])
     assert not warned_by(untrained)
     untrained.save_pretrained(str(tmp_path))
@@ -99,7 +98,7 @@ def test_peft_folder_without_the_field_counts_as_trained_with_a_level_a_sample(t
 
 
 @pytest.mark.parametrize("is_old", [True, False])
-def test_pipelines_file_without_the_field_counts_as_trained_with_a_level_a_sample(tmp_path: Path, is_old: bool) -> None:
+def test_pipeline_file_without_field_counts_as_per_sample(tmp_path: Path, is_old: bool) -> None:
     untrained = inject_adapter_in_model(nara_config(target_modules=["second"]), TwoLayers())
     AdapterFile({"transformer": part_of(untrained, "default")}).save(tmp_path / "old.safetensors")
     with safe_open(tmp_path / "old.safetensors", "pt") as file:

@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nara_diffusion import TimestepNoise, noise_level, set_noise_source
 from nara_diffusion.dllm.models.forward_rows import ForwardRows
 from nara_diffusion.noise.rows import ModelRows, core_of_rows, guidance_rows, repeat_rows, row_kind_of
 from nara_diffusion.noise.timesteps import DenoiserNoise
-from tests.helpers.adapted import adapted, relative_error
+from tests.helpers.adapted import adapted
 
 SAMPLES = 3
 
@@ -37,12 +36,12 @@ def samples_of(rows: int, *, samples: int = SAMPLES, x: Tensor | None = None, **
 
 @pytest.mark.parametrize("kind", ["samples", "tokens", "positions"])
 @pytest.mark.parametrize("rows", [0, 1, 5])
-def test_one_level_is_for_all_rows_whatever_they_are(kind: str, rows: int) -> None:
+def test_one_level_applies_to_all_rows(kind: str, rows: int) -> None:
     assert samples_of(rows, samples=1, kind=kind) == [0]
 
 
 @pytest.mark.parametrize("sample_major", [False, True])
-def test_one_level_a_sample_is_for_the_row_of_the_sample(sample_major: bool) -> None:
+def test_one_level_per_sample_applies_to_its_row(sample_major: bool) -> None:
     assert samples_of(3, sample_major=sample_major) == [0, 1, 2]
 
 
@@ -52,7 +51,7 @@ def test_consecutive_rows_have_the_level_of_their_sample() -> None:
     assert samples_of(8, samples=2, sample_major=True) == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
-def test_expert_without_tokens_keeps_a_core_for_its_gradient() -> None:
+def test_expert_without_tokens_keeps_core_for_gradient() -> None:
     assert samples_of(0) == [0]
 
 
@@ -73,29 +72,15 @@ class Stack(nn.Module):
         return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
-@pytest.mark.parametrize("frames", [2, 3, 4])
-def test_frames_of_a_sample_run_at_its_timestep(frames: int) -> None:
-    model = adapted(type("UNetMotionModel", (Stack,), {})(), target_modules=["layer"])
-    set_noise_source(model, TimestepNoise("sigma"))
-    x, levels = torch.randn(SAMPLES, frames, 4, 7), [0.1, 0.5, 0.9]
-    together = model(x, torch.tensor(levels))
-    for sample, level, output in zip(x, levels, together, strict=True):
-        with noise_level(model, level):
-            assert relative_error(output, model(sample[None])[0]) < 1e-6
-    set_noise_source(model, None)
-    with noise_level(model, levels):
-        assert relative_error(model(x), together) < 1e-6
-
-
 # ---------------------------------------------------------------------- guidance
 
 
-def test_rows_of_guidance_are_the_samples_and_then_the_samples_again() -> None:
+def test_guidance_rows_are_the_samples_twice() -> None:
     assert guidance_rows(torch.tensor([0.2, 0.7])).tolist() == pytest.approx([0.2, 0.7, 0.2, 0.7])
 
 
 @pytest.mark.parametrize("has_padding", [False, True])
-def test_masked_prompts_stand_behind_the_rows_with_their_levels_and_padding(has_padding: bool) -> None:
+def test_masked_prompts_follow_with_levels_and_padding(has_padding: bool) -> None:
     ids = torch.tensor([[1, 2, 3, 9], [4, 5, 6, 9]])
     padding = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]) if has_padding else None
     is_prompt = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]]).bool()
@@ -127,7 +112,7 @@ REFUSED = "noise_level has 3 values, but .*: pass one value for the whole batch,
         (3, {"kind": "positions", "x": torch.zeros(3, 3, dtype=torch.long)}, r"\(3, 3\), are positions"),
     ],
 )
-def test_rows_that_belong_to_no_known_sample_are_refused(rows: int, options: dict[str, Any], message: str) -> None:
+def test_rows_of_no_known_sample_are_refused(rows: int, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=REFUSED) as error:
         samples_of(rows, **options)
     error.match(message)
@@ -145,7 +130,7 @@ def test_rows_that_belong_to_no_known_sample_are_refused(rows: int, options: dic
         ("positions", torch.zeros(3, dtype=torch.long)),
     ],
 )
-def test_rows_of_another_kind_are_samples_at_these_shapes(kind: str, x: Tensor) -> None:
+def test_other_rows_are_samples_at_these_shapes(kind: str, x: Tensor) -> None:
     assert samples_of(3, kind=kind, x=x) == [0, 1, 2]
 
 
@@ -159,7 +144,7 @@ def test_model_with_tokens_first_refuses_several_levels_everywhere() -> None:
             rows.level_of_part(torch.rand(3))
 
 
-def test_model_that_sees_multiples_takes_one_level_a_row_of_its_own_batch() -> None:
+def test_multiples_take_one_level_per_batch_row() -> None:
     rows = ModelRows.of(DenoiserNoise("sigma", sample_major=True))
     for args, kwargs in (((X,), {}), ((), {"timestep": torch.zeros(3), "x": X})):
         assert rows.level_of_forward(LEVELS, Stack(), args, kwargs) is LEVELS
@@ -190,7 +175,7 @@ def test_blocks_that_split_the_batch_are_refused(attributes: dict[str, Any], is_
         rows.level_of_forward(LEVELS, root, args, {})
 
 
-def test_model_of_samples_leaves_the_check_to_its_layers() -> None:
+def test_sample_models_leave_the_check_to_layers() -> None:
     for rows in (ModelRows.of(None), ModelRows.of(DenoiserNoise("sigma"))):
         assert rows.level_of_forward(LEVELS, Stack(), (torch.zeros(6, 2, 7),), {}) is LEVELS
         rows.level_of_part(torch.rand(3))
@@ -225,11 +210,11 @@ class SmallExperts(nn.ModuleList):
         (container(distance_embedding=nn.Embedding(3, 2)), "distance_embedding", "positions"),
     ],
 )
-def test_kind_of_a_layers_rows_follows_from_the_modules_around_it(root: nn.Module, name: str, kind: str) -> None:
+def test_row_kind_follows_from_the_modules_around(root: nn.Module, name: str, kind: str) -> None:
     assert row_kind_of(root, name) == kind
 
 
-def test_kind_of_rows_is_the_same_in_an_adapted_model() -> None:
+def test_row_kind_is_same_in_adapted_model() -> None:
     base = container(relative_attention_bias=nn.Embedding(3, 2), words=nn.Embedding(3, 2), layer=nn.Linear(2, 2))
     root = adapted(base, target_modules=["relative_attention_bias", "words", "layer"]).base_model.model
     kinds = {name: row_kind_of(root, name) for name in ("relative_attention_bias", "words", "layer")}

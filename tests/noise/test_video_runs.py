@@ -49,7 +49,7 @@ def run(pipe: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("make", [wan, skyreels])
-def test_each_call_of_a_run_has_the_level_of_each_frame(make: Any, tmp_path: Path) -> None:
+def test_each_call_has_the_level_of_each_frame(make: Any, tmp_path: Path) -> None:
     trained, pipe = make(), make()
     inject_adapter_in_model(nara_config(target_modules=TARGETS), trained.transformer, "default")
     disturb(trained.transformer)

@@ -45,7 +45,7 @@ def test_llada_s_saved_pipeline_is_read_by_diffusers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sdxl_s_gives_the_stock_pixels_with_an_adapter_and_is_taken_over_by_another_task(tmp_path: Path) -> None:
+def test_sdxl_gives_stock_pixels_and_converts_to_tasks(tmp_path: Path) -> None:
     trained, saved = small_sdxl(), tmp_path / "sdxl"
     trained.save_pretrained(saved)
     trained.unet.add_adapter(nara_config(target_modules=["to_q", "to_v"]))
@@ -74,7 +74,7 @@ def test_sdxl_s_gives_the_stock_pixels_with_an_adapter_and_is_taken_over_by_anot
     assert torch.equal(pixels(pipe), base)
 
 
-def test_an_editor_sees_the_methods_with_their_arguments_and_texts() -> None:
+def test_editor_sees_methods_with_arguments_and_docstrings() -> None:
     for name in ["load_nara_weights", "save_nara_weights", "unload_nara_weights"]:
         method = vars(StableDiffusionXLPipeline)[name]
         assert inspect.signature(method) == inspect.signature(getattr(DiffusionPipeline, name))

@@ -23,8 +23,6 @@ from nara_diffusion.dllm import train as dllm
 from nara_diffusion.dllm.kinds.masked_kind import MASKED
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.training.checkpoints import (
-    check_random_states,
-    check_same_run,
     latest_undamaged,
     read_manifest,
     resume_hint,
@@ -32,6 +30,7 @@ from nara_diffusion.training.checkpoints import (
     write_manifest,
 )
 from nara_diffusion.training.command import InterruptRequest, TrainingDiverged
+from nara_diffusion.training.resuming import check_random_states, check_same_run
 from nara_diffusion.utils.digests import digest_base, digest_texts
 from nara_flags.parser import parse_arguments
 from tests.acceptance._commands import names
@@ -73,7 +72,7 @@ def test_latest_is_the_one_written_last(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", ["unlogged", "arguments"])
-def test_manifest_without_a_field_is_damage_and_the_checkpoint_before_is_taken(
+def test_incomplete_manifest_makes_resume_use_earlier_one(
     run: Path, tmp_path: Path, lost: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run"))
@@ -85,7 +84,7 @@ def test_manifest_without_a_field_is_damage_and_the_checkpoint_before_is_taken(
     assert re.search(r"checkpoint-4/checkpoint\.json is corrupt: .* Resuming from the previous checkpoint", caplog.text)
 
 
-def test_random_states_that_cannot_be_restored_are_an_error(run: Path) -> None:
+def test_random_states_that_cannot_be_restored_raise(run: Path) -> None:
     with pytest.raises(ValueError, match=r"random_states_0.pkl doesn't restore the random states"):
         check_random_states(run / "checkpoint-4", 0)  # nothing was loaded
     with pytest.raises(ValueError, match=r"random_states_1.pkl can't be read"):
@@ -107,7 +106,7 @@ def test_resume_that_runs_pickles_warns_once(
     assert all(f"checkpoint-4: {engine} stores its state in pickles" in message for message in said)
 
 
-def test_full_disk_leaves_earlier_checkpoints_and_no_part_of_a_new_one(tmp_path: Path) -> None:
+def test_full_disk_leaves_earlier_checkpoints_only(tmp_path: Path) -> None:
     def write(model: Any, folder: Path, state: Any) -> None:
         (folder / TEXT).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -131,7 +130,7 @@ def test_full_disk_leaves_earlier_checkpoints_and_no_part_of_a_new_one(tmp_path:
 
 
 @pytest.mark.parametrize("file", ["samples.jsonl", "noise_level_curve.png", "README.md", "results.json"])
-def test_full_disk_after_training_names_the_file_and_the_checkpoint(
+def test_full_disk_after_training_names_file_and_checkpoint(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace = os.replace
@@ -152,7 +151,7 @@ def test_full_disk_after_training_names_the_file_and_the_checkpoint(
 
 
 @pytest.mark.parametrize("steps", [2, 4])
-def test_ctrl_c_while_a_checkpoint_is_written_stops_after_it(
+def test_ctrl_c_while_writing_stops_after_the_checkpoint(
     steps: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of two steps, the last one's checkpoint; of four, one on the way."""
@@ -191,7 +190,7 @@ def test_divergence_stops_before_it_is_saved(tmp_path: Path) -> None:
             dllm.main(args)
 
 
-def test_folder_of_another_run_is_refused_before_anything_is_loaded_and_an_empty_one_goes(
+def test_folder_of_another_run_is_refused_before_loading(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dllm, "load_records", None)
@@ -209,7 +208,7 @@ def test_folder_of_another_run_is_refused_before_anything_is_loaded_and_an_empty
     assert not (tmp_path / "deep").exists()
 
 
-def test_run_of_an_option_that_no_longer_exists_is_refused_unless_it_was_off(run: Path, tmp_path: Path) -> None:
+def test_run_with_removed_option_is_refused_if_on(run: Path, tmp_path: Path) -> None:
     """An earlier version's `--prediction_type v_prediction` would go on as what the base predicts."""
     args, accelerator = parse_arguments(dllm.Arguments, ["--config", str(run / "config.yaml")]), Accelerator(cpu=True)
     for value in (None, False, "v_prediction"):
@@ -225,7 +224,7 @@ def test_run_of_an_option_that_no_longer_exists_is_refused_unless_it_was_off(run
             check_same_run(folder, args, accelerator)
 
 
-def test_settings_of_a_run_are_a_file_of_arguments(run: Path) -> None:
+def test_settings_of_run_are_an_arguments_file(run: Path) -> None:
     args = parse_arguments(dllm.Arguments, ["--config", str(run / "config.yaml")])
     assert vars(args) == yaml.safe_load((run / "config.yaml").read_text())
     again = parse_arguments(DreamBoothArguments, ["--pretrained_model_name_or_path", "x", "--instance_data_dir", "y"])
@@ -247,7 +246,7 @@ def test_digests_know_texts_and_weights_again(tmp_path: Path) -> None:
     assert digest_base({"": tmp_path})["base model"] not in (own["base model"], half["base model"])
 
 
-def test_second_ctrl_c_stops_at_once_and_the_launcher_s_echo_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_ctrl_c_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 3.0])
     monkeypatch.setattr("nara_diffusion.training.command.time.monotonic", lambda: next(clock))
     before = signal.getsignal(signal.SIGINT)

@@ -35,7 +35,7 @@ def started(folder: Path, **changes: Any) -> Any:
     return model
 
 
-def test_nara_of_the_same_scales_starts_as_the_file(tmp_path: Path) -> None:
+def test_nara_of_same_scales_starts_as_the_file(tmp_path: Path) -> None:
     pattern = {"alpha_pattern": {"first": 11}, "rank_pattern": {"second": 3}}
     given, model = saved(tmp_path, **pattern), started(tmp_path, **pattern)
     model.load_state_dict({key: given.state_dict()[key] for key in given.state_dict() if "base" in key}, strict=False)

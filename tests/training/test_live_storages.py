@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from nara_diffusion.training.live_storages import LiveStorages, nbytes, tensors_of, to_fake
 
 
-def test_live_and_peak_follow_the_life_of_each_storage():
+def test_live_and_peak_follow_each_storages_life():
     weight = torch.zeros(5, 7)
     with LiveStorages([weight]) as counter:
         assert weight.t().shape == (7, 5)  # a view of what exists
@@ -56,7 +56,7 @@ def step(model):
     loss.backward()
 
 
-def test_fake_tensors_count_as_real_ones_and_hold_no_data():
+def test_fake_tensors_count_as_real_without_data():
     model = Tied()
     with LiveStorages(tensors_of(model)) as real:
         step(model)

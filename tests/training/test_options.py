@@ -93,7 +93,7 @@ def test_flags_are_read() -> None:
         (["--validation_steps", "none"], 6, None),
     ],
 )
-def test_interval_of_validation_may_be_a_share_of_the_run(words: list[str], steps: int, interval: int | None) -> None:
+def test_validation_interval_may_be_a_share_of_run(words: list[str], steps: int, interval: int | None) -> None:
     args = parse(*words, cls=DreamBoothArguments)
     engine: Any = None
     run_of_images = Run(engine, args, "dreambooth", engine, None, Path(), {})
@@ -133,7 +133,7 @@ def test_mistake_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None
     assert list(Path().iterdir()) == []  # nothing was begun
 
 
-def test_file_is_read_as_the_flags_that_it_stands_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_file_is_read_as_the_flags_it_replaces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(
         "rank: 5\nmax_grad_norm: null\ncomplementary: true\ntarget_modules: [q, k]\n"
@@ -157,14 +157,14 @@ def test_file_is_read_as_the_flags_that_it_stands_for(tmp_path: Path, capsys: py
         assert said in shown
 
 
-def test_defaults_of_a_run_lie_under_flags_and_files() -> None:
+def test_run_defaults_lie_below_flags_and_files() -> None:
     defaults = lambda given: {} if "rank" in given else {"rank": 4, "curve_points": 9}  # noqa: E731
     args = parse("--logits_eos_inf", defaults=defaults)
     assert (args.rank, args.curve_points, args.logits_eos_inf) == (4, 9, True)
     assert parse("--rank", "2", defaults=defaults).curve_points == 10
 
 
-def test_help_has_groups_defaults_and_units_and_hides_rare_options(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_groups_and_hides_rare_options(capsys: pytest.CaptureFixture[str]) -> None:
     for flag, rare in (("--help", False), ("--help_all", True)):
         with pytest.raises(SystemExit):
             parse(flag)
@@ -182,7 +182,7 @@ def test_help_shows_few_options(cls: type) -> None:
     assert len({action.dest for action in actions if action.help is not argparse.SUPPRESS}) <= 42
 
 
-def test_epochs_that_are_given_take_the_place_of_steps_from_below(tmp_path: Path) -> None:
+def test_epochs_replace_steps_from_a_lower_source(tmp_path: Path) -> None:
     """A file or a shipped run with max_train_steps would otherwise win over --num_train_epochs without a word."""
     steps = {"max_train_steps": 9, "train_file": "own.jsonl", "pretrained_model_name_or_path": "none"}
     file = tmp_path / "own.yaml"
@@ -234,9 +234,7 @@ def test_shipped_settings_for_images_are_read(
     assert list(Path().iterdir()) == []
 
 
-def test_run_without_a_folder_gets_a_numbered_one_and_no_other_run_s(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_run_without_folder_gets_a_new_number(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     flags = {**text_flags(tmp_path), "max_train_steps": 1, "checkpointing_steps": None, "test_samples": 1}
     for number in (1, 2):
         run("dllm.py", **flags)

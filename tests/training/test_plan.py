@@ -205,13 +205,13 @@ def needs_of_a_layer(*flags):
 
 
 @pytest.mark.parametrize("flag", ["--gradient_accumulation_steps", "--global_batch_size"])
-def test_later_forwards_of_a_step_keep_the_gradients_of_earlier_ones(flag):
+def test_later_forwards_keep_gradients_of_earlier_ones(flag):
     first, weight = needs_of_a_layer()
     later, _ = needs_of_a_layer(flag, "4")
     assert later.activations - first.activations == weight
 
 
-def test_update_without_fused_kernel_needs_a_copy_of_the_trained_weights():
+def test_unfused_update_needs_a_copy_of_trained_weights():
     fused, weight = needs_of_a_layer()
     assert fused.peak == weight + 2 * weight + fused.activations  # the weight, two moments, the step
     assert weight < fused.activations < 2 * weight

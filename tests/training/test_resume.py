@@ -24,7 +24,8 @@ from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.train import main
 from nara_diffusion.loaders.file import AdapterFile
-from nara_diffusion.training.checkpoints import MAY_CHANGE, changed_arguments, read_manifest, write_manifest
+from nara_diffusion.training.checkpoints import read_manifest, write_manifest
+from nara_diffusion.training.resuming import MAY_CHANGE, changed_arguments
 from tests.acceptance._commands import assert_same_bits, metrics, names
 from tests.acceptance._runs import IMAGES, TEXT, image_arguments, image_flags, text_arguments
 from tests.helpers.small_pipelines import small_sdxl

@@ -68,7 +68,7 @@ def test_layers_of_the_installed_peft_have_the_attributes() -> None:
     assert model(torch.ones(1, 3, 2, 2)).shape == (1, 5, 2, 2)
 
 
-def test_each_private_method_that_nara_model_overrides_is_listed() -> None:
+def test_every_overridden_private_method_is_listed() -> None:
     own = {name for name, value in vars(NaraModel).items() if isinstance(value, (FunctionType, classmethod))}
     assert {name for name in own if name.startswith("_") and not name.startswith("__")} == set(OVERRIDDEN)
 

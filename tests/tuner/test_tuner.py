@@ -65,7 +65,7 @@ def output(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_rows_that_are_known_to_be_no_samples_refuse_several_levels(name: str) -> None:
+def test_rows_known_as_no_samples_refuse_several_levels(name: str) -> None:
     make, x, targets, said = MODELS[name]
     model = adapted(make(), target_modules=targets)
     with noise_level(model, LEVELS), pytest.raises(ValueError, match=said):
@@ -85,7 +85,7 @@ def test_rows_that_are_samples_have_a_level_each() -> None:
             assert relative_error(together[index], output(model, X)[index]) < 1e-5
 
 
-def test_unequal_levels_are_refused_where_samples_are_split_or_not_first() -> None:
+def test_unequal_levels_are_refused_for_split_samples() -> None:
     for kind, dim, message in [
         ("ErnieImageTransformer2DModel", None, "see tokens where others see samples"),
         ("UNetMotionModel", 0, "blocks of UNetMotionModel run on slices of the batch"),
@@ -100,7 +100,7 @@ def test_unequal_levels_are_refused_where_samples_are_split_or_not_first() -> No
 
 
 @pytest.mark.parametrize("kind", ["UNetMotionModel", "ErnieImageTransformer2DModel"])
-def test_unequal_levels_of_a_part_alone_are_refused_where_rows_may_be_no_samples(kind: str) -> None:
+def test_unequal_levels_of_separate_part_are_refused(kind: str) -> None:
     base: Any = type(kind, (TwoLayers,), {})()
     model = adapted(base, target_modules=["first"])
     with noise_level(model, [0.2, 0.7]), pytest.raises(RuntimeError, match="has 2 values, but a part of a model"):
@@ -109,7 +109,7 @@ def test_unequal_levels_of_a_part_alone_are_refused_where_rows_may_be_no_samples
         base.first(torch.randn(2, 7))
 
 
-def test_two_levels_for_a_batch_of_four_are_refused_though_layers_may_see_multiples() -> None:
+def test_two_levels_for_four_samples_are_refused() -> None:
     model = adapted(type("UNetMotionModel", (TwoLayers,), {})(), target_modules=["first"])
     with noise_level(model, [0.2, 0.7]):
         model(torch.randn(2, 7))
@@ -126,7 +126,7 @@ def test_all_that_trains_has_lora_in_its_name() -> None:
         assert all("lora_" in name for name in trained)
 
 
-def test_set_adapters_of_a_compiled_part_names_compiling_in_place() -> None:
+def test_set_adapters_on_compiled_part_names_the_remedy() -> None:
     pipe: Any = add_nara(frozen_sd(), "a")
     pipe.unet = torch.compile(pipe.unet)
     with pytest.raises(ValueError, match=r"unet was returned by torch.compile.* pipe\.unet\.compile\(\)"):
@@ -135,7 +135,7 @@ def test_set_adapters_of_a_compiled_part_names_compiling_in_place() -> None:
     pipe.set_adapters("a", 0.5)
 
 
-def test_a_context_may_be_entered_again_also_inside_of_itself() -> None:
+def test_context_may_be_entered_again_inside_itself() -> None:
     model, x = adapted(TwoLayers(), target_modules=["first"]), torch.randn(2, 7)
     with noise_level(model, 0.3):
         expected = model(x)
@@ -217,7 +217,7 @@ def test_on_models_without_nara_each_calls_its_own(tmp_path: Path, tiny_llama: A
     assert list((tmp_path / "out").iterdir())
 
 
-def test_listing_parameters_changes_nothing_and_hides_the_core_of_a_deleted_adapter() -> None:
+def test_listing_parameters_hides_deleted_cores_without_change() -> None:
     model = adapted(TwoLayers(), target_modules=["first"])
     model.add_adapter("other", nara_config(target_modules=["second"]))
     root: Any = model.base_model.model
@@ -234,7 +234,7 @@ def test_listing_parameters_changes_nothing_and_hides_the_core_of_a_deleted_adap
 
 
 @pytest.mark.parametrize("how", ["set_adapter", "disable", "set_requires_grad", "layer by layer"])
-def test_pefts_calls_switch_the_training_of_a_core_with_that_of_its_factors(how: str) -> None:
+def test_peft_calls_switch_core_training_with_factors(how: str) -> None:
     model = adapted(TwoLayers(), target_modules=["first"])
     model.add_adapter("other", nara_config(target_modules=["second", "first"]))
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]

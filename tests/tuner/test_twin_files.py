@@ -57,7 +57,7 @@ def test_hotswap_into_other_twins_is_refused(there: str, given: str) -> None:
 
 
 @pytest.mark.parametrize("targets", [BOTH, DECODER])
-def test_a_run_starts_from_a_file_of_the_same_twins(targets: str, tmp_path: Path) -> None:
+def test_run_starts_from_file_of_same_twins(targets: str, tmp_path: Path) -> None:
     given, model = adapted(targets, seed=1), adapted(targets)
     given.save_pretrained(tmp_path)
     start_from({"": model.get_base_model()}, str(tmp_path), model)
@@ -66,14 +66,14 @@ def test_a_run_starts_from_a_file_of_the_same_twins(targets: str, tmp_path: Path
 
 @pytest.mark.parametrize(("there", "given"), OTHERS)
 @pytest.mark.parametrize("kind", [NaraConfig, LoraConfig])
-def test_a_run_does_not_start_from_a_file_of_other_twins(there: str, given: str, kind: Any, tmp_path: Path) -> None:
+def test_run_does_not_start_from_other_twins(there: str, given: str, kind: Any, tmp_path: Path) -> None:
     adapted(given, kind).save_pretrained(tmp_path)
     model = adapted(there)
     with pytest.raises(ValueError, match=r"layers.*'model\.encoder\.language_model\.layers\.0\.mlp\.down_proj'"):
         start_from({"": model.get_base_model()}, str(tmp_path), model)
 
 
-def test_a_file_with_other_factors_for_the_encoder_does_not_load(tmp_path: Path) -> None:
+def test_file_with_other_encoder_factors_does_not_load(tmp_path: Path) -> None:
     given = adapted(seed=1)
     given.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -89,7 +89,7 @@ def test_a_file_with_other_factors_for_the_encoder_does_not_load(tmp_path: Path)
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_a_lora_with_equal_factors_in_the_twins_becomes_a_nara(use_dora: bool, tmp_path: Path) -> None:
+def test_lora_with_equal_twin_factors_becomes_nara(use_dora: bool, tmp_path: Path) -> None:
     lora = adapted(kind=LoraConfig, use_dora=use_dora)
     lora.get_base_model().tie_weights()
     disturb(lora, seed=1)
@@ -102,13 +102,13 @@ def test_a_lora_with_equal_factors_in_the_twins_becomes_a_nara(use_dora: bool, t
             assert_near(model(input_ids=ids, decoder_input_ids=ids[:, :CANVAS]).logits, expected, model)
 
 
-def test_a_lora_with_other_factors_in_the_encoder_is_refused(tmp_path: Path) -> None:
+def test_lora_with_other_encoder_factors_is_refused(tmp_path: Path) -> None:
     adapted(kind=LoraConfig, seed=1).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"encoder.*one A and one B.*--no_train_on_encoder"):
         from_lora(tmp_path, tiny_gemma())
 
 
-def test_a_lora_of_the_decoder_becomes_a_nara_of_the_decoder(tmp_path: Path) -> None:
+def test_decoder_lora_becomes_nara_of_the_decoder(tmp_path: Path) -> None:
     adapted(DECODER, LoraConfig, seed=1).save_pretrained(tmp_path)
     model, layer = from_lora(tmp_path, tiny_gemma()), "layers.0.self_attn.q_proj"
     assert hasattr(model.get_base_model().model.decoder.get_submodule(layer), "lora_A")

@@ -48,7 +48,7 @@ def batch_of(**options):
     return corrupt_canvases(ids, [4, 9, 5], **key, **options)
 
 
-def test_the_encoder_runs_at_lambda_zero_and_the_decoder_at_that_of_its_canvas():
+def test_encoder_runs_at_zero_and_decoder_at_canvas():
     model = adapted()
     base, given, levels = model.get_base_model(), inputs(), torch.tensor([0.9, 0.2, 0.6])
     with torch.no_grad():
@@ -76,7 +76,7 @@ def _with_matrices(base, holder, given, level):
     return plain(**given).logits
 
 
-def test_lambda_of_parts_is_that_of_the_canvas_in_the_decoder_and_zero_in_the_encoder():
+def test_lambda_of_parts_is_canvas_or_zero():
     model = adapted()
     base, levels = model.get_base_model(), torch.tensor([[0.9, 0.2, 0.6], [0.1, 0.7, 0.4], [0.3, 0.8, 0.5]])
     plain = tiny_gemma()
@@ -110,7 +110,7 @@ def _names(base):
 
 
 @pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"core_type": "knots", "core_sharing": "layer"}])
-def test_twins_have_one_adapter_which_is_saved_once_and_loads_into_both(fields, tmp_path):
+def test_twins_share_one_adapter_saved_once(fields, tmp_path):
     model = adapted(**fields)
     base = model.get_base_model()
     for index in range(2):
@@ -130,7 +130,7 @@ def test_twins_have_one_adapter_which_is_saved_once_and_loads_into_both(fields, 
             assert_near(other(**inputs()).logits, model(**inputs()).logits, model)
 
 
-def test_a_file_without_a_decoder_layer_does_not_load(tmp_path):
+def test_file_without_a_decoder_layer_does_not_load(tmp_path):
     from safetensors.torch import load_file, save_file
 
     adapted().save_pretrained(tmp_path)
@@ -142,7 +142,7 @@ def test_a_file_without_a_decoder_layer_does_not_load(tmp_path):
         PeftModel.from_pretrained(tiny_gemma(), tmp_path)
 
 
-def test_decoder_only_leaves_the_encoder_as_it_was_and_weights_can_be_tied_again():
+def test_decoder_only_leaves_encoder_and_allows_tying():
     model = adapted(DECODER)
     base, plain = model.get_base_model(), tiny_gemma()
     ids = inputs()["input_ids"]
@@ -155,7 +155,7 @@ def test_decoder_only_leaves_the_encoder_as_it_was_and_weights_can_be_tied_again
     assert_far(q_proj.lora_A["default"].weight, base.model.decoder.layers[1].self_attn.q_proj.lora_A["default"].weight)
 
 
-def test_tying_weights_again_keeps_adapters_apart_that_were_added_apart():
+def test_tying_again_keeps_separate_adapters_apart():
     model = adapted(DECODER)
     base = model.get_base_model()
     model.add_adapter("plain", NaraConfig(r=3, target_modules=BOTH, core_type="identity"))
@@ -168,7 +168,7 @@ def test_tying_weights_again_keeps_adapters_apart_that_were_added_apart():
     assert "_tied_weights_keys" not in vars(base.model)
 
 
-def test_the_adapters_gradient_is_the_slope_of_the_loss_in_both_twins():
+def test_adapter_gradient_is_loss_slope_in_both_twins():
     model, batch = adapted(), batch_of(self_conditioning=0.0)
     A = model.get_base_model().model.decoder.layers[0].self_attn.q_proj.lora_A["default"].weight
     canvas_loss(model, batch).loss.backward()
@@ -183,7 +183,7 @@ def test_the_adapters_gradient_is_the_slope_of_the_loss_in_both_twins():
     assert len(set(trainable)) == len(trainable)
 
 
-def test_a_step_under_autocast_is_that_of_float32_but_for_rounding(monkeypatch):
+def test_step_under_autocast_matches_float32_except_rounding(monkeypatch):
     monkeypatch.setattr(f"{__name__}.tiny_gemma", partial(tiny_gemma, num_experts=2))  # rounding changes no routes
     losses, grads = [], []
     for is_low in (False, True):
@@ -206,7 +206,7 @@ def recompute(model, **options):
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # transformers < 5.24
-def test_checkpointing_without_reentrance_gives_the_same_gradients_and_with_it_raises():
+def test_checkpointing_needs_non_reentrant_form_for_same_gradients():
     grads = []
     for checkpointing in (False, True):
         model = adapted().train()
@@ -240,7 +240,7 @@ def test_a_file_is_not_folded(tmp_path, core_type):
     assert not (tmp_path / "lora").exists()
 
 
-def test_an_adapter_without_lambda_is_exported_for_each_twin(tmp_path):
+def test_static_adapter_is_exported_for_each_twin(tmp_path):
     model = adapted(core_type="identity", use_dora=True)
     to_lora(model).save_pretrained(tmp_path)
     plain = PeftModel.from_pretrained(tiny_gemma(), tmp_path).eval()
@@ -262,7 +262,7 @@ def test_twins_of_different_rank_raise(twin):
         adapted(rank_pattern={rf".*{twin}.*q_proj": 5})
 
 
-def test_without_lambda_the_decoder_raises_and_the_encoder_runs():
+def test_without_lambda_decoder_raises_and_encoder_runs():
     model = adapted().get_base_model()
     cache = DynamicCache()
     model.model.encoder(input_ids=inputs()["input_ids"], **{CACHE: cache})
@@ -278,7 +278,7 @@ def through_pickle(model):
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, through_pickle])
-def test_a_copy_of_the_model_has_its_own_hooks(copy_of):
+def test_model_copy_has_its_own_hooks(copy_of):
     model = adapted()
     copied = copy_of(model)
     with torch.no_grad():
@@ -294,7 +294,7 @@ def test_a_copy_of_the_model_has_its_own_hooks(copy_of):
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
-def test_the_decoders_mask_takes_the_cache_under_the_former_name_and_that_of_transformers(name):
+def test_decoder_mask_takes_cache_under_both_names(name):
     """Before 5.24, transformers itself names the cache `past_key_values`."""
     plain, calls = tiny_gemma(), []
 

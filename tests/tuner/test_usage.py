@@ -42,7 +42,7 @@ def messages(usage: Usage) -> list[str]:
     return [str(each.message) for each in caught]
 
 
-def test_each_wrong_setting_of_a_sampler_is_warned_of_once() -> None:
+def test_each_wrong_sampler_setting_warns_once() -> None:
     usage, pipe = Usage({"fast": few_step_config()}), Sampler()
     usage.add_pipeline(pipe)  # pyright: ignore[reportArgumentType]
     trailing, leading = DDIMScheduler(timestep_spacing="trailing"), EulerDiscreteScheduler()
@@ -66,7 +66,7 @@ def test_each_wrong_setting_of_a_sampler_is_warned_of_once() -> None:
     assert len(messages(usage)) == 1
 
 
-def test_sampling_is_read_from_what_a_file_has_of_it() -> None:
+def test_sampling_is_read_from_present_fields() -> None:
     config = few_step_config()
     config.few_steps |= {"of_a_later_version": 1}
     sampling = FewStepSampling.of(config)
@@ -81,7 +81,7 @@ def test_pipeline_without_scheduler_is_not_warned_of() -> None:
     assert messages(usage) == []
 
 
-def test_source_of_the_user_is_called_itself_where_samples_have_no_frames() -> None:
+def test_user_source_is_called_when_samples_lack_frames() -> None:
     """A subclass may count its calls."""
     model = get_peft_model(TwoLayers(), nara_config(target_modules=["first"]))
     source = TimestepNoise("sigma")

@@ -14,7 +14,7 @@ def content(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_atomic_write_files_replaces_files_of_the_same_name_alone(tmp_path):
+def test_atomic_write_files_replaces_only_equal_names(tmp_path):
     (tmp_path / "a").write_text("old")
     (tmp_path / "b").write_text("stays")
     with atomic_write_files(tmp_path) as partial:

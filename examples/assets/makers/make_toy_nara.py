@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from nara_diffusion.cores.core_set import is_core_key
 from nara_diffusion.loaders.tensor_files import WEIGHTS_NAME, read_tensors
-from nara_diffusion.strict import is_core_key
 from nara_diffusion.utils.files import atomic_write
 
 EXAMPLES = Path(__file__).parents[2]

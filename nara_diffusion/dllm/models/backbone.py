@@ -125,8 +125,6 @@ class Backbone:
             )
         return int(token)
 
-    # ---------------------------------------------------------------- positions
-
     @property
     def virtual_tokens(self) -> int:
         """The number of virtual tokens that an adapter of PEFT puts before each text."""
@@ -141,8 +139,6 @@ class Backbone:
         """The tokens of the longest text that the model has positions for; None if unknown."""
         limit = self.configured("max_position_embeddings")
         return None if limit is None else limit - self.virtual_tokens
-
-    # ---------------------------------------------------------------- forwards
 
     def logits(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, at: Tensor | None = None
