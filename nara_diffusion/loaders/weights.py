@@ -212,9 +212,6 @@ def unload_nara_weights(self: Pipeline) -> None:
                 remove(model, list(nara_adapters_of(model)))
 
 
-# ---------------------------------------------------------------------- loading
-
-
 def _load_windows(
     pipe: Pipeline,
     models: Mapping[str, nn.Module],

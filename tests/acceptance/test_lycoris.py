@@ -93,7 +93,7 @@ def test_lycoris_plays_what_convert_writes(tmp_path: Path) -> None:
             assert relative_error(output, other) < 1e-4
 
 
-def test_tlora_of_lycoris_plays_in_a_stock_pipeline(tmp_path: Path) -> None:
+def test_tlora_of_lycoris_plays_in_stock_pipeline(tmp_path: Path) -> None:
     from lycoris import LycorisNetwork, create_lycoris
 
     unet, settings = pipeline().unet, {"algo": "tlora", "linear_dim": 6, "linear_alpha": 4}
@@ -141,7 +141,7 @@ def _set(timestep: float, settings: dict[str, Any]) -> None:
     set_timestep_mask(compute_timestep_mask(int(timestep), 1000, *fields))
 
 
-def test_lycoris_finds_comfyuis_modules_as_the_node_does(tmp_path: Path) -> None:
+def test_lycoris_finds_comfyuis_modules_as_node_does(tmp_path: Path) -> None:
     from lycoris import create_lycoris_from_weights
 
     pipe = pipeline()

@@ -9,7 +9,7 @@ from quality.results import append
 from quality.running import load_suite
 
 
-def test_one_picture_table_counts_seeds_that_all_arms_have(tmp_path: Path) -> None:
+def test_one_picture_table_counts_seeds_of_all_arms(tmp_path: Path) -> None:
     runs = [(100, "lora"), (402, "lora")]
     runs += [(seed, method) for seed in (400, 401) for method in ("lora", "tlora_residual")]
     records = []
