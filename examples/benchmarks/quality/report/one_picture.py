@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mean_interval import interval
 
-from quality.report.data import Record, change, rounded_mean, table
+from quality.report.data import NOTHING, Record, change, rounded_mean, table
 from quality.results import read
 
 FIRST_SEED = 400
@@ -39,7 +39,8 @@ def one_picture_table(folder: Path) -> str:
         differences = [first(a) - first(b) for a, b in zip(own, theirs, strict=True)]
         figures = [rounded_mean(interval([value(record) for record in own])) for value in MEASURES.values()]
         rate, size = own[0]["learning_rate"], own[0]["trainable_parameters"]
-        less = "–" if method == THEIRS else change(interval(differences), 3)
+        less = change(interval(differences), 3) if len(seeds) > 1 else f"{differences[0]:+.3f}"
+        less = NOTHING if method == THEIRS else less
         count = str(len(seeds))
         rows.append([f"{method}, {domain.replace('_', ' ')}", count, f"{rate:g}", f"{size // 1000} k", *figures, less])
     return table(["arm", "seeds", "rate", "parameters", *MEASURES, f"sum less {THEIRS}'s"], rows)
