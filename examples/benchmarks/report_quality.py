@@ -25,7 +25,7 @@ from nara_diffusion.utils.files import atomic_write
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 DRAWN = ("images.jsonl", "text.jsonl")  # those with pictures
-RESULT_PAGES = ("text", "images", "rank4", "regimes", "alternatives", "blocks", "few_steps", "check")
+RESULT_PAGES = ("text", "images", "rank4", "regimes", "alternatives", "blocks", "few_steps", "check", "one_picture")
 PAGES = ("RESULTS.md", *(f"examples/benchmarks/results/{name}.md" for name in RESULT_PAGES))
 
 

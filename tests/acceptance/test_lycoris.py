@@ -86,11 +86,14 @@ def test_lycoris_plays_what_convert_writes(tmp_path: Path) -> None:
     network.eval()
     expected = predictions(theirs, settings)
     assert relative_error(expected[4], base) > 0.01
-    for output, other in zip(predictions(pipe.unet, settings), expected, strict=True):
-        assert relative_error(output, other) < 1e-4
+    again = pipeline()
+    again.load_nara_weights(tmp_path / "theirs/pytorch_lora_weights.safetensors")
+    for unet in (pipe.unet, again.unet):
+        for output, other in zip(predictions(unet, settings), expected, strict=True):
+            assert relative_error(output, other) < 1e-4
 
 
-def test_tlora_of_lycoris_plays_in_a_stock_pipeline(tmp_path: Path) -> None:
+def test_tlora_of_lycoris_plays_in_stock_pipeline(tmp_path: Path) -> None:
     from lycoris import LycorisNetwork, create_lycoris
 
     unet, settings = pipeline().unet, {"algo": "tlora", "linear_dim": 6, "linear_alpha": 4}
@@ -136,3 +139,31 @@ def _set(timestep: float, settings: dict[str, Any]) -> None:
 
     fields = (settings["linear_dim"], settings["tlora_min_rank"], settings["tlora_alpha"])
     set_timestep_mask(compute_timestep_mask(int(timestep), 1000, *fields))
+
+
+def test_lycoris_finds_comfyuis_modules_as_node_does(tmp_path: Path) -> None:
+    from lycoris import create_lycoris_from_weights
+
+    pipe = pipeline()
+    theirs = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    config = NaraConfig(
+        core_type="rank_mask", r=8, lora_alpha=8, rank_mask_min=2, rank_mask_step=2, lora_a_init="residual_base",
+        target_modules=theirs,
+    )  # fmt: skip
+    original = pipe.unet.get_submodule(theirs)
+    comfyui = nn.Module()  # its `diffusion_model`, as far as the adapter needs it
+    parent = comfyui
+    for name in ["middle_block", "1", "transformer_blocks", "0", "attn2"]:
+        parent.add_module(name, nn.Module())
+        parent = getattr(parent, name)
+    parent.add_module("to_k", original)
+    inject_adapter_in_model(config, pipe.unet, "toy")
+    pipe.save_nara_weights(tmp_path / "ours", adapter_name="toy")
+    nara_command.main(
+        ["convert", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "lycoris", "--base", "sdxl"]
+    )
+    network, _ = create_lycoris_from_weights(1.0, str(tmp_path / "theirs/pytorch_lora_weights.safetensors"), comfyui)
+    (module,) = network.loras
+    assert module.org_module[0] is original
+    update, _ = module.get_diff_weight()
+    assert update.abs().max() < 1e-5 * original.weight.abs().max()  # it hasn't been trained

@@ -54,7 +54,7 @@ def by_formula(x: Tensor, layer: nn.Linear, fields: dict[str, Tensor], count: in
     return x @ (layer.weight.double() + scale * (trained - start)).T + layer.bias.double()
 
 
-def test_written_file_is_lycoris_formula_at_each_timestep(tmp_path: Path) -> None:
+def test_written_file_is_lycoris_formula_at_timesteps(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = get_peft_model(TwoLayers(), residual_config("first", "second")), torch.randn(4, 7)
     train(model)
@@ -81,7 +81,7 @@ def test_written_file_is_lycoris_formula_at_each_timestep(tmp_path: Path) -> Non
             assert relative_error(model(x), expected) < 1e-5
 
 
-def test_comfyuis_names_are_those_of_the_original_unet(tmp_path: Path) -> None:
+def test_comfyuis_names_are_those_of_original_unet(tmp_path: Path) -> None:
     pipe: Any = small_sd(layers_per_block=2)
     inject_adapter_in_model(residual_config("to_k"), pipe.unet, "toy")
     pipe.save_nara_weights(tmp_path / "ours", adapter_name="toy")
@@ -114,7 +114,7 @@ def vars_of(config: Any) -> dict[str, Any]:
     return {name: getattr(config, name) for name in (*MASK, "lora_a_init", "target_modules")}
 
 
-def test_convolution_with_a_kernel_is_refused_and_fused_modules(tmp_path: Path) -> None:
+def test_convolution_with_kernel_is_refused(tmp_path: Path) -> None:
     model = get_peft_model(OneLayer(nn.Conv2d(7, 5, 3)), residual_config("layer"))
     model.save_pretrained(str(tmp_path / "conv"))
     with pytest.raises(SystemExit, match="'layer' is a convolution with a kernel"):

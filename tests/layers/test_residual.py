@@ -46,7 +46,7 @@ class Published(nn.Module):
 
 
 @STARTS
-def test_residual_start_is_the_base_with_orthogonal_directions(start: str) -> None:
+def test_residual_start_is_base_with_orthogonal_directions(start: str) -> None:
     model, x = residual(start), torch.randn(4, 7)
     with model.disable_adapter():
         expected = model(x)
@@ -61,7 +61,7 @@ def test_residual_start_is_the_base_with_orthogonal_directions(start: str) -> No
     assert products.diag().min() > 1e-6
 
 
-def test_residual_base_start_is_the_base_weights_first_triples() -> None:
+def test_residual_base_start_is_weights_first_triples() -> None:
     model = residual("residual_base")
     A, B = factors(model, "second")
     W = model.base_model.model.second.get_base_layer().weight.double()
@@ -70,22 +70,23 @@ def test_residual_base_start_is_the_base_weights_first_triples() -> None:
     torch.testing.assert_close((W @ A[0::2].double().T).float(), B[:, 0::2], rtol=0, atol=1e-5)
 
 
-def test_residual_base_of_a_narrow_layer_leaves_further_directions_zero() -> None:
+def test_residual_base_of_narrow_layer_leaves_directions_zero() -> None:
     config = nara_config(target_modules=["layer"], lora_a_init="residual_base", **{**MASK, "r": 8})
-    layer = get_peft_model(OneLayer(nn.Linear(7, 3)), config).base_model.model.layer
+    model: Any = get_peft_model(OneLayer(nn.Linear(7, 3)), config)
+    layer = model.base_model.model.layer
     assert layer.lora_A["default"].weight[6:].count_nonzero() == 0
     assert layer.lora_A["default"].weight[:6].norm(dim=1).min() > 0.9
 
 
 @STARTS
-def test_residual_training_equals_the_formula_with_a_frozen_half(start: str) -> None:
+def test_residual_training_equals_formula_with_frozen_half(start: str) -> None:
     model = residual(start)
     models, inputs, targets = [], torch.randn(5, 4, 7), torch.randn(5, 4, 5)
     starts = {name: [t.clone() for t in factors(model, name)] for name in ("first", "second")}
     for name, (A, B) in starts.items():
         layer = getattr(model.base_model.model, name).get_base_layer()
         models.append(Published(layer, A[0::2], B[:, 0::2], 6 / (2 * RANK)))
-    expected = nn.ModuleList(models)
+    expected: Any = nn.ModuleList(models)
     optimizers = [torch.optim.Adam([p for p in m.parameters() if p.requires_grad], lr=0.02) for m in (model, expected)]
     for x, target in zip(inputs, targets, strict=True):
         with noise_level(model, LEVELS):
@@ -124,9 +125,10 @@ def test_residual_adapter_folds_and_merges_at_a_level() -> None:
 
 
 @STARTS
-def test_residual_of_a_convolution_trains_even_directions_only(start: str) -> None:
+def test_residual_convolution_trains_even_directions_only(start: str) -> None:
     config = nara_config(target_modules=["layer"], lora_a_init=start, **MASK)
-    model, x = get_peft_model(OneLayer(nn.Conv2d(7, 5, (3, 1), padding=(1, 0))), config), torch.randn(4, 7, 3, 2)
+    model: Any = get_peft_model(OneLayer(nn.Conv2d(7, 5, (3, 1), padding=(1, 0))), config)
+    x = torch.randn(4, 7, 3, 2)
     layer = model.base_model.model.layer
     with noise_level(model, LEVELS):
         output = model(x)
@@ -146,7 +148,7 @@ def test_residual_of_a_convolution_trains_even_directions_only(start: str) -> No
         (nn.Linear(7, 5), {"core_type": "bins", "core_bins": 2, "rank_mask_min": None}, "lora_a_init is 'residual'"),
     ],
 )
-def test_residual_of_what_it_is_not_for_is_refused(layer: Any, changes: Any, message: str) -> None:
+def test_residual_of_unfit_layer_or_config_is_refused(layer: Any, changes: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         get_peft_model(
             OneLayer(layer), nara_config(target_modules=["layer"], lora_a_init="residual", **{**MASK, **changes})

@@ -73,7 +73,7 @@ def test_options_are_fields_of_the_configuration() -> None:
 
 
 @pytest.mark.parametrize(("use_rslora", "scaling"), [(False, 6 / 4), (True, 6 / 2)])
-def test_published_tlora_has_twice_the_directions_at_ranks_scale(use_rslora: bool, scaling: float) -> None:
+def test_residual_tlora_has_twice_r_at_its_scale(use_rslora: bool, scaling: float) -> None:
     options = {**RESIDUAL, "rank_mask_exponent": 2.0, "use_rslora": use_rslora}
     model: Any = build_adapter(llama(), arguments("tlora", lora_alpha=6, adapter_options=options))
     config = model.peft_config["default"]
@@ -82,7 +82,7 @@ def test_published_tlora_has_twice_the_directions_at_ranks_scale(use_rslora: boo
     assert layer.scaling["default"] == pytest.approx(scaling)
 
 
-def test_rank_mask_without_a_minimum_keeps_half_of_r() -> None:
+def test_rank_mask_without_minimum_keeps_half_of_r() -> None:
     config: Any = adapter_config(arguments("nara", core_type="rank_mask"))
     assert config.rank_mask_min is None
     assert adapter_config(arguments("tlora", adapter_options={"rank_mask_min": None})).rank_mask_min is None

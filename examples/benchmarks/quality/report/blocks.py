@@ -24,6 +24,7 @@ from quality.regimes.plan import PLAN
 from quality.regimes.report import summary
 from quality.report import front
 from quality.report.data import Grid, Record, distinct, read_records, select
+from quality.report.one_picture import one_picture_table
 from quality.report.tables import (
     FURTHER,
     Measure,
@@ -69,6 +70,7 @@ OF_REGIMES: dict[str, Callable[[Path], str]] = {
     "few_steps_seconds": lambda folder: seconds_table(read(folder / "few_steps.jsonl")),
     "few_steps_costs": lambda folder: costs_report(read(folder / "few_steps.jsonl")),
     "canvas_bayes": lambda folder: bayes_table(),
+    "one_picture": one_picture_table,
     "check": lambda folder: check_table(read(folder / "check.jsonl"), read(folder / "regimes.jsonl")),
 }
 
