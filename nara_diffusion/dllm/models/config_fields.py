@@ -155,5 +155,5 @@ RND1 = PublishedFields(
     "RND1",
     "Qwen3Moe",
     {"rope_scaling": (None, False), "sliding_window": (None, False), "mlp_only_layers": ([],)},
-    "moe_backend num_diffusion_steps",
+    "max_window_layers moe_backend num_diffusion_steps",
 )
