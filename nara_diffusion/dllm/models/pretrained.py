@@ -182,7 +182,7 @@ def _class_and_config(
     """Return the class, the configuration, and whether the tensors have LLaDA's names."""
     family = fields.get("model_type", "").lower()
     if family in REFUSED:
-        raise ValueError(f"{name} has model_type {family!r}, which isn't supported: {REFUSED[family]}")
+        raise ValueError(f"{name} isn't supported: {REFUSED[family]}")
     if family == "diffusion_gemma":
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
         return DiffusionGemmaForBlockDiffusion, config, False
@@ -222,7 +222,13 @@ def _bidirectional(
             "use_sliding_window=True isn't supported: attention has to see the whole sequence in "
             "both directions"
         )
-    foreign = ("model_type", "architectures", "auto_map", "transformers_version", "attn_implementation")
+    foreign = (
+        "model_type",
+        "architectures",
+        "auto_map",
+        "transformers_version",
+        "attn_implementation",
+    )
     config = config_class(**{key: value for key, value in fields.items() if key not in foreign})
     config.is_causal = False  # read by transformers' masks and attention functions
     config.use_cache = False
