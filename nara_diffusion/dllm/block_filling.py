@@ -1,4 +1,4 @@
-"""Sampling block by block, for models with attention by blocks (LLaDA2).
+"""Sampling block by block, for models with attention by blocks (LLaDA2, SDAR, Fast-dLLM v2, …).
 
 A block has B positions of the sequence, prompt included, so the first block may begin with the end
 of a prompt. The blocks are filled one after another by the rules of `decoding`, under the block
@@ -8,7 +8,9 @@ mask of `nara_diffusion.noise.blocks`. A noise-aware model runs at
 
 Finished text stays clean, so the keys and values that a layer computed for it at λ = 0 stay valid.
 A cache is therefore exact, and a step computes only the B positions of its block. The first step of
-a block also computes the previous block, which is clean by then, and adds it to the cache.
+a block also computes the previous block, which is clean by then, and adds it to the cache. If
+the model predicts the next token (Fast-dLLM v2), that step also gives the logits of the block's
+first token, and the block's later steps use them again.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ class BlockText:
         self.real, self.block_length = real, block_length
         self.cache: Any = DynamicCache() if use_cache else None
         self.start = self.cached = 0  # positions before the active block, and cached ones
+        self.first_logits: Any = None  # (b, 1, v) of the active block's first token
 
     def blocks(self, state: State) -> Iterator[Tensor]:
         b, width = self.real.shape
@@ -69,7 +72,12 @@ class BlockText:
         if self.cache is not None:
             self.cache.crop(-self.block_length)
             self.cached = self.start
-        return output.logits[rows]
+        logits = output.logits
+        if state.backbone.is_shifted and clean:
+            self.first_logits = logits[:, :1]
+        elif state.backbone.is_shifted and self.start:
+            logits = torch.cat([self.first_logits, logits[:, 1:]], dim=1)
+        return logits[rows]
 
 
 def fill_blocks(

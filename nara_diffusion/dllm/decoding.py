@@ -140,7 +140,7 @@ class Sampling:
         if self.block_length not in (None, block_length):
             raise ValueError(
                 f"block_length is {self.block_length}, but the model has blocks of {block_length}: "
-                "leave it out, or for LLaDA2 set model.config.block_length"
+                "leave it out, or for attention by blocks set model.config.block_length"
             )
         for name, value in self.changed().items():
             if name in refused:

@@ -73,7 +73,7 @@ def log_likelihood(
             mode and its DDP wrapper.
 
     Raises:
-        ValueError: a text contains the mask token, or the model's attention is by blocks (LLaDA2).
+        ValueError: a text contains the mask token, or the model's attention is by blocks (LLaDA2, SDAR, …).
             See also `answer_positions`.
     """
     model = model if differentiable else without_ddp(model)

@@ -55,7 +55,7 @@ def generate(
         stop_at_eos: True to finish a row at its first end token.
         return_stats: True to return a `Generation`, with the number of forwards.
         use_cache: True to keep the keys and values of the prompt and of finished blocks. The
-            default is True if the model's attention is by blocks (LLaDA2), since they then never
+            default is True if the model's attention is by blocks (LLaDA2, SDAR, …): they then never
             change. DiffusionGemma always has its cache.
         on_step_end: a function that is called after each step with a `GenerationStep`, which the
             function may change.

@@ -14,7 +14,7 @@ from nara_diffusion.dllm import GenerationStep, generate, load_backbone
 from nara_diffusion.dllm.models.backbone import Backbone
 from tests.acceptance._text import END, backbone, nara
 from tests.helpers.adapted import nara_config
-from tests.helpers.mixtures import LLADA2, MASK, VOCABULARY, ByHand, block_seen, write_checkpoint
+from tests.helpers.mixtures import FAST_DLLM, LLADA2, MASK, SDAR, VOCABULARY, ByHand, block_seen, write_checkpoint
 
 B = 4
 FIELDS = LLADA2 | {"block_length": B}
@@ -24,6 +24,21 @@ RULES: dict[str, dict[str, Any]] = {
     "steps": {"steps": 6},
     "threshold": {"confidence_threshold": 0.3},
     "sampled": {"temperature": 0.7, "confidence_threshold": 0.2},
+}
+
+
+class ShiftedByHand(ByHand):
+    """Position i predicts token i; the first token of a block comes from the block before."""
+
+    def __call__(self, ids: Tensor, seen: Tensor | None = None) -> Tensor:
+        logits = super().__call__(ids, seen)
+        return torch.cat([logits[:1], logits[:-1]])
+
+
+FAMILIES: dict[str, tuple[dict[str, Any], type[ByHand]]] = {
+    "LLaDA2": (FIELDS, ByHand),
+    "SDAR": (SDAR, ByHand),
+    "Fast-dLLM v2": (FAST_DLLM, ShiftedByHand),
 }
 
 
@@ -59,8 +74,12 @@ def by_hand(logits: ByHand, prompt: list[int], gen_length: int, threshold: float
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_answers_and_levels_match_the_manual_loop(model: Any, use_cache: bool, tmp_path: Path) -> None:
-    logits, levels = ByHand(FIELDS, write_checkpoint(tmp_path, FIELDS)), []
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_and_levels_match_the_manual_loop(family: str, use_cache: bool, tmp_path: Path) -> None:
+    fields, hand = FAMILIES[family]
+    logits, levels = hand(fields, write_checkpoint(tmp_path, fields)), []
+    options = {"experts_implementation": "eager"} if family == "LLaDA2" else {}
+    model, _ = load_backbone(str(tmp_path), dtype=torch.float64, **options)
 
     def keep(step: GenerationStep) -> None:
         levels.append(step.noise_level.tolist())
@@ -78,6 +97,14 @@ def test_cache_changes_no_token_of_the_base(model: Any, rule: str) -> None:
     """Where answers end early; whole ones: the test of an adapted model."""
     settings = RULES[rule] | {"eos_token_id": [END, 9, 10, 11, 12]}
     torch.testing.assert_close(answers(model, True, **settings), answers(model, False, **settings))
+
+
+def test_cache_changes_no_token_of_an_adapted_shifted_model(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, FAST_DLLM)
+    base, _ = load_backbone(str(tmp_path), dtype=torch.float64)
+    adapted = nara(base, target_modules=["q_proj", "k_proj", "v_proj", "down_proj"])
+    for settings in RULES.values():
+        torch.testing.assert_close(answers(adapted, True, **settings), answers(adapted, False, **settings))
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -1,4 +1,4 @@
-"""Tiny LLaDA2 and LLaDA-MoE checkpoints in their public formats, and their logits by hand from such files' tensors."""
+"""Tiny checkpoints in the public formats of LLaDA2, LLaDA-MoE and Qwen's relatives, and their logits by hand."""
 
 from __future__ import annotations
 
@@ -98,10 +98,77 @@ LLADA_MOE: dict[str, Any] = {
 """All fields that the public configuration of LLaDA-MoE-7B-A1B has, at a tiny size."""
 
 
+SDAR: dict[str, Any] = {
+    "model_type": "sdar",
+    "architectures": ["SDARForCausalLM"],
+    "auto_map": {"AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM"},
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_implementation": "flex_attention",
+    "bos_token_id": 1,
+    "debug": False,
+    "eos_token_id": 1,
+    "block_size": 4,
+    "mask_token_id": MASK,
+    "ep_size": 1,
+    "fuse_cross_entropy": True,
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "hidden_size": 24,
+    "initializer_range": 0.02,
+    "intermediate_size": 40,
+    "max_position_embeddings": 128,
+    "max_window_layers": 36,
+    "micro_forward": False,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": 600.0,
+    "skip_checkpoint": False,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_cache": False,
+    "use_deepep": False,
+    "use_sliding_window": False,
+    "vocab_size": VOCABULARY,
+}
+"""All fields that the public configuration of SDAR-4B-Chat has, at a tiny size."""
+FAST_DLLM: dict[str, Any] = {
+    "model_type": "Fast_dLLM_Qwen",
+    "architectures": ["Fast_dLLM_QwenForCausalLM"],
+    "attention_dropout": 0.0,
+    "bd_size": 4,
+    "hidden_act": "silu",
+    "hidden_size": 24,
+    "initializer_range": 0.02,
+    "intermediate_size": 40,
+    "layer_types": ["full_attention"] * 2,
+    "max_position_embeddings": 128,
+    "max_window_layers": 28,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": 600.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": VOCABULARY,
+}
+"""The fields of Fast-dLLM v2's configuration class, at a tiny size."""
+A2D_QWEN3 = {key: SDAR[key] for key in ("head_dim", *(FAST_DLLM.keys() & SDAR.keys()))} | {"model_type": "a2d-qwen3"}
+A2D_QWEN2 = {key: value for key, value in FAST_DLLM.items() if key != "bd_size"} | {"model_type": "a2d-qwen2"}
+
+
 def write_checkpoint(folder: Path, fields: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     """Write a checkpoint of random weights, norms and biases included, and return its tensors."""
     torch.manual_seed(seed)
-    state = llada2_state(fields) if fields["model_type"] == "llada2_moe" else llada_moe_state(fields)
+    states = {"llada2_moe": llada2_state, "llada": llada_moe_state}
+    state = states.get(fields["model_type"], qwen_state)(fields)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(fields))
@@ -140,6 +207,27 @@ def llada2_state(fields: dict[str, Any]) -> dict[str, Tensor]:
         state |= _mlp(f"{at}.mlp.shared_experts", d, fields["moe_intermediate_size"])
         for expert in range(fields["num_experts"]):
             state |= _mlp(f"{at}.mlp.experts.{expert}", d, fields["moe_intermediate_size"])
+    return state
+
+
+def qwen_state(fields: dict[str, Any]) -> dict[str, Tensor]:
+    """Qwen3, with norms of q and k, if `fields` has head_dim; else Qwen2, with biases."""
+    d, heads, keys = (fields[n] for n in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    size = fields.get("head_dim") or d // heads
+    state = {"model.embed_tokens.weight": _around(0, VOCABULARY, d), "model.norm.weight": _around(1, d)}
+    state["lm_head.weight"] = _around(0, VOCABULARY, d)
+    for layer in range(fields["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            state[f"{at}.{norm}.weight"] = _around(1, d)
+        for name, count in {"q": heads, "k": keys, "v": keys}.items():
+            state[f"{at}.self_attn.{name}_proj.weight"] = _around(0, count * size, d)
+            if "head_dim" not in fields:
+                state[f"{at}.self_attn.{name}_proj.bias"] = _around(0, count * size)
+            elif name != "v":
+                state[f"{at}.self_attn.{name}_norm.weight"] = _around(1, size)
+        state[f"{at}.self_attn.o_proj.weight"] = _around(0, d, heads * size)
+        state |= _mlp(f"{at}.mlp", d, fields["intermediate_size"])
     return state
 
 
@@ -201,14 +289,20 @@ class ByHand:
             norms = f"{at}.attention.query_layernorm", f"{at}.attention.key_layernorm"
             out = self.state[f"{at}.attention.dense.weight"]
         else:
+            prefix = f"{at}.self_attn"
             weights = tuple(
-                self.state[f"{at}.self_attn.{name}.weight"].unflatten(0, (heads, size))
+                self.state[f"{prefix}.{name}.weight"].unflatten(0, (-1, size))
                 for name in ("q_proj", "k_proj", "v_proj")
             )
-            norms = f"{at}.self_attn.q_norm", f"{at}.self_attn.k_norm"
-            out = self.state[f"{at}.self_attn.o_proj.weight"]
+            norms = f"{prefix}.q_norm", f"{prefix}.k_norm"
+            out = self.state[f"{prefix}.o_proj.weight"]
         q, k, v = (torch.einsum("hsd,ld->hls", weight, x) for weight in weights)
-        q, k = self.rotated(self.norm(q, norms[0])), self.rotated(self.norm(k, norms[1]))
+        if f"{at}.self_attn.q_proj.bias" in self.state:
+            biases = (self.state[f"{at}.self_attn.{name}_proj.bias"].unflatten(0, (-1, 1, size)) for name in "qkv")
+            q, k, v = (states + bias for states, bias in zip((q, k, v), biases, strict=True))
+        if f"{norms[0]}.weight" in self.state:
+            q, k = self.norm(q, norms[0]), self.norm(k, norms[1])
+        q, k = self.rotated(q), self.rotated(k)
         results = []
         for head in range(heads):
             group = head // (heads // groups)

@@ -62,14 +62,14 @@ class Backbone:
         if self.traits.attends_by_blocks and self.virtual_tokens:
             raise ValueError(
                 f"the adapter puts {self.virtual_tokens} virtual tokens before a text, which would "
-                f"shift the blocks of {self.traits.title}'s attention: adapt its layers (nara, lora, …)"
+                "shift the blocks of the model's attention: adapt its layers (nara, lora, …)"
             )
 
     @property
     def block_length(self) -> int | None:
         """The length of the blocks that generation goes by; None if the model has none.
 
-        They are the blocks of LLaDA2's attention, and the canvases of DiffusionGemma.
+        They are the blocks of the model's attention, or the canvases of DiffusionGemma.
         """
         field = self.traits.block_field
         return self.configured(field) if field else None

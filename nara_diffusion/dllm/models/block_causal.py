@@ -1,7 +1,17 @@
-"""LLaDA2: attention in both directions inside a block, and to earlier blocks.
+"""Attention by blocks: in both directions inside a block, and to earlier blocks.
 
-The stock class has one mask for all of a text. This one has the same weights, and turns a padding
-mask, or none, into the block mask of `nara_diffusion.noise.blocks`.
+Stock classes have one mask for all of a text. These have the same weights, and turn a padding
+mask, or none, into the block mask of `nara_diffusion.noise.blocks`:
+
+| checkpoint              | class                       |
+|-------------------------|-----------------------------|
+| LLaDA2                  | LLaDA2ForCausalLM           |
+| SDAR, TraDo, A2D-Qwen3  | BlockQwen3ForCausalLM       |
+| A2D-Qwen2               | BlockQwen2ForCausalLM       |
+| Fast-dLLM v2            | ShiftedBlockQwen2ForCausalLM|
+
+Fast-dLLM v2 was trained to predict the next token. The first token of a block is predicted by the
+last position of the block before it.
 """
 
 from __future__ import annotations
@@ -11,27 +21,37 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Glm4MoeForCausalLM, PreTrainedModel
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers import (
+    Glm4MoeForCausalLM,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
 
 from nara_diffusion.noise.blocks import attention_argument, block_mask
 
-# Diffusers looks for this class beside those of a pipeline's component, to learn how they are
+from .shifted_logits import ShiftedQwen2ForCausalLM
+
+# Diffusers looks for these classes beside those of a pipeline's component, to learn how they are
 # loaded.
-__all__ = ["LLaDA2ForCausalLM", "PreTrainedModel"]
+__all__ = [
+    "BlockQwen2ForCausalLM",
+    "BlockQwen3ForCausalLM",
+    "LLaDA2ForCausalLM",
+    "PreTrainedModel",
+    "ShiftedBlockQwen2ForCausalLM",
+]
 
 CACHE = "cache" if "cache" in inspect.signature(Glm4MoeForCausalLM.forward).parameters else ""
 CACHE = CACHE or "past_key_values"
 """What this version of transformers calls a forward's cache."""
 
 
-class LLaDA2ForCausalLM(Glm4MoeForCausalLM):
-    """Glm4Moe under the block mask of `config.block_length`; position i predicts token i."""
+class BlockCausalLM(PreTrainedModel):
+    """The forward of a stock class, which comes next in the order of bases, under a block mask.
 
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        """Return True: transformers looks for its experts in the source of the class's module."""
-        return True
+    The blocks have `config.block_length` positions.
+    """
 
     def forward(
         self,
@@ -39,8 +59,8 @@ class LLaDA2ForCausalLM(Glm4MoeForCausalLM):
         attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         **kwargs: Any,
-    ) -> MoeCausalLMOutputWithPast:
-        """Return logits (b, q, v). Arguments are the stock class's.
+    ) -> Any:
+        """Return logits (b, q, v); position i predicts token i. Arguments are the stock class's.
 
         Args:
             input_ids: (b, q), whole blocks of tokens; with a cache, those after the cached ones.
@@ -69,3 +89,24 @@ class LLaDA2ForCausalLM(Glm4MoeForCausalLM):
             position_ids=position_ids,
             **kwargs,
         )
+
+
+class LLaDA2ForCausalLM(BlockCausalLM, Glm4MoeForCausalLM):
+    """LLaDA2, a Glm4Moe."""
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Return True: transformers looks for its experts in the source of the class's module."""
+        return True
+
+
+class BlockQwen3ForCausalLM(BlockCausalLM, Qwen3ForCausalLM):
+    """SDAR, TraDo and dLLM's A2D of Qwen3."""
+
+
+class BlockQwen2ForCausalLM(BlockCausalLM, Qwen2ForCausalLM):
+    """dLLM's A2D of Qwen2."""
+
+
+class ShiftedBlockQwen2ForCausalLM(BlockCausalLM, ShiftedQwen2ForCausalLM):
+    """Fast-dLLM v2."""

@@ -135,3 +135,25 @@ LLADA2 = PublishedFields(
 )
 
 DREAM = PublishedFields("Dream", "Qwen2", {"use_mrope": (False, None)}, "shifted_logits")
+
+SDAR = PublishedFields(
+    "SDAR",
+    "Qwen3",
+    {},
+    (
+        "block_length block_size debug ep_size fuse_cross_entropy micro_forward skip_checkpoint "
+        "use_deepep"
+    ),
+)
+"""SDAR and TraDo."""
+
+FAST_DLLM = PublishedFields(
+    "Fast-dLLM v2", "Qwen2", {"attention_bias": (True, None)}, "bd_size block_length"
+)
+
+RND1 = PublishedFields(
+    "RND1",
+    "Qwen3Moe",
+    {"rope_scaling": (None, False), "sliding_window": (None, False), "mlp_only_layers": ([],)},
+    "max_window_layers moe_backend num_diffusion_steps",
+)

@@ -13,7 +13,7 @@ from transformers import DiffusionGemmaForBlockDiffusion
 
 from nara_diffusion.noise.sources import BLOCK_SHARE, CORRUPTED_SHARE, MASKED_SHARE
 
-from .block_causal import LLaDA2ForCausalLM
+from .block_causal import BlockCausalLM
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ CANVAS_MODEL = ModelTraits(
     has_masks=False,
 )
 BLOCK_MODEL = ModelTraits(
-    "LLaDA2",
-    LLaDA2ForCausalLM,
+    "a model with attention by blocks",
+    BlockCausalLM,
     noise_convention=BLOCK_SHARE,
     noise_level_per="part",
     block_field="block_length",

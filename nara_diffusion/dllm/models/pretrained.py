@@ -6,8 +6,10 @@
 | LLaDA2                       | LLaDA2ForCausalLM       | tensors renamed; `block_causal`   |
 | LLaDA-MoE                    | Qwen3MoeForCausalLM     | attention made bidirectional      |
 | DiffusionGemma               | …ForBlockDiffusion      | unchanged; no mask token          |
-| Dream                        | ShiftedQwen2ForCausalLM | position i predicts token i       |
-| Llama, Qwen2, Qwen3-MoE      | their …ForCausalLM      | attention made bidirectional      |
+| Dream                        | ShiftedQwen2ForCausalLM | `qwen_formats`                    |
+| SDAR, TraDo, Fast-dLLM v2    | Block…, ShiftedBlock…   | `qwen_formats`, `block_causal`    |
+| A2D, Qwen2, Qwen3            | …ForCausalLM, Block…    | `qwen_formats`                    |
+| Llama, Qwen3-MoE, RND1       | their …ForCausalLM      | attention made bidirectional      |
 | BERT, RoBERTa, ModernBERT, … | AutoModelForMaskedLM    | unchanged                         |
 
 `config.is_causal = False` makes attention bidirectional in transformers. No code of the checkpoint
@@ -35,8 +37,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Qwen2Config,
-    Qwen2ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -56,7 +56,7 @@ from .mixture_formats import (
     register_conversions,
 )
 from .quantised import check_roundable, quantization
-from .shifted_logits import ShiftedQwen2ForCausalLM
+from .qwen_formats import FORMATS, qwen_class_and_fields
 from .tokenizer_loading import find_mask_token, load_tokenizer, set_special_tokens
 
 HUB_ARGUMENTS = (
@@ -70,6 +70,15 @@ HUB_ARGUMENTS = (
 )
 """Arguments of from_pretrained that say where the files are."""
 
+REFUSED = {
+    "llava_llada": "LLaDA-V reads images",
+    "mmada": "MMaDA reads and makes images",
+    "nemotron_labs_diffusion": "Nemotron-Labs-Diffusion is trained with an autoregressive loss beside its own",
+    "sdar_moe": "its modelling file isn't public in SDAR's repositories; the dense SDAR models are",
+    "wedlm": "WeDLM has causal attention and fills a window of tokens in a changed order",
+}
+"""{model_type: the reason why it can't be loaded}"""
+
 # Heads that encoders are pre-trained with, or fine-tuned with for another task.
 _OTHER_HEADS = re.compile(
     r"(^|\.)(pooler|seq_relationship|sop_classifier)\.|^(classifier|score|qa_outputs)\."
@@ -81,19 +90,23 @@ def load_backbone(
     *,
     mask_token_id: int | None = None,
     mask_token: str | None = None,
+    block_length: int | None = None,
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a masked-diffusion language model, or an encoder, and its tokenizer.
 
-    `model(input_ids, attention_mask).logits[:, i]` predicts token i; attention is bidirectional;
-    `model.config.mask_token_id`, `pad_token_id` and `eos_token_id` are set.
+    `model(input_ids, attention_mask).logits[:, i]` predicts token i; attention is bidirectional, in
+    the whole text or by blocks; `model.config.mask_token_id`, `pad_token_id` and `eos_token_id` are set.
 
     Args:
         pretrained_model_name_or_path: a folder or a repository on the Hub.
         mask_token_id: the mask token, if the checkpoint doesn't name it.
         mask_token: the same, by its text.
+        block_length: the number of positions in a block, for models with attention by blocks. Give
+            it for dLLM's A2D models that were trained with block diffusion, since their files don't
+            say so. It is saved with the model.
         load_in_4bit: quantise the linear layers' weights with bitsandbytes: NF4 with double
             quantisation, computed in `dtype`. For other settings pass a `quantization_config`.
         load_in_8bit: the same in 8 bits.
@@ -108,6 +121,13 @@ def load_backbone(
     name = pretrained_model_name_or_path
     hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
     fields = _config_fields(name, hub)
+    if block_length is not None:
+        if fields.get("model_type", "").lower() not in {*FORMATS, LLADA2}:
+            raise ValueError(
+                f"block_length is {block_length}, but {name} isn't of a family that has attention "
+                "by blocks: leave it out (generate and dllm.py take the block_length of sampling)"
+            )
+        fields["block_length"] = block_length
     model_class, config, is_renamed = _class_and_config(name, fields, hub)
     tokenizer = load_tokenizer(name, family=fields.get("model_type", ""), **hub)
     mask = None
@@ -161,23 +181,23 @@ def _class_and_config(
 ) -> tuple[Any, PreTrainedConfig, bool]:
     """Return the class, the configuration, and whether the tensors have LLaDA's names."""
     family = fields.get("model_type", "").lower()
-    shifted = fields.get("shifted_logits", family == "dream")
+    if family in REFUSED:
+        raise ValueError(f"{name} isn't supported: {REFUSED[family]}")
     if family == "diffusion_gemma":
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
         return DiffusionGemmaForBlockDiffusion, config, False
-    if family in ("dream", "qwen2"):
-        if family == "dream":
-            config_fields.DREAM.check(fields, Qwen2Config)
-        if not shifted:
-            return Qwen2ForCausalLM, _bidirectional(Qwen2Config, fields), False
-        fields = {**fields, "shifted_logits": True}  # a saved copy is read as this class again
-        return ShiftedQwen2ForCausalLM, _bidirectional(Qwen2Config, fields), False
+    if family in FORMATS:
+        model_class, config_class, fields = qwen_class_and_fields(family, fields)
+        return model_class, _bidirectional(config_class, fields), False
     if family == LLADA2:
         register_conversions()
         return LLaDA2ForCausalLM, _bidirectional(LLaDA2MoeConfig, llada2_fields(fields)), False
     if "expert_intermediate_size" in fields:  # LLaDA-MoE has LLaDA's model_type
         return Qwen3MoeForCausalLM, _bidirectional(Qwen3MoeConfig, qwen3_moe_fields(fields)), False
-    if family == "qwen3_moe":
+    if family in ("qwen3_moe", "rnd1"):
+        if family == "rnd1":
+            config_fields.RND1.check(fields, Qwen3MoeConfig)
+            fields = {key: value for key, value in fields.items() if value is not False}
         return Qwen3MoeForCausalLM, _bidirectional(Qwen3MoeConfig, fields), False
     if family in ("llada", "illada", "llama"):
         if family != "llama":
@@ -188,9 +208,9 @@ def _class_and_config(
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
         return AutoModelForMaskedLM, config, False
     raise ValueError(
-        f"{name} has model_type {family!r}. load_backbone knows LLaDA, iLLaDA, LLaDA-MoE, "
-        "LLaDA2, DiffusionGemma, Dream, Llama, Qwen2, Qwen3-MoE and the encoders of AutoModelForMaskedLM (BERT, "
-        "RoBERTa, ModernBERT, …), and runs no code of a checkpoint"
+        f"{name} has model_type {family!r}. load_backbone knows LLaDA, iLLaDA, LLaDA-MoE, LLaDA2, "
+        "DiffusionGemma, Dream, SDAR, TraDo, Fast-dLLM v2, A2D, RND1, Llama, Qwen2, Qwen3, Qwen3-MoE and the "
+        "encoders of AutoModelForMaskedLM (BERT, RoBERTa, ModernBERT, …), and runs no code of a checkpoint"
     )
 
 
@@ -202,7 +222,13 @@ def _bidirectional(
             "use_sliding_window=True isn't supported: attention has to see the whole sequence in "
             "both directions"
         )
-    foreign = ("model_type", "architectures", "auto_map", "transformers_version")
+    foreign = (
+        "model_type",
+        "architectures",
+        "auto_map",
+        "transformers_version",
+        "attn_implementation",
+    )
     config = config_class(**{key: value for key, value in fields.items() if key not in foreign})
     config.is_causal = False  # read by transformers' masks and attention functions
     config.use_cache = False

@@ -33,9 +33,13 @@ class ShiftedQwen2ForCausalLM(Qwen2ForCausalLM):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Return logits (b, l, v); position i predicts token i. It makes no loss of labels."""
+        """Return logits (b, l, v), or the last `logits_to_keep` ones; position i predicts token i.
+
+        It makes no loss of labels.
+        """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -46,7 +50,7 @@ class ShiftedQwen2ForCausalLM(Qwen2ForCausalLM):
         hidden = outputs.last_hidden_state  # (b, l, d)
         shifted = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
         return CausalLMOutputWithPast(
-            logits=self.lm_head(shifted),
+            logits=self.lm_head(shifted[:, -logits_to_keep:]),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

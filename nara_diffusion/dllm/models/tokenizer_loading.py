@@ -14,7 +14,8 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-_MASK = "<|mask|>"  # LLaDA2 and LLaDA-MoE have this token, but no configuration names it
+# Mask tokens that no file of a checkpoint names: of LLaDA2 and LLaDA-MoE, SDAR, and Fast-dLLM v2
+_MASKS = ("<|mask|>", "<|MASK|>", "|<MASK>|")
 # {model_type: the stock class for its files}, for checkpoints that may name their own class
 _STOCK_TOKENIZERS: dict[str, type[PreTrainedTokenizerBase]] = {
     "llada": PreTrainedTokenizerFast,
@@ -22,6 +23,11 @@ _STOCK_TOKENIZERS: dict[str, type[PreTrainedTokenizerBase]] = {
     "llada2_moe": PreTrainedTokenizerFast,
     "lladamoe": PreTrainedTokenizerFast,
     "dream": Qwen2Tokenizer,
+    "sdar": PreTrainedTokenizerFast,
+    "fast_dllm_qwen": PreTrainedTokenizerFast,
+    "a2d-qwen2": PreTrainedTokenizerFast,
+    "a2d-qwen3": PreTrainedTokenizerFast,
+    "rnd1": PreTrainedTokenizerFast,
 }
 # The class that transformers 5 names if tokenizer.json holds the whole tokenizer
 _WHOLE_IN_ITS_FILE = "TokenizersBackend"
@@ -61,7 +67,7 @@ def find_mask_token(
 ) -> int:
     """Return the id of the mask token: as given, or else from config.json or the tokenizer.
 
-    If none of these names a mask token but the vocabulary has <|mask|>, that token is used.
+    If none of these names a mask token, one that is usual and in the vocabulary is used.
 
     Raises:
         ValueError: there is no mask token, the given name isn't a token, or the id is outside the
@@ -74,8 +80,8 @@ def find_mask_token(
             raise ValueError(
                 f"mask_token {mask_token!r} isn't a token of {name}: name one from its vocabulary"
             )
-    unnamed = tokenizer.get_vocab().get(_MASK)
-    for candidate in (fields.get("mask_token_id"), tokenizer.mask_token_id, unnamed):
+    unnamed = [tokenizer.get_vocab().get(usual) for usual in _MASKS]
+    for candidate in (fields.get("mask_token_id"), tokenizer.mask_token_id, *unnamed):
         mask = candidate if mask is None else mask
     if mask is None:
         raise ValueError(
