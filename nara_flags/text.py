@@ -120,6 +120,13 @@ class ObjectiveArguments:
         unit="tokens",
         rare=True,
     )
+    objective: str = option(
+        "llada",
+        "Weights of masked tokens: llada, 1 / noise level, for levels up to 1; or for LLaDA2 dfactory, equal "
+        "weights, for one level from 0.3 to 0.8 in all blocks of an answer.",
+        choices=("llada", "dfactory"),
+        rare=True,
+    )
     complementary: bool = option(
         False, "Train on each sample twice, with complementary masks.", rare=True
     )

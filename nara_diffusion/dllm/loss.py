@@ -152,9 +152,7 @@ def masked_cross_entropy(
             return _chunked_losses(head, hidden, batch, chunk_size, cfg_scale)
 
         ids, padding = rows.input_ids, rows.attention_mask
-        return backbone.losses_in_place_of_logits(
-            head, ids, padding, losses_of, batch.position_ids
-        )
+        return backbone.losses_in_place_of_logits(head, ids, padding, losses_of, batch.position_ids)
 
 
 def _by_prompt(states: Tensor, batch: MaskedBatch) -> Tensor:

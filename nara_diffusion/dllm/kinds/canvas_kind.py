@@ -43,6 +43,10 @@ _REFUSED_SETTINGS = (
 
 
 def _objective(flags: TextFlags) -> dict[str, Any]:
+    if flags.objective != "llada":
+        raise ValueError(
+            f"objective is {flags.objective}, and DiffusionGemma has its own: leave it out."
+        )
     if flags.complementary:
         raise ValueError(
             "complementary needs masks, but DiffusionGemma has random tokens: leave it out."
