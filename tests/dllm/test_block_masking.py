@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level, register_core
 from nara_diffusion.cores.registry import CUSTOM
-from nara_diffusion.dllm import load_backbone, log_likelihood, mask_answers, masked_diffusion_loss
+from nara_diffusion.dllm import (
+    AnswerCollator,
+    load_backbone,
+    log_likelihood,
+    mask_answers,
+    masked_diffusion_loss,
+    noise_level_curve,
+)
+from nara_diffusion.dllm.kinds.block_kind import BLOCKS
+from nara_diffusion.dllm.kinds.canvas_kind import CANVAS
+from nara_diffusion.dllm.kinds.masked_kind import MASKED
 from nara_diffusion.dllm.mask_draws import draw_noise_levels
 from nara_diffusion.dllm.masking import MaskedBatch
+from nara_diffusion.dllm.text_arguments import Arguments
+from nara_diffusion.dllm.text_report import Evaluation
+from nara_diffusion.noise.drawn_levels import NoiseWindow
 from nara_diffusion.training.engines import recompute_activations
 from tests.acceptance._text import nara
 from tests.helpers.mixtures import LLADA2, MASK, block_seen, write_checkpoint
@@ -218,6 +234,63 @@ def test_each_layer_sees_the_level_of_each_token(
     for name, calls in seen.items():
         for levels in calls:
             torch.testing.assert_close(levels.view(expected.shape).float(), expected, rtol=0, atol=1e-4, msg=name)
+
+
+ROWS = Dataset.from_list(
+    [
+        {"input_ids": IDS[row, : start + size].tolist(), "prompt_length": start}
+        for row, (start, size) in enumerate(zip(STARTS, SIZES, strict=True))
+    ]
+)
+
+
+def test_curve_of_blocks_is_the_ratio_of_single_blocks(tmp_path: Path) -> None:
+    model = nara(tiny(tmp_path))
+    batch = masked_diffusion_loss(model, **BATCH, noise_level=0.6)
+    losses = 0.6 * torch.stack([reference(model, batch, row) for row in range(3)]).sum()
+    expected = losses / (batch.masked.sum(1) / torch.tensor(SIZES)).sum()
+    (measured,) = noise_level_curve(model, ROWS, [0.6], seed=4, progress=False)
+    assert measured == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_validation_of_blocks_has_one_level_a_row(tmp_path: Path) -> None:
+    """So that each row lies inside or outside of a window."""
+    model = nara(tiny(tmp_path))
+    args = Arguments(
+        pretrained_model_name_or_path="none", train_file="none", eval_batch_size=2, seed=6, min_noise_level=0.3
+    )
+    accelerator = SimpleNamespace(device="cpu", num_processes=1, process_index=0, distributed_type="NO")
+    run: Any = SimpleNamespace(args=args, accelerator=accelerator)
+    collator = AnswerCollator(0, trained_padding=0)
+    evaluation = Evaluation(run, Any, ROWS, ROWS, collator, args.sampling(), BLOCKS)
+    levels = torch.tensor(draw_noise_levels(range(3), 7, 3))
+    batch = masked_diffusion_loss(model, **BATCH | {"seed": 7}, noise_level=levels)
+    losses = torch.stack([reference(model, batch, row) for row in range(3)])
+    inside = levels >= 0.3
+    assert evaluation.validate(model) == pytest.approx(
+        {
+            "validation_loss": float(losses.mean()),
+            "validation_loss_inside": float(losses[inside].mean()),
+            "validation_loss_outside": float(losses[~inside].mean()),
+        },
+        rel=1e-5,
+    )
+
+
+def test_objective_of_dfactory_draws_one_level_of_its_window(tmp_path: Path) -> None:
+    flags = Arguments(pretrained_model_name_or_path="none", train_file="none", objective="dfactory")
+    many = {"input_ids": IDS[:1].repeat(40, 1), "prompt_lengths": [5] * 40, "seed": 1}
+    batch = masked_diffusion_loss(tiny(tmp_path), **many, **BLOCKS.objective(flags))
+    assert batch.noise_level.shape == (40,)
+    assert 0.3 <= float(batch.noise_level.min()) < 0.32
+    assert 0.78 < float(batch.noise_level.max()) < 0.8
+    own = replace(flags, max_noise_level=0.5)
+    assert BLOCKS.objective(own)["window"] == NoiseWindow(0.0, 0.5)
+    with pytest.raises(ValueError, match="leave one of them out"):
+        BLOCKS.objective(replace(flags, complementary=True))
+    for kind in (MASKED, CANVAS):
+        with pytest.raises(ValueError, match="objective is dfactory"):
+            kind.objective(flags)
 
 
 def test_flat_loss_is_the_mean_of_masked_tokens(tmp_path: Path) -> None:
