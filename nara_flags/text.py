@@ -43,6 +43,12 @@ class ModelArguments:
         "DiffusionGemma: weight of the encoder's next-token loss; none takes 1 if it is adapted, else 0.",
         rare=True,
     )
+    encoder_loss_on: str = option(
+        "answer",
+        "DiffusionGemma: tokens of that loss: of the answer, or of the text, prompt included.",
+        choices=("answer", "text"),
+        rare=True,
+    )
 
 
 @dataclass

@@ -38,10 +38,11 @@ def _objective(flags: TextFlags) -> dict[str, Any]:
 
 def mask_options(flags: TextFlags) -> dict[str, Any]:
     """Return the options of masks. Raise ValueError for flags of an encoder."""
-    if not flags.train_on_encoder or flags.encoder_loss_weight is not None:
+    is_changed = not flags.train_on_encoder or flags.encoder_loss_on != "answer"
+    if is_changed or flags.encoder_loss_weight is not None:
         raise ValueError(
-            "train_on_encoder and encoder_loss_weight are options of DiffusionGemma, and this model "
-            "has no encoder: leave them out."
+            "train_on_encoder, encoder_loss_weight and encoder_loss_on are options of DiffusionGemma, "
+            "and this model has no encoder: leave them out."
         )
     return {"complementary": flags.complementary}
 
