@@ -144,10 +144,13 @@ def test_levels_of_blocks_are_uniform_even_and_their_own() -> None:
         assert int(alone.masked.sum()) == int(together.masked[row].sum())
 
 
-@pytest.mark.parametrize("chunk_size", [3, None])
-def test_loss_and_gradients_are_the_sum_of_single_blocks(tmp_path: Path, chunk_size: int | None) -> None:
+@pytest.mark.parametrize(("use_dora", "chunk_size"), [(False, 3), (True, None)])
+def test_loss_and_gradients_are_the_sum_of_single_blocks(
+    tmp_path: Path, use_dora: bool, chunk_size: int | None
+) -> None:
     """In float64, of all weights, experts and core included; for a batch, and for its rows by themselves."""
-    model = nara(tiny(tmp_path), target_modules=["q_proj", "v_proj", "down_proj"]).double()
+    targets = ["q_proj", "v_proj", "down_proj"]
+    model = nara(tiny(tmp_path), target_modules=targets, use_dora=use_dora).double()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     batch = masked_diffusion_loss(model, **BATCH, chunk_size=chunk_size)
