@@ -12,7 +12,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from nara_diffusion.noise.drawn_levels import NoiseWindow
-from nara_diffusion.training.arguments import window_of
 from nara_flags.text import TextFlags
 
 from ..block_filling import fill_blocks
@@ -39,10 +38,10 @@ def _objective(flags: TextFlags) -> dict[str, Any]:
             "objective dfactory draws levels from 0.3 to 0.8, and complementary masks need 1 - λ "
             "beside each λ: leave one of them out."
         )
-    window = window_of(flags)
-    if window.is_everything:
-        window = DFACTORY_WINDOW
-    return options | {"flat": True, "one_level": True, "window": window}
+    options |= {"flat": True, "one_level": True}
+    if flags.min_noise_level is None and flags.max_noise_level is None:
+        options["window"] = DFACTORY_WINDOW
+    return options
 
 
 def _configure(model: PreTrainedModel, flags: TextFlags) -> None:
