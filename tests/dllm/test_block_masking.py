@@ -123,6 +123,17 @@ def test_mask_answers_of_late_answers_leaves_out_earlier_noisy_blocks() -> None:
     assert batch.targets.equal(F.pad(IDS, (0, 1))[:, 8:])
 
 
+def test_complementary_masks_of_blocks_cover_each_answer_token_once() -> None:
+    batch = mask_answers(**BATCH, mask_token_id=MASK, block_length=B, complementary=True)
+    first, second = batch.masked.chunk(2)
+    assert (first ^ second).equal(batch.answer[:3])
+    one, other = batch.forward_level.chunk(2)
+    torch.testing.assert_close(one + other, (one > 0).float())
+    assert torch.stack(batch.input_ids[:, 16:].chunk(2)).eq(IDS[:, :12]).all()
+    assert batch.attention_mask is not None
+    assert batch.attention_mask[:3].equal(batch.attention_mask[3:])
+
+
 def test_levels_of_blocks_are_uniform_even_and_their_own() -> None:
     """A block's λ depends on its place in its answer alone, and the first has that of a whole answer."""
     blocks = np.arange(8)[None].repeat(4000, 0)

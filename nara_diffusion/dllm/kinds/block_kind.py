@@ -56,7 +56,7 @@ def _configuring_lines(flags: TextFlags) -> list[str]:
 
 
 def _plan(model: nn.Module, flags: TextFlags, rows: dict[str, Any]) -> PlannedForward:
-    """Return the step for one row without a prompt, which all blocks of the batch are for."""
+    """Return the step with a first row that has no prompt, so the step has all blocks twice."""
     length = rows["input_ids"].shape[1]
     prompts, answers = rows["prompt_lengths"], rows["answer_lengths"]
     lengths = {"prompt_lengths": [0, *prompts[1:]], "answer_lengths": [length, *answers[1:]]}
