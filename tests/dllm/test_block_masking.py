@@ -84,7 +84,7 @@ def reference(model: Any, batch: MaskedBatch, row: int) -> Tensor:
 
 
 @pytest.mark.parametrize("one_level", [False, True])
-def test_mask_answers_of_blocks_holds_noisy_then_clean_blocks(one_level: bool) -> None:
+def test_mask_answers_holds_noisy_then_clean_blocks(one_level: bool) -> None:
     batch = mask_answers(**BATCH, mask_token_id=MASK, block_length=B, one_level=one_level)
     n, width, first = 16, 16 + 12, 0  # row 1 has its first answer token in block 0, row 0 its last in block 3
     assert batch.targets.shape == (3, n)
@@ -115,7 +115,7 @@ def test_mask_answers_of_blocks_holds_noisy_then_clean_blocks(one_level: bool) -
     assert batch.noise_level.shape == ((3,) if one_level else (3, 4))
 
 
-def test_mask_answers_of_late_answers_leaves_out_earlier_noisy_blocks() -> None:
+def test_mask_answers_leaves_out_noisy_blocks_before_answers() -> None:
     late = {"input_ids": IDS, "prompt_lengths": [9, 13, 8], "answer_lengths": [6, 2, 3], "seed": 4}
     batch = mask_answers(**late, mask_token_id=MASK, block_length=B)
     assert batch.position_ids is not None
@@ -123,7 +123,7 @@ def test_mask_answers_of_late_answers_leaves_out_earlier_noisy_blocks() -> None:
     assert batch.targets.equal(F.pad(IDS, (0, 1))[:, 8:])
 
 
-def test_complementary_masks_of_blocks_cover_each_answer_token_once() -> None:
+def test_complementary_masks_cover_each_answer_token_once() -> None:
     batch = mask_answers(**BATCH, mask_token_id=MASK, block_length=B, complementary=True)
     first, second = batch.masked.chunk(2)
     assert (first ^ second).equal(batch.answer[:3])
@@ -155,9 +155,7 @@ def test_levels_of_blocks_are_uniform_even_and_their_own() -> None:
 
 
 @pytest.mark.parametrize(("use_dora", "chunk_size"), [(False, 3), (True, None)])
-def test_loss_and_gradients_are_the_sum_of_single_blocks(
-    tmp_path: Path, use_dora: bool, chunk_size: int | None
-) -> None:
+def test_loss_and_gradients_equal_sums_of_single_blocks(tmp_path: Path, use_dora: bool, chunk_size: int | None) -> None:
     """In float64, of all weights, experts and core included; for a batch, and for its rows by themselves."""
     targets = ["q_proj", "v_proj", "down_proj"]
     model = nara(tiny(tmp_path), target_modules=targets, use_dora=use_dora).double()
@@ -257,7 +255,7 @@ ROWS: Any = Dataset.from_list(
 )
 
 
-def test_curve_of_blocks_is_the_ratio_of_single_blocks(tmp_path: Path) -> None:
+def test_curve_is_the_ratio_of_single_blocks(tmp_path: Path) -> None:
     model = nara(tiny(tmp_path))
     batch = masked_diffusion_loss(model, **BATCH, noise_level=0.6)
     losses = 0.6 * torch.stack([reference(model, batch, row) for row in range(3)]).sum()
@@ -292,7 +290,7 @@ def test_validation_of_blocks_has_one_level_a_row(tmp_path: Path) -> None:
     )
 
 
-def test_objective_of_dfactory_draws_one_level_of_its_window(tmp_path: Path) -> None:
+def test_objective_dfactory_draws_one_level_of_its_window(tmp_path: Path) -> None:
     flags = Arguments(pretrained_model_name_or_path="none", train_file="none", objective="dfactory")
     many = {"input_ids": IDS[:1].repeat(40, 1), "prompt_lengths": [5] * 40, "seed": 1}
     batch = masked_diffusion_loss(tiny(tmp_path), **many, **BLOCKS.objective(flags))

@@ -57,7 +57,7 @@ def test_the_loss_is_that_of_a_decoder_on_a_cache_of_the_prefix(attention):
 
 
 @pytest.mark.parametrize(("first_prompt", "whole"), [(4, False), (0, False), (4, True)])
-def test_the_encoder_learns_to_predict_each_token_that_has_one_before_it(first_prompt, whole):
+def test_the_encoder_predicts_each_token_after_the_first(first_prompt, whole):
     model, batch = tiny_gemma(), batch_of([first_prompt, 9, 5], predict_prompts=whole)
     with torch.no_grad():
         loss = canvas_loss(model, batch)
