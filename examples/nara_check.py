@@ -190,19 +190,18 @@ def text_loss(
     device = setup.run.accelerator.device
     backbone = Backbone(model)
     kind = kind_of(backbone)
-    mask = backbone.mask_token_id() if backbone.traits.has_masks else None
+    objective = dict(setup.objective)
+    if backbone.traits.attends_by_blocks:
+        objective["one_level"] = True  # the check compares samples by their λ
     stream = GlobalBatchStream(rows, setup.args.seed, setup.objective["group_size"])
 
     def loss(positions: Sequence[int]) -> TextLoss:
         inputs = setup.data.collator([stream[position] for position in positions])
         inputs["input_ids"] = inputs["input_ids"].to(device, non_blocking=True)
-        if mask is None:
-            return kind.loss(model, **inputs, **setup.objective)
-        inputs |= {"mask_token_id": mask, "block_length": backbone.block_length}
-        batch = mask_answers(**inputs, **setup.objective)
-        if digits is not None:
-            batch = with_level_token(batch, digits)
-        return batch_loss(model, batch)
+        if digits is None:
+            return kind.loss(model, **inputs, **objective)
+        batch = mask_answers(**inputs, mask_token_id=backbone.mask_token_id(), **objective)
+        return batch_loss(model, with_level_token(batch, digits))
 
     return loss
 

@@ -43,6 +43,12 @@ class ModelArguments:
         "DiffusionGemma: weight of the encoder's next-token loss; none takes 1 if it is adapted, else 0.",
         rare=True,
     )
+    encoder_loss_on: str = option(
+        "answer",
+        "DiffusionGemma: tokens of that loss: of the answer, or of the text, prompt included.",
+        choices=("answer", "text"),
+        rare=True,
+    )
 
 
 @dataclass
@@ -118,6 +124,13 @@ class ObjectiveArguments:
         "answers (DiffusionGemma: to the end of a canvas); longest, up to the longest sample of the "
         "global batch; or a number.",
         unit="tokens",
+        rare=True,
+    )
+    objective: str = option(
+        "llada",
+        "Weights of masked tokens: llada, 1 / noise level, for levels up to 1; or for LLaDA2 dfactory, equal "
+        "weights, for one level from 0.3 to 0.8 in all blocks of an answer.",
+        choices=("llada", "dfactory"),
         rare=True,
     )
     complementary: bool = option(

@@ -52,26 +52,17 @@ def host_answers(
     return (positions >= starts[:, None]) & (positions < ends[:, None]), ends
 
 
-def active_blocks(
-    answer: np.ndarray, draws: np.ndarray, block_length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the answer positions (b, l') bool in the block of a drawn token, and their ends (b,).
+def answer_blocks(answer: np.ndarray, block_length: int) -> tuple[np.ndarray, int]:
+    """Return the answer positions (b, n) bool in the blocks that hold answers, and their start.
 
-    Blocks have B positions of the sequence, prompt included. l' is the end of the last block.
-
-    Args:
-        draws: (b,) in [0, 1), the place of the drawn token in its answer.
+    Blocks have B positions of the sequence, prompt included. Blocks without an answer are left out
+    before the first and after the last block that has one in some row.
     """
-    token = (draws * answer.sum(1)).astype(np.int64)  # (b,)
-    place = (answer.cumsum(1) <= token[:, None]).sum(1)  # in the sequence
-    block = place // block_length
-    width = int(block.max() + 1) * block_length
-    padded = np.zeros((len(answer), width), dtype=bool)
-    cut = answer[:, :width]
-    padded[:, : cut.shape[1]] = cut
-    active = padded & (np.arange(width) // block_length == block[:, None])
-    ends = width - active[:, ::-1].argmax(1)
-    return active, ends
+    columns = answer.any(0).nonzero()[0]
+    start = int(columns[0]) // block_length * block_length
+    rest = -(int(columns[-1]) + 1) % block_length
+    inside = answer[:, start : columns[-1] + 1]
+    return np.pad(inside, ((0, 0), (0, rest))), start
 
 
 def _lengths(name: str, lengths: Lengths, b: int) -> np.ndarray:

@@ -35,8 +35,9 @@ class CanvasBatch:
 
     Attributes:
         input_ids: (b, l) the clean tokens, padded on the right.
-        answer: (b, l) bool, the positions of the answers.
-        places: (m,) the answers' positions as indices into (b·l,), except in the first column.
+        predicted: (b, l) bool, the positions that the encoder's loss counts: those of the answers,
+            or of prompts and answers, except in the first column.
+        places: (m,) the indices of True in the flattened `predicted`.
         starts: (b,) the start of each canvas in its row.
         canvas: (b, c) the corrupted tokens, which the decoder sees.
         targets: (b, c) the clean tokens.
@@ -47,7 +48,7 @@ class CanvasBatch:
     """
 
     input_ids: Tensor
-    answer: Tensor
+    predicted: Tensor
     places: Tensor
     starts: Tensor
     canvas: Tensor
@@ -71,6 +72,7 @@ def corrupt_canvases(
     group_size: int | None = None,
     window: NoiseWindow = EVERYTHING,
     self_conditioning: float = 0.5,
+    predict_prompts: bool = False,
 ) -> CanvasBatch:
     """Replace a share λ of one canvas of each answer with random tokens.
 
@@ -84,12 +86,13 @@ def corrupt_canvases(
         vocab_size: the end of the range 0 … vocab_size − 1 that random tokens are drawn from.
         self_conditioning: the share of self-conditioned samples, in [0, 1]. With 0, there is no
             first pass.
+        predict_prompts: True if the encoder's loss also counts the tokens of the prompts.
 
     Raises:
         ValueError: see `mask_answers`.
     """
     b, device = len(input_ids), input_ids.device
-    on_host, _ = host_answers(input_ids, prompt_lengths, answer_lengths)  # (b, l)
+    on_host, ends = host_answers(input_ids, prompt_lengths, answer_lengths)  # (b, l)
     seed, indices = seed_and_indices(seed, sample_indices, generator, b)
     if noise_level is None:
         levels = draw_noise_levels(indices, seed, group_size or b, window=window)
@@ -101,6 +104,8 @@ def corrupt_canvases(
     starts = moved(on_host.argmax(1) + canvas_length * np.array(chosen), device)  # (b,)
     answer = moved(on_host, device)
     is_predicted = on_host.copy()  # by the token before it
+    if predict_prompts:
+        is_predicted = np.arange(input_ids.shape[1]) < ends[:, None]
     is_predicted[:, 0] = False
     targets, supervised = _canvases(input_ids, answer, starts, canvas_length)
     tokens = [random(_TOKEN_STREAM, i).integers(vocab_size, size=canvas_length) for i in indices]
@@ -114,7 +119,7 @@ def corrupt_canvases(
         conditioned = moved(draws < self_conditioning, device)
     return CanvasBatch(
         input_ids,
-        answer,
+        moved(is_predicted, device),
         moved(np.flatnonzero(is_predicted), device),
         starts,
         canvas,

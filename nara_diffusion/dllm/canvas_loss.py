@@ -4,7 +4,7 @@
 
 The first term is the loss of the decoder, over the positions j of a canvas that belong to the
 answer, whether changed or not. It has no factor 1/λ. The second term is the next-token loss of the
-encoder over the whole answer.
+encoder over the whole answer, or with `predict_prompts` over prompt and answer.
 
 *Two passes*: the first pass has no gradient. In the second pass, samples with `self_conditioned`
 see the logits of the first. Both passes run for every batch, so that all processes run the same
@@ -184,7 +184,7 @@ def _prefix_and_canvas(starts: Tensor, length: int, window: int) -> Any:
 def _next_token_loss(
     model: DiffusionGemmaForBlockDiffusion, hidden: Tensor, batch: CanvasBatch, chunk_size: int
 ) -> Tensor:
-    """Return the encoder's mean − log p of each answer's tokens (b,), from its states (b, l, d)."""
+    """Return the encoder's mean − log p of each row's predicted tokens (b,), from its states (b, l, d)."""
     cap, places = model.final_logit_softcapping, batch.places
 
     def loss(hidden: Tensor, targets: Tensor) -> Tensor:
@@ -194,5 +194,5 @@ def _next_token_loss(
     # outside of autocast, the head's dtype may differ from that of the hidden states
     predicting = hidden.flatten(0, 1)[None, places - 1].to(model.lm_head.weight.dtype)  # (1, m, d)
     of_places = by_chunks(loss, predicting, batch.input_ids.flatten()[places], chunk_size)
-    losses = of_places.new_zeros(batch.answer.numel()).scatter(0, places, of_places)
-    return losses.view_as(batch.answer).sum(1) / batch.answer[:, 1:].sum(1)
+    losses = of_places.new_zeros(batch.predicted.numel()).scatter(0, places, of_places)
+    return losses.view_as(batch.predicted).sum(1) / batch.predicted.sum(1)

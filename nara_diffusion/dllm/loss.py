@@ -6,9 +6,11 @@ the adapters run at this λ:
 
     L = 1/B Σ_i  1/n_i Σ_{j masked}  − log p(x_ij | masked x_i) / λ_i
 
-A model with attention by blocks (LLaDA2) is trained on one block of each answer per step. The
-objective then applies to this block alone, and the adapters run at λ = 0 on the clean blocks before
-it.
+For a model with attention by blocks (LLaDA2), each block of an answer has its own λ, which divides
+its losses. The adapters run at this λ in the block, and at λ = 0 in the clean text.
+
+dFactory, the trainer of LLaDA2, has one λ ~ U(0.3, 0.8) for all blocks of an answer, and the flat
+mean of the losses of its masked tokens (`flat`).
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class MaskedDiffusionLoss(MaskedBatch):
 
     Attributes:
         loss: scalar, the mean of `per_sample`.
-        per_sample: (b',) the loss of each sequence, divided by λ and the length of the answer.
+        per_sample: (b',) the loss of each sequence, divided by λ and the length of the answer; or
+            the mean over its masked tokens.
         token_loss: (b', l) cross-entropy in nats; zero at positions that aren't masked.
     """
 
@@ -57,6 +60,7 @@ def masked_diffusion_loss(
     *,
     mask_token_id: int | None = None,
     chunk_size: int | None = 256,
+    flat: bool = False,
     **masking: Any,
 ) -> MaskedDiffusionLoss:
     """Mask the answers at random, and return the loss of `model` in filling them in.
@@ -72,9 +76,10 @@ def masked_diffusion_loss(
             computes the logits again. None computes all logits at once, as most trainers do, with
             the same result. If the head is adapted or can't be reached (`Backbone.head` is None),
             all logits are always computed at once.
+        flat: True for the mean over the masked tokens of each sequence, without 1 / λ.
         **masking: arguments of `mask_answers`: answer_lengths (b,); noise_level, a λ in (0, 1], as
             (b,) or one number, instead of a drawn λ; generator, or seed with sample_indices (b,);
-            group_size; complementary; window.
+            group_size; complementary; window; one_level.
 
     Raises:
         ValueError: there is no mask token; the adapter was trained with a λ that isn't the masked
@@ -85,15 +90,20 @@ def masked_diffusion_loss(
     masking["block_length"] = backbone.block_length
     mask = backbone.mask_token_id(mask_token_id)
     batch = mask_answers(input_ids, prompt_lengths, mask_token_id=mask, **masking)
-    return batch_loss(model, batch, chunk_size)
+    return batch_loss(model, batch, chunk_size, flat)
 
 
 def batch_loss(
-    model: nn.Module, batch: MaskedBatch, chunk_size: int | None = 256
+    model: nn.Module, batch: MaskedBatch, chunk_size: int | None = 256, flat: bool = False
 ) -> MaskedDiffusionLoss:
     """Return the loss of a masked batch; see `masked_diffusion_loss`."""
     token_loss = masked_cross_entropy(model, batch, chunk_size=chunk_size)  # (b', l)
-    per_sample = token_loss.sum(1) / batch.noise_level / batch.answer.sum(1)
+    if flat:
+        per_sample = token_loss.sum(1) / batch.masked.sum(1).clamp(min=1)
+    else:
+        levels = batch.noise_level.view(len(token_loss), -1)  # (b', 1), or (b', k) of blocks
+        of_levels = token_loss.unflatten(1, (levels.shape[1], -1)).sum(2) / levels
+        per_sample = of_levels.sum(1) / batch.answer.sum(1)
     return MaskedDiffusionLoss(
         **vars(batch), loss=per_sample.mean(), per_sample=per_sample, token_loss=token_loss
     )
@@ -109,7 +119,7 @@ def masked_cross_entropy(
 ) -> Tensor:
     """Return −log p of the clean token at each masked position, and zero elsewhere.
 
-    The result is (b, l), in float32 or float64.
+    The result is (b, l), in float32 or float64, for the l positions of `targets`.
 
     Args:
         cfg_scale: w of classifier-free guidance (`backbone.guided`). With 0, there is no guidance.
@@ -131,7 +141,9 @@ def masked_cross_entropy(
         head = None if chunk_size is None else backbone.head
         # an adapted head needs whole rows, each with its λ
         if head is None or chunk_size is None or hasattr(head, "lora_A"):
-            logits = backbone.logits(rows.input_ids, rows.attention_mask)
+            logits = backbone.logits(
+                rows.input_ids, rows.attention_mask, position_ids=batch.position_ids
+            )
             logits = guided(_by_prompt(logits, batch), cfg_scale)  # (b, l, v)
             return token_cross_entropy(logits, batch.targets) * batch.masked
 
@@ -140,12 +152,16 @@ def masked_cross_entropy(
             return _chunked_losses(head, hidden, batch, chunk_size, cfg_scale)
 
         ids, padding = rows.input_ids, rows.attention_mask
-        return backbone.losses_in_place_of_logits(head, ids, padding, losses_of)
+        return backbone.losses_in_place_of_logits(head, ids, padding, losses_of, batch.position_ids)
 
 
 def _by_prompt(states: Tensor, batch: MaskedBatch) -> Tensor:
-    """Return `states` (b or 2b, l, …) as (1 or 2, b, l, …): prompt visible, then prompt masked."""
-    return states.unflatten(0, (-1, len(batch.targets)))
+    """Return `states` (b or 2b, l', …) as (1 or 2, b, l, …): prompt visible, then prompt masked.
+
+    Clean copies of blocks, which have no targets, are left out.
+    """
+    b, length = batch.targets.shape
+    return states[:, :length].unflatten(0, (-1, b))
 
 
 def _chunked_losses(

@@ -14,6 +14,9 @@ from .answer_places import Lengths, host_list
 
 MIN_NOISE_LEVEL = 1e-3
 """ε: the smallest λ that training draws."""
+_NEXT_BLOCK = (5**0.5 - 1) / 2
+"""The step of λ from block to block, as a part of its range. Multiples of the golden ratio are
+spread evenly over it, however many they are."""
 _SHIFT_STREAM, _LEVEL_STREAM, _MASK_STREAM, BLOCK_STREAM = range(4)
 
 
@@ -24,6 +27,7 @@ def draw_noise_levels(
     *,
     symmetric: bool = False,
     window: NoiseWindow = EVERYTHING,
+    blocks: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return λ for each index of the training stream: (b,) float32, in (ε, 1) and in `window`.
 
@@ -31,6 +35,8 @@ def draw_noise_levels(
 
     Args:
         symmetric: True to draw from (ε, 1 − ε).
+        blocks: (b, k) numbers of blocks, to return a λ (b, k) for each of them. Block 0 gets the λ
+            that the sample would get.
     """
     u = stratified_uniform(
         sample_indices,
@@ -38,6 +44,8 @@ def draw_noise_levels(
         shift=partial(random_of, seed, _SHIFT_STREAM),
         value=partial(random_of, seed, _LEVEL_STREAM),
     )
+    if blocks is not None:
+        u = (u[:, None] + blocks * _NEXT_BLOCK) % 1  # (b, k)
     check_drawable(window, symmetric)
     top = 1 - MIN_NOISE_LEVEL if symmetric else 1.0
     low, high = max(window.low, MIN_NOISE_LEVEL), min(window.high, top)
@@ -69,16 +77,20 @@ def check_drawable(window: NoiseWindow, complementary: bool = False) -> None:
 def draw_masks(
     answer: np.ndarray, noise_level: np.ndarray, sample_indices: Sequence[int], *, seed: int
 ) -> np.ndarray:
-    """Draw a mask (b, l) bool over the answers (b, l) bool, by Bernoulli(λ) with λ (b,).
+    """Draw a mask (b, l) bool over the answers (b, l) bool, by Bernoulli(λ).
 
     The j-th token of an answer always gets the same random number. The masks of one (seed, index)
     therefore grow with λ, and losses at two λ are compared on nested masks.
+
+    Args:
+        noise_level: λ (b,) of each answer, or (b, k) of each of its k equal parts.
     """
     uniform = np.ones(answer.shape)
     for row, columns in enumerate(answer):
         random = random_of(seed, _MASK_STREAM, sample_indices[row])
         uniform[row, columns] = random.random(int(columns.sum()))
-    return answer & (uniform < noise_level[:, None].astype(np.float64))
+    parts = noise_level.reshape(len(answer), -1).astype(np.float64)
+    return answer & (uniform < parts.repeat(answer.shape[1] // parts.shape[1], 1))
 
 
 def random_of(seed: int, stream: int, number: int) -> np.random.Generator:

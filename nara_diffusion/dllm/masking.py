@@ -14,8 +14,9 @@ torch's global generator), and the indices are 0 … b − 1.
 Stratified λ: the interval (ε, 1), or its intersection with a window of noise levels, is divided
 into `group_size` equal strata. Each of as many consecutive indices takes one (`noise.drawn_levels`).
 
-Blocks (LLaDA2): an answer token is drawn uniformly, and the step trains its block, so that each
-token has the same weight. The prompt and earlier blocks are clean; later blocks are cut off.
+Blocks (LLaDA2): each block of an answer has its own λ. The model sees [noisy | clean], the masked
+blocks beside clean copies of the text before the last block (`noise.blocks`). Each masked block
+therefore sees what it sees in generation, and one forward trains all of them.
 
 Complementary masks: each sequence appears twice, with mask m at λ = t and ¬m at λ = 1 − t, so a
 step trains each answer token once. t ~ U(ε, 1 − ε) keeps both 1/λ finite. A window has to contain
@@ -30,10 +31,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from nara_diffusion.noise.blocks import block_mask, paired_positions
 from nara_diffusion.noise.drawn_levels import EVERYTHING, NoiseWindow
 
-from .answer_places import Lengths, active_blocks, host_answers, moved
-from .mask_draws import BLOCK_STREAM, draw_masks, draw_noise_levels, random_of, seed_and_indices
+from .answer_places import Lengths, answer_blocks, host_answers, moved
+from .mask_draws import draw_masks, draw_noise_levels, seed_and_indices
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,19 @@ class MaskedBatch:
     """A batch after masking.
 
     Attributes:
-        input_ids: (b, l) the tokens that the model sees, with the mask token at masked positions.
+        input_ids: (b, l) the tokens that the model sees, with the mask token at masked positions;
+            with blocks (b, l'), l' ≥ l: the l noisy positions, then clean copies.
         targets: (b, l) the clean tokens.
         masked: (b, l) bool, the masked positions.
         answer: (b, l) bool, the positions that could have been masked.
-        noise_level: (b,) float32, λ of the answer or of the active block.
-        attention_mask: (b, l) int64, 1 on prompt and answer; None if nothing is padded.
+        noise_level: float32, λ of the answers (b,), or of each of the l / B blocks (b, l / B).
+        attention_mask: (b, l) int64, 1 on prompt and answer; None if nothing is padded. With blocks
+            (b, 1, l', l') bool, the keys that each position sees.
         places: (m,) int64, the indices of True in the flattened `masked`; None if unknown on the
             host.
         opens: True if an answer begins its row; None if unknown on the host.
-        block_length: B, if `answer` is only a block of the answer. l is then a multiple of B.
+        position_ids: (1, l') with blocks, else None.
+        block_length: B; None for a model that sees the whole text.
     """
 
     input_ids: torch.Tensor
@@ -61,15 +66,18 @@ class MaskedBatch:
     attention_mask: torch.Tensor | None
     places: torch.Tensor | None = None
     opens: bool | None = None
+    position_ids: torch.Tensor | None = field(default=None, kw_only=True)
     block_length: int | None = field(default=None, kw_only=True)
 
     @property
     def forward_level(self) -> torch.Tensor:
-        """The λ of a forward: (b,), or with blocks (b, l / B), 0 except in the active block."""
+        """The λ of a forward: (b,), or with blocks (b, l' / B), 0 in all that isn't masked."""
         if self.block_length is None:
             return self.noise_level
-        is_active = self.answer.unflatten(1, (-1, self.block_length)).any(2)  # (b, l / B)
-        return is_active * self.noise_level[:, None]
+        holds_answer = self.answer.unflatten(1, (-1, self.block_length)).any(2)  # (b, l / B)
+        clean = (self.input_ids.shape[1] - self.answer.shape[1]) // self.block_length
+        levels = self.noise_level.view(len(self.answer), -1)  # (b, 1 or l / B)
+        return F.pad(holds_answer * levels, (0, clean))
 
 
 def mask_answers(
@@ -86,8 +94,9 @@ def mask_answers(
     complementary: bool = False,
     window: NoiseWindow = EVERYTHING,
     block_length: int | None = None,
+    one_level: bool = False,
 ) -> MaskedBatch:
-    """Mask a share λ of each answer, or of one of its blocks; see the equations above.
+    """Mask a share λ of each answer, or of each of its blocks; see the equations above.
 
     Everything is checked and drawn on the CPU, and then moved to the device of `input_ids`.
 
@@ -96,7 +105,7 @@ def mask_answers(
         prompt_lengths: (b,) the number of tokens before each answer.
         mask_token_id: the mask token.
         answer_lengths: (b,) the number of tokens of each answer. By default answers end at l.
-        noise_level: λ in (0, 1], as (b,) or one number. None draws λ.
+        noise_level: λ in (0, 1], as (b,) or one number, also for all blocks. None draws λ.
         generator: the generator that draws the seed if `seed` is None.
         seed: the seed of the random numbers, together with `sample_indices`.
         sample_indices: (b,) indices of the samples in the training stream.
@@ -104,8 +113,8 @@ def mask_answers(
             batch; 1 draws each λ independently.
         complementary: True to return 2b rows, the second half with the complementary masks.
         window: the window that λ is drawn from.
-        block_length: B; None masks whole answers. With blocks, l becomes a multiple of B, the end
-            of the last active block.
+        block_length: B; None for a model that sees the whole text.
+        one_level: True to draw one λ for all blocks of an answer.
 
     Raises:
         ValueError: a row has no answer or is longer than l; λ is outside (0, 1]; there are indices
@@ -114,40 +123,55 @@ def mask_answers(
     b, device = len(input_ids), input_ids.device
     answer, ends = host_answers(input_ids, prompt_lengths, answer_lengths)
     seed, indices = seed_and_indices(seed, sample_indices, generator, b)
-    is_padded = answer_lengths is not None
+    opens = bool(answer[:, 0].any())
+    blocks, clean = None, input_ids[:, :0]
     if block_length is not None:
-        draws = [random_of(seed, BLOCK_STREAM, index).random() for index in indices]
-        answer, ends = active_blocks(answer, np.array(draws), block_length)
-        rest = answer.shape[1] - input_ids.shape[1]
-        input_ids = F.pad(input_ids, (0, rest))  # a negative rest cuts
-        is_padded = True
+        answer, start = answer_blocks(answer, block_length)  # (b, l)
+        width = start + answer.shape[1]
+        text = F.pad(input_ids, (0, width - input_ids.shape[1]))  # a negative number cuts
+        input_ids, clean = text[:, start:], text[:, : width - block_length]
+        if not one_level:
+            number = np.arange(answer.shape[1] // block_length)
+            blocks = number - answer.argmax(1)[:, None] // block_length  # from an answer's first
     if noise_level is None:
         levels = draw_noise_levels(
-            indices, seed, group_size or b, symmetric=complementary, window=window
+            indices,
+            seed,
+            group_size or b,
+            symmetric=complementary,
+            window=window,
+            blocks=blocks,
         )
     else:
         levels = given_levels(noise_level, b, complementary)
     masked = draw_masks(answer, levels, indices, seed=seed)  # (b, l)
-    attention_mask = None
-    if is_padded:
-        attention_mask = (np.arange(answer.shape[1]) < ends[:, None]).astype(np.int64)
     targets = input_ids
     if complementary:
         masked = np.concatenate([masked, answer & ~masked])  # (2b, l)
-        levels = np.concatenate([levels, 1 - levels])  # (2b,)
-        targets, answer = targets.repeat(2, 1), np.concatenate([answer, answer])
-        if attention_mask is not None:
-            attention_mask = np.concatenate([attention_mask, attention_mask])
+        levels = np.concatenate([levels, 1 - levels])  # (2b, …)
+        answer, ends = np.concatenate([answer, answer]), np.concatenate([ends, ends])
+        targets = targets.repeat(2, 1)
     is_masked = moved(masked, device)
+    seen = targets.masked_fill(is_masked, mask_token_id)
+    attention_mask = positions = None
+    if block_length is not None:
+        seen = torch.cat([seen, clean.repeat(len(seen) // b, 1)], 1)
+        positions = paired_positions(seen.shape[1], block_length, answer.shape[1], device)[None]
+        real = positions < moved(ends, device)[:, None]
+        attention_mask = block_mask(real, block_length, noisy=answer.shape[1])
+    elif answer_lengths is not None:
+        real = np.arange(answer.shape[1]) < ends[:, None]
+        attention_mask = moved(real.astype(np.int64), device)
     return MaskedBatch(
-        input_ids=targets.masked_fill(is_masked, mask_token_id),
+        input_ids=seen,
         targets=targets,
         masked=is_masked,
         answer=moved(answer, device),
         noise_level=moved(levels, device),
-        attention_mask=None if attention_mask is None else moved(attention_mask, device),
+        attention_mask=attention_mask,
         places=moved(np.flatnonzero(masked), device),
-        opens=bool(answer[:, 0].any()),
+        opens=opens,
+        position_ids=positions,
         block_length=block_length,
     )
 

@@ -2,8 +2,9 @@
 
 The rows are as long as the flags and the model's positions allow: --max_length tokens, with
 --max_prompt_length of them in the prompt (by default all but one), plus the trained padding. All
-tokens of the answers are masked, or half of them with complementary masks. A model with blocks is
-trained on the last block. DiffusionGemma is trained on one canvas, in two passes.
+tokens of the answers are masked, or half of them with complementary masks. For a model with blocks,
+the first row has no prompt, so its blocks beside their clean copies are as many as can be.
+DiffusionGemma is trained on one canvas, in two passes.
 """
 
 from __future__ import annotations

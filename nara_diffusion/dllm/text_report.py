@@ -32,6 +32,7 @@ from .batches import AnswerCollator, batches_of
 from .decoding import Sampling
 from .exact_match import exact_match
 from .kinds.text_kind import TextKind
+from .mask_draws import draw_noise_levels
 from .models.backbone import evaluating
 from .text_arguments import Arguments
 
@@ -135,8 +136,8 @@ class Evaluation:
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Return {"validation_loss": …}, the training objective on the validation rows.
 
-        All calls use the same λ and masks, with λ stratified over all rows. A run with a window
-        also returns the means inside and outside the window.
+        All calls use the same λ and masks, with one λ for each row, stratified over all rows. A run
+        with a window also returns the means inside and outside the window.
         """
         args, accelerator = self.run.args, self.run.accelerator
         rows: Any = self.validation_rows
@@ -147,7 +148,8 @@ class Evaluation:
             for batch in batches_of(rows, indices, self.collator, size, device):
                 # not the training seed, since training draws for the same indices
                 seed = args.seed + 1
-                loss = self.kind.loss(model, **batch, seed=seed, group_size=len(rows))
+                levels = draw_noise_levels(batch["sample_indices"], seed, len(rows))
+                loss = self.kind.loss(model, **batch, seed=seed, noise_level=torch.tensor(levels))
                 pairs += zip(loss.per_sample.tolist(), loss.noise_level.tolist(), strict=True)
             return pairs
 

@@ -7,6 +7,12 @@ The positions of a sequence, prompt included, are divided into blocks of B:
 
 The prompt, earlier blocks and padding are clean (λ = 0). The keys and values of finished blocks
 therefore never change, and a cache of them is exact.
+
+Training reads [noisy | clean], all blocks of the answers beside clean copies of all but the last
+block. The copies have the same positions. There, position i sees position j
+
+    noisy i:  if j is noisy and ⌊i / B⌋ = ⌊j / B⌋, or j is clean and ⌊i / B⌋ > ⌊j / B⌋
+    clean i:  if j is clean and ⌊i / B⌋ ≥ ⌊j / B⌋
 """
 
 from __future__ import annotations
@@ -25,7 +31,9 @@ LLADA2 = "llada2_moe"
 """LLaDA2's `model_type`."""
 
 
-def block_mask(real: Tensor, block_length: int, queries: int | None = None) -> Tensor:
+def block_mask(
+    real: Tensor, block_length: int, queries: int | None = None, noisy: int = 0
+) -> Tensor:
     """Return the attention mask (b, 1, q, l) bool, True where a query position sees a key position.
 
     Each position sees itself, so no row is empty.
@@ -34,13 +42,31 @@ def block_mask(real: Tensor, block_length: int, queries: int | None = None) -> T
         real: (b, l) bool or int, False on padding.
         block_length: B, the number of positions in a block.
         queries: q. The mask has rows for the last q positions only, or for all l if this is None.
+        noisy: n, the number of noisy positions, which come before their clean copies.
     """
     places = torch.arange(real.shape[1], device=real.device)
     of_query = places[-queries:] if queries else places
-    block = places // block_length
-    seen = (of_query // block_length)[:, None] >= block  # (q, l)
+    block = paired_positions(len(places), block_length, noisy, real.device) // block_length
+    is_clean = places >= noisy
+    end = block + is_clean  # of the clean blocks that a position sees
+    seen = is_clean & (block < end[of_query, None])  # (q, l)
+    if noisy:
+        seen[:noisy, :noisy] = block[:noisy, None] == block[:noisy]
     is_own = of_query[:, None] == places
     return ((seen & real.bool()[:, None]) | is_own)[:, None]
+
+
+def paired_positions(
+    length: int, block_length: int, noisy: int, device: torch.device | None = None
+) -> Tensor:
+    """Return the position of each token of [noisy | clean] in its text: (l,).
+
+    Args:
+        noisy: n, the number of noisy positions; they end a block after the clean ones.
+    """
+    places = torch.arange(length, device=device)
+    start = length - 2 * noisy + block_length if noisy else 0  # of the noisy blocks
+    return torch.where(places < noisy, places + start, places - noisy)
 
 
 def attention_argument(mask: Tensor, implementation: str | None, dtype: torch.dtype) -> Tensor:

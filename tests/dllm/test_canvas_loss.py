@@ -56,12 +56,13 @@ def test_loss_matches_decoder_on_cached_prefix(attention):
     assert_near(loss.loss, loss.per_sample.mean() + 0.3 * loss.encoder_loss.mean(), model)
 
 
-@pytest.mark.parametrize("first_prompt", [4, 0])
-def test_encoder_learns_each_predictable_answer_token(first_prompt):
-    model, batch = tiny_gemma(), batch_of([first_prompt, 9, 5])
+@pytest.mark.parametrize(("first_prompt", "whole"), [(4, False), (0, False), (4, True)])
+def test_the_encoder_predicts_each_token_after_the_first(first_prompt, whole):
+    model, batch = tiny_gemma(), batch_of([first_prompt, 9, 5], predict_prompts=whole)
     with torch.no_grad():
         loss = canvas_loss(model, batch)
-        for row, (start, end) in enumerate([(max(first_prompt, 1), first_prompt + 14), (9, 20), (5, 25)]):
+        for row, (prompt, end) in enumerate([(first_prompt, first_prompt + 14), (9, 20), (5, 25)]):
+            start = 1 if whole else max(prompt, 1)
             ids = batch.input_ids[row : row + 1, :end]
             hidden = model.model.encoder(input_ids=ids).last_hidden_state
             logits = 30 * torch.tanh(model.lm_head(hidden) / 30)

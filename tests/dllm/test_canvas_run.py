@@ -117,9 +117,9 @@ def test_options_choose_the_layers_and_the_encoders_loss(tmp_path):
         arguments(tmp_path),
         arguments(tmp_path, train_on_encoder=False, target_modules=["q_proj"]),
     )
-    assert CANVAS.objective(both) == {"encoder_weight": 1.0}
-    assert CANVAS.objective(decoder) == {"encoder_weight": 0.0}
-    assert CANVAS.objective(arguments(tmp_path, encoder_loss_weight=0.3)) == {"encoder_weight": 0.3}
+    for args, weight in ((both, 1.0), (decoder, 0.0), (arguments(tmp_path, encoder_loss_weight=0.3), 0.3)):
+        assert CANVAS.objective(args) == {"encoder_weight": weight, "predict_prompts": False}
+    assert CANVAS.objective(arguments(tmp_path, encoder_loss_on="text"))["predict_prompts"]
     pattern = adapter_options(model, decoder)["target_modules"]
     assert pattern == r".*\.decoder\.layers\.\d+\.(self_attn|mlp)\.(q_proj)"
 
@@ -143,6 +143,7 @@ def test_card_of_twin_lora_warns_against_merging(adapter, kind, tmp_path):
         ({"gen_length": 20}, "block_length 6 has to divide gen_length 20"),
         ({"cfg_scale": 1.0}, "cfg_scale"),
         ({"train_on_encoder": False, "encoder_loss_weight": 0.5}, "encoder_loss_weight is 0.5"),
+        ({"train_on_encoder": False, "encoder_loss_on": "text"}, "encoder_loss_on is text"),
     ],
 )
 def test_what_the_model_does_not_have_raises(tmp_path, changes, words):

@@ -18,7 +18,7 @@ BF16 = ["--mixed_precision", "bf16"]
 # PyTorch's kernel for experts in bf16 reads 16 bytes at a time
 WIDE = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16}
 RANDOM = {
-    "LLaDA2": LLADA2 | WIDE | {"block_length": 4},
+    "LLaDA2": LLADA2 | WIDE | {"block_length": 6},
     "LLaDA-MoE": LLADA_MOE | {"hidden_size": 32, "expert_intermediate_size": 16},
 }
 SLOW = [
@@ -45,7 +45,8 @@ def test_plan_is_what_the_run_holds(name, generated, flags, tmp_path, monkeypatc
     for n in range(30):
         question, answer = "a" * (20 - n % 3) + f" {n}", "bca"
         if name in RANDOM:
-            question, answer = " ".join(["w7"] * (10 - n % 3) + [f"w{6 + n}"]), "w20 w21 w22 w20 w21"
+            # the answers to short questions begin in the first block
+            question, answer = " ".join(["w7"] * (9 * (n % 3 > 0)) + [f"w{6 + n}"]), "w20 w21 w22 w20 w21"
         lines.append(json.dumps({"instruction": question, "output": answer}))
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     words = ["--train_batch_size", "16", "--gen_length", generated, *flags]

@@ -3,9 +3,8 @@
     python examples/assets/makers/make_llada2_tiny.py                              # ten minutes on one CPU core
     python examples/assets/makers/make_llada2_tiny.py --output_dir outputs/trial --max_train_steps 100
 
-It has llada-tiny's tokenizer and questions, and the objective of nara_diffusion/dllm/loss.py for attention by blocks:
-one block of the answer is masked, the prompt and the blocks before it are clean, later ones are cut off. A run that was
-stopped goes on with --resume.
+It has llada-tiny's tokenizer and questions, and the objective of nara_diffusion/dllm/loss.py for attention by blocks.
+(The shipped weights had one masked block of each answer a step.) A run that was stopped goes on with --resume.
 
 Written to --output_dir: model.safetensors, config.json, the tokenizer, training_curve.csv, results.json; and
 training_state.pt, which --resume reads and nobody else needs.
@@ -56,7 +55,7 @@ def block_losses(
     sample_indices: Sequence[int],
     noise_level: float | None,
 ) -> Tensor:
-    """The loss (b,) of one block of each row (b, l), whose answers are padded to the end of their last block."""
+    """The loss (b,) of rows (b, l), whose answers are padded to the end of their last block."""
     end = model.config.eos_token_id
     ends = (input_ids != end).sum(1)  # (b,)
     coin = Random(f"{seed} {sample_indices[0]}").random()

@@ -1,6 +1,6 @@
 """LLaDA2: masks, and attention by blocks.
 
-A step masks one block of each answer, and λ is the masked share of the answer in that block.
+A step masks all blocks of each answer, and λ is the masked share of the answer in a block.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from nara_diffusion.noise.drawn_levels import NoiseWindow
 from nara_flags.text import TextFlags
 
 from ..block_filling import fill_blocks
@@ -18,11 +19,29 @@ from ..decoding import CONFIDENT, Sampling
 from ..models.backbone import Backbone
 from ..models.model_traits import BLOCK_MODEL
 from ..sampling_state import Generation, Request, State
-from .masked_kind import MASKED, plan
+from .masked_kind import MASKED, mask_options, plan
 from .text_kind import PlannedForward
 
 CHAT_THRESHOLD = 0.95
 """The published confidence_threshold for chats."""
+DFACTORY_WINDOW = NoiseWindow(0.3, 0.8)
+"""The noise levels of dFactory's configurations."""
+
+
+def _objective(flags: TextFlags) -> dict[str, Any]:
+    """Return the arguments of LLaDA's objective, or of dFactory's."""
+    options = mask_options(flags)
+    if flags.objective == "llada":
+        return options
+    if flags.complementary:
+        raise ValueError(
+            "objective dfactory draws levels from 0.3 to 0.8, and complementary masks need 1 - λ "
+            "beside each λ: leave one of them out."
+        )
+    options |= {"flat": True, "one_level": True}
+    if flags.min_noise_level is None and flags.max_noise_level is None:
+        options["window"] = DFACTORY_WINDOW
+    return options
 
 
 def _configure(model: PreTrainedModel, flags: TextFlags) -> None:
@@ -37,12 +56,11 @@ def _configuring_lines(flags: TextFlags) -> list[str]:
 
 
 def _plan(model: nn.Module, flags: TextFlags, rows: dict[str, Any]) -> PlannedForward:
-    """Return the step that trains the last block of each row."""
-    b, length = rows["input_ids"].shape
-    block: Any = Backbone(model).block_length
-    start = (length - 1) // block * block
-    last = {"prompt_lengths": [start] * b, "answer_lengths": [length - start] * b}
-    return plan(model, flags, rows | last)
+    """Return the step with a first row that has no prompt, so the step has all blocks twice."""
+    length = rows["input_ids"].shape[1]
+    prompts, answers = rows["prompt_lengths"], rows["answer_lengths"]
+    lengths = {"prompt_lengths": [0, *prompts[1:]], "answer_lengths": [length, *answers[1:]]}
+    return plan(model, flags, rows | lengths)
 
 
 def _sampling(backbone: Backbone, sampling: Sampling, chat: bool) -> Sampling:
@@ -62,6 +80,7 @@ def _generate(request: Request) -> Generation:
 BLOCKS = replace(
     MASKED,
     traits=BLOCK_MODEL,
+    objective=_objective,
     plan=_plan,
     sampling=_sampling,
     generate=_generate,

@@ -43,6 +43,10 @@ _REFUSED_SETTINGS = (
 
 
 def _objective(flags: TextFlags) -> dict[str, Any]:
+    if flags.objective != "llada":
+        raise ValueError(
+            f"objective is {flags.objective}, and DiffusionGemma has its own: leave it out."
+        )
     if flags.complementary:
         raise ValueError(
             "complementary needs masks, but DiffusionGemma has random tokens: leave it out."
@@ -53,7 +57,14 @@ def _objective(flags: TextFlags) -> dict[str, Any]:
             f"encoder_loss_weight is {weight}, but train_on_encoder is False, so no trained weight "
             "changes the encoder's loss: leave one of them out."
         )
-    return {"encoder_weight": float(flags.train_on_encoder) if weight is None else weight}
+    if weight is None:
+        weight = float(flags.train_on_encoder)
+    predict_prompts = flags.encoder_loss_on == "text"
+    if predict_prompts and not weight:
+        raise ValueError(
+            "encoder_loss_on is text, but the encoder's loss has no weight: leave it out."
+        )
+    return {"encoder_weight": weight, "predict_prompts": predict_prompts}
 
 
 def _collator(backbone: Backbone, flags: TextFlags, end_token_id: int) -> AnswerCollator:
@@ -66,9 +77,12 @@ def _collator(backbone: Backbone, flags: TextFlags, end_token_id: int) -> Answer
 def _plan(model: nn.Module, flags: TextFlags, rows: dict[str, Any]) -> PlannedForward:
     canvas: Any = Backbone(model).block_length
     vocabulary = int(rows["input_ids"].max()) + 1
-    batch = corrupt_canvases(**rows, canvas_length=canvas, vocab_size=vocabulary, seed=0)
+    options = _objective(flags)
+    weight = options.pop("encoder_weight")
+    options |= {"canvas_length": canvas, "vocab_size": vocabulary, "seed": 0}
+    batch = corrupt_canvases(**rows, **options)
     b, length = batch.input_ids.shape
-    loss = partial(canvas_loss, model, batch, **_objective(flags))
+    loss = partial(canvas_loss, model, batch, weight)
     return PlannedForward(loss, f"{b} x {length} tokens and {canvas} of a canvas")
 
 

@@ -29,17 +29,28 @@ single block."""
 
 
 def _objective(flags: TextFlags) -> dict[str, Any]:
-    if not flags.train_on_encoder or flags.encoder_loss_weight is not None:
+    if flags.objective != "llada":
         raise ValueError(
-            "train_on_encoder and encoder_loss_weight are options of DiffusionGemma, and this model "
-            "has no encoder: leave them out."
+            f"objective is {flags.objective}, which is one of models with blocks (LLaDA2): leave it out."
+        )
+    return mask_options(flags)
+
+
+def mask_options(flags: TextFlags) -> dict[str, Any]:
+    """Return the options of masks. Raise ValueError for flags of an encoder."""
+    is_changed = not flags.train_on_encoder or flags.encoder_loss_on != "answer"
+    if is_changed or flags.encoder_loss_weight is not None:
+        raise ValueError(
+            "train_on_encoder, encoder_loss_weight and encoder_loss_on are options of DiffusionGemma, "
+            "and this model has no encoder: leave them out."
         )
     return {"complementary": flags.complementary}
 
 
 def plan(model: nn.Module, flags: TextFlags, rows: dict[str, Any]) -> PlannedForward:
     """Return the step with all tokens masked, or half of them with complementary masks."""
-    batch = mask_answers(
+    masked = partial(
+        mask_answers,
         **rows,
         mask_token_id=0,
         seed=0,
@@ -47,8 +58,9 @@ def plan(model: nn.Module, flags: TextFlags, rows: dict[str, Any]) -> PlannedFor
         complementary=flags.complementary,
         block_length=Backbone(model).block_length,
     )
-    b, length = batch.input_ids.shape
-    return PlannedForward(partial(batch_loss, model, batch), f"{b} x {length} tokens")
+    b, length = masked().input_ids.shape
+    # the step makes the masks again, since those of blocks take memory
+    return PlannedForward(lambda: batch_loss(model, masked()), f"{b} x {length} tokens")
 
 
 def _sampling(backbone: Backbone, sampling: Sampling, chat: bool) -> Sampling:

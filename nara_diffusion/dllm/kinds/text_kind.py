@@ -19,7 +19,10 @@ from ..sampling_state import Generation, Request
 
 
 class TextLoss(Protocol):
-    """The loss of a batch: the scalar to differentiate, and the loss and the λ of each row."""
+    """The loss of a batch: the scalar to differentiate, the loss of each row, and λ.
+
+    λ is (b,), or (b, k) if a model with blocks drew one for each block.
+    """
 
     @property
     def loss(self) -> Tensor: ...

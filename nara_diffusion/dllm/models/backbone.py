@@ -141,14 +141,19 @@ class Backbone:
         return None if limit is None else limit - self.virtual_tokens
 
     def logits(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, at: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        at: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Return logits (b, l, v) of a text (b, l), or (b, k, v) at its positions `at` (b, k).
 
         Logits at some positions only cost less.
         """
         if at is None:
-            return self._of_text(self._forward(input_ids, attention_mask), input_ids)
+            logits = self._forward(input_ids, attention_mask, position_ids)
+            return self._of_text(logits, input_ids)
         head = self.head
         if head is None:
             return _at(self.logits(input_ids, attention_mask), at)
@@ -161,12 +166,13 @@ class Backbone:
         input_ids: Tensor,
         attention_mask: Tensor | None,
         losses_of: Callable[[Tensor], Tensor],
+        position_ids: Tensor | None = None,
     ) -> Tensor:
-        """Run a forward with losses in place of logits, and return the losses (b, l).
+        """Run a forward with losses in place of logits, and return the losses (b, n).
 
         Args:
             losses_of: a function that gets the hidden states (b', l, d) before the `head`, and
-                returns losses (b, l). It is called inside the forward.
+                returns losses (b, n). It is called inside the forward.
 
         Raises:
             ValueError: the model changes the output of its head.
@@ -184,7 +190,7 @@ class Backbone:
             return losses
 
         with _hooked(head, enter, leave):
-            losses = self._forward(input_ids, attention_mask)  # (b, l, 1)
+            losses = self._forward(input_ids, attention_mask, position_ids)  # (b, n, 1)
         if shapes != [losses.shape]:
             raise ValueError(
                 f"{type(self.language_model).__name__} changes what its output head returns, so the "
@@ -213,11 +219,15 @@ class Backbone:
                 return None
         return head
 
-    def _forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        if attention_mask is None:
-            output = self.model(input_ids)
-        else:
-            output = self.model(input_ids, attention_mask=attention_mask)
+    def _forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        inputs = {}
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids
+        output = self.model(input_ids, **inputs)
         return output if isinstance(output, Tensor) else output.logits
 
     def _of_text(self, states: Tensor, input_ids: Tensor) -> Tensor:

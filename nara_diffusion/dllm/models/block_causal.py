@@ -65,7 +65,7 @@ class BlockCausalLM(PreTrainedModel):
         Args:
             input_ids: (b, q), whole blocks of tokens; with a cache, those after the cached ones.
             attention_mask: (b, l), False on padding, for the cached tokens too; or a mask
-                (b, 1, q, l), used unchanged.
+                (b, 1, q, l), bool or what the attention function takes.
 
         Raises:
             ValueError: `labels` were given, or the attention function takes no block mask.
@@ -81,8 +81,10 @@ class BlockCausalLM(PreTrainedModel):
             length = queries + (0 if cache is None else cache.get_seq_length())
             if attention_mask is None:
                 attention_mask = torch.ones(b, length, dtype=torch.bool, device=tokens.device)
-            mask = block_mask(attention_mask, self.config.block_length, queries)
-            attention_mask = attention_argument(mask, self.config._attn_implementation, self.dtype)
+            attention_mask = block_mask(attention_mask, self.config.block_length, queries)
+        if attention_mask.dtype == torch.bool:
+            attention = self.config._attn_implementation
+            attention_mask = attention_argument(attention_mask, attention, self.dtype)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
