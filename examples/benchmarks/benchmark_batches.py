@@ -1,19 +1,19 @@
 """Positions that forwards take for each real token: batches by length, random ones, and transformers' own grouping.
 
-    python examples/benchmarks/benchmark_batches.py                          # the table, in a minute
-    python examples/benchmarks/benchmark_batches.py --first_step_records 100000     # and the start of a run on so many records
+    python examples/benchmarks/benchmark_batches.py                              # the table, in a minute
+    python examples/benchmarks/benchmark_batches.py --first_step_records 100000  # and the start of a run on them
 
-8 000 rows have lognormal lengths with a mean of 202 tokens, at most 811; two fifths of a row are its prompt. All orders of
-an epoch go through the same collator:
+8 000 rows have lognormal lengths with a mean of 202 tokens, at most 811; two fifths of a row are its prompt. All
+orders of an epoch go through the same collator:
 
     by length     `GlobalBatchStream` with lengths, the default of dllm.py
     random        --group_by_length false
     transformers  `LengthGroupedSampler`, the group_by_length of its Trainer, which dllm uses
     needed        no padding but the trained one
 
-With --first_step_records N, a copy of llada-tiny with 1 024 positions takes one step of 8 on N records of such lengths: the
-processor time of the whole program, with reading, tokenising and measuring, and the largest resident memory of one of
-its processes.
+With --first_step_records N, a copy of llada-tiny with 1 024 positions takes one step of 8 on N records of such
+lengths: the processor time of the whole program, with reading, tokenising and measuring, and the largest resident
+memory of one of its processes.
 """
 
 from __future__ import annotations
