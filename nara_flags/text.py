@@ -112,6 +112,11 @@ class DataArguments:
         "512, or the model's positions if it has fewer.",
         unit="tokens",
     )
+    group_by_length: bool = option(
+        True,
+        "Form global batches of samples of similar lengths, in random order, so that forwards have little padding.",
+        rare=True,
+    )
 
 
 @dataclass
@@ -121,8 +126,8 @@ class ObjectiveArguments:
     trained_padding: str = option(
         "gen_length",
         "End tokens after an answer that are trained on: gen_length, up to the length of generated "
-        "answers (DiffusionGemma: to the end of a canvas); longest, up to the longest sample of the "
-        "global batch; or a number.",
+        "answers (DiffusionGemma: to the end of a canvas); longest, up to the longest of the "
+        "--train_batch_size samples of a forward, hence few with --group_by_length and none at 1; or a number.",
         unit="tokens",
         rare=True,
     )

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from nara_diffusion.utils.data_order import ShuffledStream
+from nara_diffusion.utils.data_order import ShuffledStream, grouped_by_length
 
-from .records import with_column
+from .records import column_batches, with_column
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,42 +26,51 @@ Row = Mapping[str, Any]
 class GlobalBatchStream(ShuffledStream):
     """A stream of encoded rows with one record at each position.
 
-    If a conversation has several rows, one of them is drawn by (seed, position). Each row stores
-    the length of the longest row in its global batch as "longest", even if another forward or
-    process takes that row.
+    If a conversation has several rows, one of them is drawn by seed and position.
+
+    Args:
+        global_batch: the number of rows in a global batch.
+        lengths: the number of positions of each row, to form the global batches by length (see
+            `grouped_by_length`); None to form them at random.
     """
 
-    def __init__(self, rows: Dataset, seed: int, global_batch: int):
+    def __init__(
+        self, rows: Dataset, seed: int, global_batch: int, lengths: np.ndarray | None = None
+    ):
         numbers = rows.with_format("numpy")["record"][:]
         starts = np.flatnonzero(np.diff(numbers, prepend=-1))
         super().__init__(range(len(starts)), seed)
-        self.rows, self.global_batch = rows, global_batch
+        self.rows, self.global_batch, self.lengths = rows, global_batch, lengths
         self._starts = [*starts.tolist(), len(rows)]
-        self._first, self._longest = -1, 0
 
-    def _row(self, position: int) -> dict[str, Any]:
-        record = self.sample_at(position)
-        of_record = range(self._starts[record], self._starts[record + 1])
-        if len(of_record) == 1:
-            return self.rows[of_record[0]]
-        return self.rows[Random(f"{self.seed} {position}").choice(of_record)]
+    def order_of(self, epoch: int) -> list[int]:
+        """Return the indices of the rows in the order of an epoch."""
+        records = super().order_of(epoch)
+        first = epoch * len(records)
+        rows: list[int] = []
+        for position, record in enumerate(records, first):
+            row, stop = self._starts[record : record + 2]
+            if stop > row + 1:
+                row = Random(f"{self.seed} {position}").choice(range(row, stop))
+            rows.append(row)
+        if self.lengths is None:
+            return rows
+        return grouped_by_length(rows, self.lengths, self.global_batch, first, (self.seed, epoch))
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        first = position - position % self.global_batch
-        if first != self._first:
-            batch = [self._row(first + i) for i in range(self.global_batch)]
-            self._first, self._longest = first, max(len(row["input_ids"]) for row in batch)
-        return self._row(position) | {"position": position, "longest": self._longest}
+        return self.rows[self.sample_at(position)] | {"position": position}
 
 
-def with_longest(rows: Dataset, global_batch: int) -> Dataset:
-    """Return the rows for validation, in order, with "longest" as in `GlobalBatchStream`."""
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    longest: list[int] = []
-    for first in range(0, len(lengths), global_batch):
-        batch = lengths[first : first + global_batch]
-        longest += [max(batch)] * len(batch)
-    return with_column(rows, "longest", longest)
+def with_longest(rows: Dataset, batch_size: int, is_grouped: bool) -> Dataset:
+    """Return the rows for validation, in order, with "longest" for the collator.
+
+    This is the length of the longest of `batch_size` rows: neighbours in the data, or in length if
+    `is_grouped`. So padding is trained as far as a forward of training would.
+    """
+    lengths = np.array([len(ids) for ids in rows["input_ids"]])
+    order = np.argsort(lengths, kind="stable") if is_grouped else np.arange(len(lengths))
+    longest = np.maximum.reduceat(lengths[order], np.arange(0, len(order), batch_size))
+    return with_column(rows, "longest", longest[order.argsort() // batch_size].tolist())
 
 
 @dataclass(frozen=True)
@@ -77,11 +86,11 @@ class AnswerCollator:
         end_token_id: the token that pads the rows.
         trained_padding: the part of the padding that counts as answer, to be masked and trained on:
             "gen_length": up to `gen_length` tokens after the prompt, which generation fills;
-            "longest": up to the length of the longest row in the global batch, as in LLaDA. The
-                rows store this length as "longest" (see `GlobalBatchStream`). If they don't, the
-                longest row of the batch counts;
+            "longest": up to the length of the longest row of the batch, or to the length that the
+                row has as "longest" (see `with_longest`);
             a number: this many tokens.
-            Except with "longest", the loss of a row doesn't depend on the other rows.
+            Except with "longest", the loss of a row doesn't depend on the other rows. With
+            "longest", it depends on the rows of one forward, never on other processes or forwards.
         gen_length: the length of the answers with "gen_length".
         multiple: a length; complete answers are padded further, to a multiple of it.
     """
@@ -120,6 +129,17 @@ class AnswerCollator:
                 length = self.padded_length(length, prompt, row.get("longest", longest))
             lengths.append(length - prompt)
         return lengths
+
+    def row_lengths(self, rows: Dataset) -> np.ndarray:
+        """Return the number of positions of each row. "longest" adds none."""
+        lengths: list[int] = []
+        for table in column_batches(rows, ("input_ids", "prompt_length", "length"), "arrow"):
+            tokens = table["input_ids"].combine_chunks().value_lengths()
+            columns = (tokens, table["prompt_length"], table["length"])
+            for length, prompt, uncut in zip(*(c.to_pylist() for c in columns), strict=True):
+                is_whole = length == uncut
+                lengths.append(self.padded_length(length, prompt, length) if is_whole else length)
+        return np.array(lengths)
 
     def is_whole(self, row: Row) -> bool:
         """Return True if the answer of the row is complete, with its end token."""

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from nara_diffusion.utils.data_order import ShuffledStream
 from nara_diffusion.utils.wording import counted
 
 from .batches import AnswerCollator
 
-if TYPE_CHECKING:
-    pass
-
-
 _SAMPLE = 1000  # samples of the training stream that `trained_canvas` reads
 
 
 def trained_canvas(
-    stream: ShuffledStream, collator: AnswerCollator, gen_length: int, block_length: int
+    stream: ShuffledStream,
+    collator: AnswerCollator,
+    batch_size: int,
+    gen_length: int,
+    block_length: int,
 ) -> tuple[str, list[str]]:
     """Compare the canvas of generation with the part of it that training covers.
 
     Args:
         stream: the training stream. Only the first samples are read.
+        batch_size: the number of samples of a forward.
 
     Returns:
         A line for the run's facts, and warnings. There is a warning if generation goes beyond the
@@ -32,12 +33,18 @@ def trained_canvas(
     rows = [stream[position] for position in range(min(len(stream.samples), _SAMPLE))]
     prompts = [row["prompt_length"] for row in rows]
     answers = [len(row["input_ids"]) - row["prompt_length"] for row in rows]
-    trained = collator.answer_lengths(rows)
+    trained: list[int] = []
+    positions = 0  # with all padding
+    for first in range(0, len(rows), batch_size):
+        batch = rows[first : first + batch_size]
+        ends = collator.answer_lengths(batch)
+        trained += ends
+        positions += len(batch) * max(map(operator.add, prompts[first:], ends))
     padding = f"(trained_padding {collator.trained_padding})"
-    mean = round(sum(prompts + trained) / len(rows))
     fact = (
         f"prompts {_span(prompts)}, answers {_span(answers)}, trained to {_span(trained)} tokens "
-        f"{padding}, {mean} positions a sample; "
+        f"{padding}, {positions / len(rows):.0f} positions a sample, "
+        f"{positions / sum(prompts + answers):.2f} a token; "
         f"gen_length {gen_length} in {counted(gen_length // block_length, 'block')}"
     )
     short, long = [], []

@@ -134,7 +134,7 @@ def encode_data(
         training,
         validation,
         test,
-        validation_rows=with_longest(validation.rows, run.global_batch),
+        validation_rows=with_longest(validation.rows, args.train_batch_size, args.group_by_length),
         descriptions=_descriptions(args, records),
         collator=collator,
         padded=padded,

@@ -130,10 +130,12 @@ class Trained:
 def fine_tune(setup: Setup) -> Trained:
     """Train an adapter, starting from the run's checkpoint if there is one, and save it."""
     args, run, base = setup.args, setup.run, setup.base
-    stream = GlobalBatchStream(setup.data.training.rows, args.seed, run.global_batch)
+    rows, collator = setup.data.training.rows, setup.data.collator
+    lengths = collator.row_lengths(rows) if args.group_by_length else None
+    stream = GlobalBatchStream(rows, args.seed, run.global_batch, lengths)
     steps = run.plan(len(stream.samples))
     model, start = adapt(setup)
-    parts = prepare_training(run, model, stream, setup.data.collator)
+    parts = prepare_training(run, model, stream, collator)
     adapted: Any = run.accelerator.unwrap_model(parts.model)
     _try_longest_prompt(setup, adapted)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
@@ -183,7 +185,8 @@ def run_facts(
     """Return {what: value} about the run, and warn if training and generation don't agree."""
     args, run, data = setup.args, setup.run, setup.data
     block = setup.base.sampling.block
-    canvas, warnings = trained_canvas(stream, data.collator, args.gen_length, block)
+    size = args.train_batch_size
+    canvas, warnings = trained_canvas(stream, data.collator, size, args.gen_length, block)
     _warn(run, warnings)
     training, validation = data.descriptions
     return {

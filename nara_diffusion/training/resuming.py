@@ -46,6 +46,8 @@ The data and the base model are checked by their digests: changed data start aga
 beginning, and a changed base model is an error. All arguments that aren't in this set define what
 is trained, or how.
 """
+_BEFORE = {"group_by_length": False}
+"""Options that earlier versions didn't have, where they acted otherwise than the present default."""
 
 
 def check_same_run(checkpoint: Path, args: TrainingArguments, accelerator: Accelerator) -> None:
@@ -119,11 +121,11 @@ def changed_arguments(
     """Return {name: (saved value, current value)} of the arguments that differ from `saved`.
 
     `saved` may be the arguments of an earlier version. An option that it lacks had its present
-    default. An option that no longer exists counts as changed if it was on, since the resumed run
+    default, or its value in `_BEFORE`. An option that no longer exists counts as changed if it was on, since the resumed run
     would not have it. The arguments output_dir and resume_from_checkpoint are ignored.
     """
     now = vars(args)
-    then = defaults_of(args) | without_dicts(saved)
+    then = defaults_of(args) | _BEFORE | without_dicts(saved)
     gone = {name for name, value in then.items() if name not in now and value not in (None, False)}
     names = sorted((now.keys() | gone) - {"output_dir", "resume_from_checkpoint"})
     pairs = {name: (then.get(name), now.get(name)) for name in names}

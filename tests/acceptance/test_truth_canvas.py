@@ -34,13 +34,13 @@ def arguments(tmp_path: Path) -> Callable[..., Arguments]:
     return lambda **changes: text_arguments(tmp_path / "other", **{**defaults, **changes})
 
 
-def test_longest_padding_covers_the_global_batch(arguments, tmp_path: Path) -> None:
-    """The losses of 1 x 4 samples are those of 4 x 1: both train the padding to the longest of the four."""
+def test_losses_are_equal_under_any_accumulation(arguments, tmp_path: Path) -> None:
+    """The losses of 1 x 4 samples are those of 4 x 1, though each forward is as long as its longest sample."""
     lines, short = [], {"max_train_steps": 1, "validation_steps": 1, "test_samples": 1, "curve_points": 1}
     for size, accumulation in ((1, 4), (4, 1)):
         folder = tmp_path / f"{size}x{accumulation}"
         batches = {"train_batch_size": size, "gradient_accumulation_steps": accumulation, "eval_batch_size": size}
-        main(arguments(trained_padding="longest", output_dir=folder, **short, **batches))
+        main(arguments(output_dir=folder, **short, **batches))
         lines.append([line.get("loss", line.get("validation_loss")) for line in metrics(folder)])
     torch.testing.assert_close(*lines, rtol=1e-4, atol=1e-6)
 

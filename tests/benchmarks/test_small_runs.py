@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import benchmark_batches
 import benchmark_cache
 import benchmark_decoding
 import benchmark_few_steps
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.slow
 RUNS = {
     benchmark_speed: {"rounds": 2, "shape": (4, 8, 32), "rank": 5},
     benchmark_cache: {"steps": 1, "rounds": 1, "lengths": (32,)},
+    benchmark_batches: {"records": 100},
     benchmark_decoding: {"questions": 2, "steps": 2},
 }
 MADE_WITH = {"command", "hardware", "versions", "commit"}

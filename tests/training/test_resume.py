@@ -141,6 +141,7 @@ def test_changeable_names_are_arguments_that_train_nothing() -> None:
     assert known >= MAY_CHANGE
     kept = {"seed", "adapter", "rank", "learning_rate", "lr_scheduler", "train_batch_size", "global_batch_size"}
     kept |= {"max_length", "gen_length", "trained_padding", "complementary", "min_noise_level", "mixed_precision"}
+    kept |= {"group_by_length"}
     kept |= {"resolution", "weighting_scheme", "snr_gamma", "noise_offset", "class_prompt", "prior_loss_weight"}
     assert not kept & MAY_CHANGE
 
@@ -151,6 +152,8 @@ def test_arguments_of_an_earlier_version_are_compared(tmp_path: Path) -> None:
     saved: dict[str, Any] = {name: value for name, value in vars(args).items() if name not in new}
     saved |= {"check": False, "model_options": {}, "evaluation_options": {"temperature": 0.5, "curve_points": 2}}
     assert changed_arguments(args, saved) == {}
+    ungrouped = {name: value for name, value in saved.items() if name != "group_by_length"}
+    assert changed_arguments(args, ungrouped) == {"group_by_length": (False, True)}
     saved |= {"model_options": {"train_on_encoder": False, "revision": "v1"}, "gone": 3}
     expected = {"train_on_encoder": (False, True), "revision": ("v1", None), "gone": (3, None)}
     assert changed_arguments(args, saved) == expected
