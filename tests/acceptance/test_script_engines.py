@@ -258,6 +258,7 @@ def test_global_batch_is_divided_and_overrides_accelerate(tmp_path: Path, monkey
     assert [accumulation_steps(args, processes) for processes in (1, 2)] == [2, 1]
     with pytest.raises(ValueError, match="must be a multiple of the 12 samples"):
         accumulation_steps(args, 3)
+    assert accumulation_steps(text_arguments(tmp_path, gradient_accumulation_steps=3), 2) == 3
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
     with dllm.start_run(args, "dllm", dllm.write_checkpoint) as run:
         assert (run.global_batch, run.accelerator.gradient_accumulation_steps) == (8, 2)

@@ -6,11 +6,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import pytest
+import torch
 from datasets import Dataset
+from torch import Tensor, nn
 
 from nara_diffusion.dllm import text_report, train
 from nara_diffusion.dllm.decoding import Sampling
@@ -90,21 +92,34 @@ def test_model_is_loaded_by_its_flags(tmp_path: Path, monkeypatch: pytest.Monkey
     assert calls[0].items() >= flags.items()
 
 
-def test_answers_are_compared_as_extract_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_has_each_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
+    sizes: list[int] = []
 
     def compared(*_: Any, **options: Any) -> Any:
         calls.append(options)
         return SimpleNamespace(generations=[{"correct": True}])
 
+    def curve(model: Any, rows: Any, levels: Any, **options: Any) -> list[float]:
+        calls.append(options)
+        return [0.5] * len(levels)
+
+    def loss(model: Any, input_ids: Tensor, **_: Any) -> Any:
+        sizes.append(len(input_ids))
+        return SimpleNamespace(per_sample=input_ids[:, 0], noise_level=input_ids[:, 0])
+
+    def collate(rows: list[Any]) -> dict[str, Tensor]:
+        return {"input_ids": torch.full((len(rows), 1), 0.5)}
+
     monkeypatch.setattr(text_report, "exact_match", compared)
-    kind = replace(MASKED, curve=lambda model, rows, levels, **_: [0.5] * len(levels))
+    kind = replace(MASKED, curve=curve, loss=loss)
     accelerator = SimpleNamespace(device="cpu", num_processes=1, process_index=0, distributed_type="NO")
     args = arguments(extract="number", eval_batch_size=3, curve_points=4)
     run: Any = SimpleNamespace(args=args, accelerator=accelerator, is_main=True, global_batch=2)
-    rows = Dataset.from_list([{"instruction": "q"}])
-    evaluation = text_report.Evaluation(run, None, rows, rows, None, args.sampling(), kind)  # type: ignore[arg-type]
-    monkeypatch.setattr(text_report.Evaluation, "validate", lambda self, model: {"validation_loss": 0.5})
-    measured = evaluation.measure(None)  # type: ignore[arg-type]
-    assert (calls[0]["extract"], calls[0]["batch_size"]) == ("number", 3)
+    rows, collator = Dataset.from_list([{"instruction": "q"}] * 7), cast(Any, collate)
+    evaluation = text_report.Evaluation(run, cast(Any, None), rows, rows.select([0]), collator, args.sampling(), kind)
+    measured = evaluation.measure(nn.Identity())
+    assert calls[0]["extract"] == "number"
+    assert [options["batch_size"] for options in calls] == [3, 3]
+    assert sizes == [3, 3, 1]
     assert len(measured.curve) == 4

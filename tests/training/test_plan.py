@@ -25,6 +25,7 @@ from nara_diffusion.dreambooth.families import placed
 from nara_diffusion.dreambooth.image_arguments import run_family
 from nara_diffusion.dreambooth.image_plan import PlannedPrompts, pipeline_on_meta
 from nara_diffusion.training.optimization import build_optimizer
+from nara_diffusion.training.plan import cheaper
 from nara_diffusion.training.planned_step import PlannedStep, StepCounter, measure, optimizer_bytes
 from nara_flags.parser import parse_arguments
 from nara_flags.training import OPTIMIZERS
@@ -103,6 +104,15 @@ def test_plan_with_a_size_names_flags_that_fit(folders, capsys):
         assert word in capsys.readouterr().out
     text.main(parse_arguments(text.Arguments, [*words, "--plan", "1"]))
     assert "It fits into 1 GB" in capsys.readouterr().out
+
+
+def test_cheaper_batch_of_1_keeps_the_accumulated_batch():
+    args = text.Arguments(
+        pretrained_model_name_or_path="none", train_file="none", train_batch_size=4, gradient_accumulation_steps=3
+    )
+    words, changed = next(cheaper(args))
+    assert words == "--train_batch_size 1 --gradient_accumulation_steps 12"
+    assert (changed.train_batch_size, changed.gradient_accumulation_steps) == (1, 12)
 
 
 @pytest.mark.parametrize(("words", "message"), [
