@@ -121,8 +121,9 @@ def changed_arguments(
     """Return {name: (saved value, current value)} of the arguments that differ from `saved`.
 
     `saved` may be the arguments of an earlier version. An option that it lacks had its present
-    default, or its value in `_BEFORE`. An option that no longer exists counts as changed if it was on, since the resumed run
-    would not have it. The arguments output_dir and resume_from_checkpoint are ignored.
+    default, or its value in `_BEFORE`. An option that no longer exists counts as changed if it was
+    on, since the resumed run would not have it. The arguments output_dir and resume_from_checkpoint
+    are ignored.
     """
     now = vars(args)
     then = defaults_of(args) | _BEFORE | without_dicts(saved)
