@@ -43,7 +43,7 @@ def one_layer(core: Any) -> PeftModel:
     return adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"], core_type="mine")
 
 
-def test_custom_core_that_is_registered_last_needs_lambda_unless_it_says_otherwise() -> None:
+def test_custom_core_registered_last_needs_lambda_by_default() -> None:
     x, model = torch.randn(3, 7), one_layer(lambda config, rank: Answering(torch.eye(rank)[None]))
     with pytest.raises((ValueError, RuntimeError), match=r"noise_level\(model"):
         model(x)
@@ -54,7 +54,7 @@ def test_custom_core_that_is_registered_last_needs_lambda_unless_it_says_otherwi
     assert relative_error(model(x), expected) < 2e-6
 
 
-def test_custom_core_that_its_factory_makes_in_another_dtype_is_stored_and_computes_in_float32() -> None:
+def test_custom_core_of_another_dtype_becomes_float32() -> None:
     model = one_layer(lambda config, rank: Still(config, rank).double())
     core = core_matrix(model, 0.5)
     (P,) = (t for name, t in model.named_parameters() if name.endswith("core.P"))
@@ -63,7 +63,7 @@ def test_custom_core_that_its_factory_makes_in_another_dtype_is_stored_and_compu
 
 
 @pytest.mark.parametrize("core_type", ["hypernetwork", "knots", "mine"])
-def test_core_that_loads_bfloat16_in_place_of_its_tensors_stays_float32(core_type: str) -> None:
+def test_core_that_loads_bfloat16_stays_float32(core_type: str) -> None:
     register_core("mine", Still)
     model = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"], core_type=core_type)
     half = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
@@ -74,7 +74,7 @@ def test_core_that_loads_bfloat16_in_place_of_its_tensors_stays_float32(core_typ
     assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16}
 
 
-def test_custom_core_of_a_wrong_name_factory_or_answer_is_refused() -> None:
+def test_custom_core_with_wrong_parts_is_refused() -> None:
     for name in ("hypernetwork", "bins", "", 3):
         with pytest.raises(ValueError, match=f"^name is {name!r}: choose a text other than 'hypernetwork'"):
             register_core(name, Still)  # type: ignore[arg-type]
@@ -90,7 +90,7 @@ def test_custom_core_of_a_wrong_name_factory_or_answer_is_refused() -> None:
             model(torch.randn(3, 7))
 
 
-def test_core_of_modules_named_like_methods_of_a_dictionary_is_their_own_and_another_name_is_refused() -> None:
+def test_modules_named_like_dictionary_methods_have_own_cores() -> None:
     base = nn.Module()
     base.keys, base.pop = nn.Linear(7, 5), nn.Linear(7, 5)
     base.forward = lambda x: base.keys(x) + base.pop(x)
@@ -159,7 +159,7 @@ def updates_of_rank(n: int, d_out: int, d_in: int, rank: int) -> Tensor:
     return random(d_out, rank) @ random(n, rank, rank) @ random(rank, d_in)
 
 
-def test_shared_factors_reproduce_every_update_at_the_smallest_rank_by_orthonormal_directions() -> None:
+def test_shared_factors_reproduce_updates_at_smallest_rank() -> None:
     shapes = [(1, 9, 6, 2), (3, 9, 6, 4), (5, 6, 11, 6), (2, 40, 30, 7), (4, 7, 7, 1)]
     for updates, rank, is_padded in [
         *((updates_of_rank(*shape).to(dtype), shape[-1], False) for shape in shapes for dtype in (float32, float64)),

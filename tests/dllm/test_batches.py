@@ -169,7 +169,7 @@ def test_validation_rows_are_padded_as_forwards_of_training(conversations: Datas
 
 
 @pytest.mark.parametrize("padding", ["longest", "gen_length", "3"])
-def test_gradients_of_an_epoch_average_to_those_of_one_batch(conversations: Dataset, padding: str) -> None:
+def test_epoch_gradients_average_to_those_of_one_batch(conversations: Dataset, padding: str) -> None:
     """Samples of unequal lengths have equal weights, however they are put into forwards."""
     model = nara(backbone(40)).double()
     collator = AnswerCollator(END, padding, gen_length=9)

@@ -99,7 +99,7 @@ def test_cache_changes_no_token_of_the_base(model: Any, rule: str) -> None:
     torch.testing.assert_close(answers(model, True, **settings), answers(model, False, **settings))
 
 
-def test_cache_changes_no_token_of_an_adapted_shifted_model(tmp_path: Path) -> None:
+def test_cache_of_shifted_adapted_model_changes_no_token(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, FAST_DLLM)
     base, _ = load_backbone(str(tmp_path), dtype=torch.float64)
     adapted = nara(base, target_modules=["q_proj", "k_proj", "v_proj", "down_proj"])

@@ -32,7 +32,7 @@ from nara_diffusion.dllm.mask_draws import draw_noise_levels
 from nara_diffusion.dllm.masking import MaskedBatch
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dllm.text_report import Evaluation
-from nara_diffusion.training.engines import recompute_activations
+from nara_diffusion.training.engine_models import recompute_activations
 from tests.acceptance._text import nara
 from tests.helpers.mixtures import LLADA2, MASK, block_seen, write_checkpoint
 
@@ -134,7 +134,7 @@ def test_complementary_masks_cover_each_answer_token_once() -> None:
     assert batch.attention_mask[:3].equal(batch.attention_mask[3:])
 
 
-def test_levels_of_blocks_are_uniform_even_and_their_own() -> None:
+def test_block_levels_are_uniform_even_and_independent() -> None:
     """A block's λ depends on its place in its answer alone, and the first has that of a whole answer."""
     blocks = np.arange(8)[None].repeat(4000, 0)
     levels = draw_noise_levels(range(4000), 3, blocks=blocks)

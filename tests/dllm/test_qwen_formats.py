@@ -77,7 +77,7 @@ def expected(fields: dict[str, Any], state: dict[str, Tensor], ids: Tensor, bloc
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_checkpoint_in_its_class_has_the_logits_by_hand(name: str, tmp_path: Path) -> None:
+def test_loaded_checkpoint_has_the_logits_by_hand(name: str, tmp_path: Path) -> None:
     fields, options, stock, block = FAMILIES[name]
     state = write_checkpoint(tmp_path / "public", fields)
     model, tokenizer = load_backbone(str(tmp_path / "public"), dtype=torch.float64, **options)
@@ -100,14 +100,14 @@ def test_checkpoint_in_its_class_has_the_logits_by_hand(name: str, tmp_path: Pat
         torch.testing.assert_close(again(IDS, attention_mask=real).logits, logits, rtol=0, atol=1e-9)
 
 
-def test_fields_without_a_block_length_take_the_published_one(tmp_path: Path) -> None:
+def test_absent_block_length_is_the_published_one(tmp_path: Path) -> None:
     for fields, key, published in ((SDAR, "block_size", 4), (FAST_DLLM, "bd_size", 32)):
         write_checkpoint(tmp_path, {name: value for name, value in fields.items() if name != key})
         assert load_backbone(str(tmp_path))[0].config.block_length == published
 
 
 @pytest.mark.parametrize("token", ["<|MASK|>", "|<MASK>|"])
-def test_mask_token_that_only_the_vocabulary_has_is_found(token: str, tmp_path: Path) -> None:
+def test_mask_token_is_read_from_the_vocabulary(token: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, FAST_DLLM)
     for file in tmp_path.glob("*token*.json"):
         fields = json.loads(file.read_text().replace('"<mask>"', json.dumps(token)))
@@ -117,7 +117,7 @@ def test_mask_token_that_only_the_vocabulary_has_is_found(token: str, tmp_path: 
     assert model.config.mask_token_id == tokenizer.mask_token_id == MASK
 
 
-def test_rnd1_is_a_qwen3_moe_that_sees_the_whole_text(tmp_path: Path) -> None:
+def test_rnd1_is_a_bidirectional_qwen3_moe(tmp_path: Path) -> None:
     fields = LLADA_MOE | {"head_dim": 6, "moe_layer_freq": [1, 1, 1]}
     by_hand = ByHand(fields, write_checkpoint(tmp_path, fields))
     by_hand.chosen = lambda logits, at: _normalised(logits)  # type: ignore[method-assign]
@@ -154,13 +154,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_family_that_isn_t_supported_is_refused_with_the_reason(family: str, tmp_path: Path) -> None:
+def test_unsupported_family_is_refused_with_the_reason(family: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, SDAR | {"model_type": family})
     with pytest.raises(ValueError, match=REFUSED[family]):
         load_backbone(str(tmp_path))
 
 
-def test_unknown_field_and_block_length_of_other_families_are_refused(tmp_path: Path) -> None:
+def test_unknown_fields_and_foreign_block_lengths_are_refused(tmp_path: Path) -> None:
     for fields in (SDAR, FAST_DLLM):
         write_checkpoint(tmp_path, fields | {"expert_capacity": 3})
         with pytest.raises(ValueError, match="expert_capacity=3"):
@@ -199,7 +199,7 @@ def test_pipeline_saves_and_loads_a_block_model(tmp_path: Path) -> None:
     assert again("w7 w8 w9", **how).texts == pipe("w7 w8 w9", **how).texts
 
 
-def test_a_run_of_fast_dllm_trains_by_blocks_and_its_card_loads_it(tmp_path: Path) -> None:
+def test_fast_dllm_run_trains_by_blocks_and_loads(tmp_path: Path) -> None:
     flags: dict[str, Any] = block_flags(tmp_path)
     flags |= {"output_dir": tmp_path / "run", "max_train_steps": 2, "test_samples": 1}
     write_checkpoint(tmp_path / "model", FAST_DLLM)

@@ -107,7 +107,7 @@ def test_film_with_strength_scales_beta_too(use_dora: bool) -> None:
 
 
 @DORA
-def test_film_in_half_precision_parts_and_compiled_equals_formula(use_dora: bool) -> None:
+def test_film_equals_formula_in_half_parts_and_compiled(use_dora: bool) -> None:
     model = film(use_dora=use_dora)
     expected, _ = by_hand(model, X, LEVELS, torch.ones(3))
     with noise_level(model, LEVELS), torch.no_grad():

@@ -88,7 +88,7 @@ def inputs_in(dtype: torch.dtype) -> Any:
     return {key: x.to(dtype) if is_real[key] else x for key, x in inputs.items()}
 
 
-def test_tc_lora_on_flux_equals_formula_at_a_level_a_sample(transformer: Any, tmp_path: Path) -> None:
+def test_tc_lora_on_flux_equals_formula_per_sample(transformer: Any, tmp_path: Path) -> None:
     tensors = tensors_for(transformer)
     assert len(tensors) > 6 * len(ENDINGS)
     save_file(tensors, tmp_path / "adapter_model.safetensors")
@@ -118,7 +118,7 @@ def test_tc_lora_in_a_window_runs_only_there(transformer: Any, tmp_path: Path) -
     assert relative_error(outputs[0], base) > 1e-2
 
 
-def test_tc_lora_is_described_by_the_command_and_not_folded(transformer: Any, tmp_path: Path, capsys: Any) -> None:
+def test_tc_lora_is_inspected_and_not_folded(transformer: Any, tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "style.safetensors"
     save_file(tensors_for(transformer, ("to_q",)), path)
     nara_command.main(["inspect", str(path), "--json"])

@@ -66,7 +66,7 @@ def test_windows_at_edge_run_one_adapter_each(sources: Any, tmp_path: Path) -> N
     assert_near(predict(again, EDGE), predict(frozen_sd(), EDGE), pipe.unet)
 
 
-def test_windows_saved_as_one_file_are_split_by_convert(sources: Any, tmp_path: Path) -> None:
+def test_convert_splits_windows_of_one_file(sources: Any, tmp_path: Path) -> None:
     pipe: Any = frozen_sd()
     pipe.load_nara_weights([(source, (0.2, 0.6)) for source in sources])
     pipe.save_nara_weights(tmp_path / "one", ["default_0", "default_1"])
@@ -127,7 +127,7 @@ def wan(boundary_ratio: float | None = 0.5) -> Any:
     )
 
 
-def test_windows_of_wan_go_into_the_transformer_that_runs_there(tmp_path: Path) -> None:
+def test_windows_of_wan_go_into_their_transformer(tmp_path: Path) -> None:
     lora = save_lora(wan(), "transformer", tmp_path / "lora")
     trained, source = wan(), tmp_path / "nara"
     trained.transformer.add_adapter(nara_config(target_modules=["to_k"]), "default")
