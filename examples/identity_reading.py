@@ -26,7 +26,20 @@ from nara_diffusion.dreambooth.objectives import Objective, Scheduler, build_obj
 class IdentityReading:
     """Convert the prediction of a base model to the prediction that an objective asks for.
 
-        prediction = reading.prediction(x, base(*reading.base_inputs(x, indices)), indices)
+        import torch
+        from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+        from identity_reading import IdentityReading
+
+        from nara_diffusion.dreambooth.objectives import build_objective
+
+        pipe = DiffusionPipeline.from_pretrained("examples/assets/sdxl-tiny", dtype=torch.float32)
+        reading = IdentityReading(pipe.scheduler, build_objective(FlowMatchEulerDiscreteScheduler()))
+        x, indices = torch.randn(2, 4, 16, 16), torch.tensor([250, 700])  # x_σ at σ = (index + 1) / 1000
+        z, timestep = reading.base_inputs(x, indices)  # what the base is given
+        states, _, pooled, _ = pipe.encode_prompt(["a toy", "a toy"], do_classifier_free_guidance=False)
+        conditions = {"text_embeds": pooled, "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)}
+        epsilon = pipe.unet(z, timestep, states, added_cond_kwargs=conditions).sample
+        velocity = reading.prediction(x, epsilon, indices)  # ε − x₀, (2, 4, 16, 16)
 
     Args:
         base_scheduler: the scheduler of the base model, with betas and a prediction of ε, v or x.
