@@ -52,9 +52,9 @@ def declared() -> dict[str, tuple[str, dict[float, float], list[str], str]]:
     for section in PAGE.split("\n### λ = ")[1:]:
         formula, convention = re.match(r"(.*) \(convention `(\w+)`\)", section).groups()  # type: ignore[union-attr]
         formula, _, meaning = formula.partition(": ")
-        for name, arguments, rows in re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|", section, re.MULTILINE):
+        for name, arguments, rows in re.findall(r"^\| `(\w+)` \| (.*?)\| (.*?) \|", section, re.MULTILINE):
             level_of = LEVELS[meaning if "EDM" in meaning else formula]
-            found[name] = convention, level_of, re.findall(r"\w+", arguments), rows.strip()
+            found[name] = convention, level_of, re.findall(r"\w+", arguments) or ["timestep"], rows.strip()
     return found
 
 
