@@ -134,17 +134,17 @@ def pipeline_file(tmp_path: Path) -> Path:
 def test_convert_there_and_back_keeps_every_tensor(component: str, pipeline_file: Path, tmp_path: Path) -> None:
     run("convert", pipeline_file, tmp_path / "peft", "--to", "peft", "--component", component)
     run("convert", tmp_path / "peft", tmp_path / "back", "--to", "pipeline", "--component", component)
-    wanted = load_file(pipeline_file / PIPELINE_WEIGHTS)
-    found = load_file(tmp_path / "back" / PIPELINE_WEIGHTS)
-    assert found.keys() == {key for key in wanted if key.startswith(f"{component}.")}
-    for key, tensor in found.items():
-        assert torch.equal(tensor, wanted[key]), key
+    expected = load_file(pipeline_file / PIPELINE_WEIGHTS)
+    actual = load_file(tmp_path / "back" / PIPELINE_WEIGHTS)
+    assert actual.keys() == {key for key in expected if key.startswith(f"{component}.")}
+    for key, tensor in actual.items():
+        assert torch.equal(tensor, expected[key]), key
     assert (tmp_path / "peft" / CONFIG).is_file()
 
 
 def test_convert_refuses_ambiguity_and_keeps_existing_files(pipeline_file: Path, tmp_path: Path) -> None:
     run("convert", pipeline_file, tmp_path / "peft", "--to", "peft", "--component", "unet")
-    before = (tmp_path / "peft" / WEIGHTS).read_bytes()
+    original = (tmp_path / "peft" / WEIGHTS).read_bytes()
     other = ["--to", "peft", "--component", "text_encoder"]
     for words, message in [
         ([pipeline_file, tmp_path / "out", "--to", "peft"], r"text_encoder, unet\. Choose one"),
@@ -157,6 +157,6 @@ def test_convert_refuses_ambiguity_and_keeps_existing_files(pipeline_file: Path,
         with pytest.raises(SystemExit, match=message):
             run("convert", *words)
     assert not (tmp_path / "out").exists()
-    assert (tmp_path / "peft" / WEIGHTS).read_bytes() == before
+    assert (tmp_path / "peft" / WEIGHTS).read_bytes() == original
     run("convert", pipeline_file, tmp_path / "peft", *other, "--overwrite")
-    assert (tmp_path / "peft" / WEIGHTS).read_bytes() != before
+    assert (tmp_path / "peft" / WEIGHTS).read_bytes() != original

@@ -55,14 +55,14 @@ def test_each_pass_draws_one_answer_of_each_conversation(conversations: Dataset)
 
 
 def test_stream_gives_same_rows_from_any_start(conversations: Dataset) -> None:
-    whole = [GlobalBatchStream(conversations, seed=3, global_batch=4)[position] for position in range(60)]
+    full = [GlobalBatchStream(conversations, seed=3, global_batch=4)[position] for position in range(60)]
     resumed = GlobalBatchStream(conversations, seed=3, global_batch=4)
-    assert [resumed[position] for position in range(29, 60, 2)] == whole[29::2]
+    assert [resumed[position] for position in range(29, 60, 2)] == full[29::2]
     for first in range(0, 60, 4):
-        batch = whole[first : first + 4]
+        batch = full[first : first + 4]
         assert {row["longest"] for row in batch} == {max(len(row["input_ids"]) for row in batch)}
     held_out = with_longest(conversations, 4)[:]
     lengths = [len(ids) for ids in held_out["input_ids"]]
     assert held_out["longest"] == [max(lengths[i - i % 4 :][:4]) for i in range(len(lengths))]
     other = GlobalBatchStream(conversations, seed=4, global_batch=4)
-    assert [other[position]["input_ids"] for position in range(60)] != [row["input_ids"] for row in whole]
+    assert [other[position]["input_ids"] for position in range(60)] != [row["input_ids"] for row in full]

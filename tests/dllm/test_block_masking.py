@@ -29,14 +29,14 @@ def test_blocks_are_drawn_by_tokens_with_clean_rest() -> None:
         levels = batch.forward_level
         for row, (start, size) in enumerate(zip([5, 2, 8], [10, 9, 3], strict=True)):
             block = int(levels[row].nonzero()[0])
-            own = [i for i in range(block * B, block * B + B) if start <= i < start + size]
-            assert batch.answer[row].nonzero()[:, 0].tolist() == own
+            places = [i for i in range(block * B, block * B + B) if start <= i < start + size]
+            assert batch.answer[row].nonzero()[:, 0].tolist() == places
             assert batch.attention_mask is not None
-            assert batch.attention_mask[row].tolist() == [int(i <= own[-1]) for i in range(width)]
+            assert batch.attention_mask[row].tolist() == [int(i <= places[-1]) for i in range(width)]
             assert levels[row, block] == batch.noise_level[row]
             assert levels[row].count_nonzero() == 1
-            shown = batch.input_ids[row, : own[-1] + 1]
-            assert shown.equal(IDS[row, : own[-1] + 1].masked_fill(batch.masked[row, : own[-1] + 1], MASK))
+            visible = batch.input_ids[row, : places[-1] + 1]
+            assert visible.equal(IDS[row, : places[-1] + 1].masked_fill(batch.masked[row, : places[-1] + 1], MASK))
             seen[row].append(block)
     counts = [torch.tensor(seen[row]).bincount(minlength=4) / 400 for row in range(3)]
     expected = [[0, 0.3, 0.4, 0.3], [2 / 9, 4 / 9, 3 / 9, 0], [0, 0, 1, 0]]
@@ -51,16 +51,16 @@ def test_loss_covers_active_blocks_at_their_levels(tmp_path: Path, chunk_size: i
     loss = masked_diffusion_loss(model, **BATCH, chunk_size=chunk_size)
     width = loss.input_ids.shape[1]
     for row in range(3):
-        own = loss.answer[row].nonzero()[:, 0]
-        end = int(own[0]) // B * B + B
+        places = loss.answer[row].nonzero()[:, 0]
+        end = int(places[0]) // B * B + B
         ids = F.pad(loss.input_ids[row], (0, width))[:end]
-        seen = block_seen(end, B) & (torch.arange(end) <= own[-1]) | torch.eye(end, dtype=torch.bool)
+        seen = block_seen(end, B) & (torch.arange(end) <= places[-1]) | torch.eye(end, dtype=torch.bool)
         level = torch.zeros(1, end // B)
         level[0, -1] = loss.noise_level[row]
         with noise_level(model, level):
             logits = model(ids[None], attention_mask=seen[None, None]).logits[0]
         losses = F.cross_entropy(logits, loss.targets[row, :end], reduction="none")[loss.masked[row, :end]]
-        expected = losses.sum() / loss.noise_level[row].double() / len(own)
+        expected = losses.sum() / loss.noise_level[row].double() / len(places)
         torch.testing.assert_close(loss.per_sample[row].double(), expected, rtol=1e-6, atol=1e-6)
 
 
