@@ -45,9 +45,9 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _test_leaves_the_process_as_it_was() -> Iterator[None]:
     """Inside all wider fixtures, whose changes last longer than a test; so may the workers of their pools."""
-    before = process_state()
+    original = process_state()
     yield
-    fail_if_left(before)
+    fail_if_left(original)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -106,17 +106,17 @@ def tiny_llama() -> LlamaForCausalLM:
 @pytest.fixture
 def _custom_cores() -> Iterator[None]:
     """A test starts without custom cores, and its own are forgotten after it."""
-    before = dict(CUSTOM)
+    original = dict(CUSTOM)
     CUSTOM.clear()
     yield
     CUSTOM.clear()
-    CUSTOM.update(before)
+    CUSTOM.update(original)
 
 
 @pytest.fixture
 def _registry() -> Iterator[None]:
     """What a test declares of denoisers is forgotten after it."""
-    before = dict(_DENOISERS)
+    original = dict(_DENOISERS)
     yield
     _DENOISERS.clear()
-    _DENOISERS.update(before)
+    _DENOISERS.update(original)

@@ -200,10 +200,10 @@ def test_config_survives_pefts_file_with_types(tmp_path: Path) -> None:
         assert type(loaded) is NaraConfig
         assert loaded == config
         assert loaded.core_hidden_dims == (31, 7)
-    kept = json.loads(json.dumps(config_to_fields(config)))
-    assert "peft_version" not in kept
-    for given in (kept, config.to_dict() | later):
-        assert config_to_fields(config_from_fields(given, "the file")) == config_to_fields(config)
+    read_back = json.loads(json.dumps(config_to_fields(config)))
+    assert "peft_version" not in read_back
+    for saved_fields in (read_back, config.to_dict() | later):
+        assert config_to_fields(config_from_fields(saved_fields, "the file")) == config_to_fields(config)
 
 
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")  # of PEFT

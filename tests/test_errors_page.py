@@ -38,9 +38,9 @@ def quoted_in(quote: str, message: str) -> bool:
 
 
 def test_every_quoted_message_is_in_the_code() -> None:
-    found = [text for path in (ROOT / "nara_diffusion").rglob("*.py") for text in messages(path)]
+    messages_in_code = [text for path in (ROOT / "nara_diffusion").rglob("*.py") for text in messages(path)]
     assert len(quotes()) > 20
-    assert [quote for quote in quotes() if not any(quoted_in(quote, text) for text in found)] == []
+    assert [quote for quote in quotes() if not any(quoted_in(quote, text) for text in messages_in_code)] == []
 
 
 def test_quote_of_another_message_or_order_is_found() -> None:

@@ -32,21 +32,21 @@ RUNS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_example_prints_and_draws_what_it_shows(name, tmp_path, capsys):
-    (arguments, shown), main = RUNS[name], import_module(name).main
+    (arguments, printed), main = RUNS[name], import_module(name).main
     places = {"output_dir": tmp_path, "model": tmp_path / "sdxl"}
     places = {place: path for place, path in places.items() if place in inspect.signature(main).parameters}
     if "model" in places:
         small_sdxl().save_pretrained(places["model"])
     main(**arguments, **places)
-    assert shown in capsys.readouterr().out
+    assert printed in capsys.readouterr().out
     assert "output_dir" not in places or (tmp_path / f"{name}.png").stat().st_size > 0
 
 
 @pytest.mark.slow
 def test_preferences_go_where_imitation_does_not(capsys):
     """A run of 20 steps of the 80: on held-out pairs, and in what is written."""
-    found = import_module("07_preferences").main(steps=20, n=40, batch_size=8)
-    (base, _), (imitated, few), (preferred, many) = found.values()
+    margins = import_module("07_preferences").main(steps=20, n=40, batch_size=8)
+    (base, _), (imitated, few), (preferred, many) = margins.values()
     assert base < 0.35
     assert imitated < 0.5
     assert preferred > 0.6
@@ -66,10 +66,10 @@ def test_chat_answers_lines_and_drops_oldest_turns(capsys, monkeypatch):
     ]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     import_module("chat").main([str(EXAMPLES / "assets" / "llada-tiny"), "--gen_length", "26"])
-    said = capsys.readouterr()
-    assert said.out.rstrip("\n").split("\n") == ["PLANET", "tenalp", "PLANET", "tenalp"]
-    assert said.err.count("(the conversation is too long: its oldest turns were dropped)") == 2
-    assert re.search("^error: the longest prompt has .* 64 positions: .*$", said.err, re.MULTILINE)
+    printed = capsys.readouterr()
+    assert printed.out.rstrip("\n").split("\n") == ["PLANET", "tenalp", "PLANET", "tenalp"]
+    assert printed.err.count("(the conversation is too long: its oldest turns were dropped)") == 2
+    assert re.search("^error: the longest prompt has .* 64 positions: .*$", printed.err, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", ["gemma-tiny", "llada2-tiny"])

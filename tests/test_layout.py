@@ -29,13 +29,13 @@ LONGEST_NAME = 8
 def imports(package: Path) -> dict[str, set[str]]:
     """{module: modules of the package that it imports, anywhere in the file}."""
     files = {module_name(path, package): path for path in sorted(package.rglob("*.py"))}
-    found = {}
+    by_module = {}
     for module, path in files.items():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         parent = module if path.name == "__init__.py" else module.rpartition(".")[0]
         names = {name for node in ast.walk(tree) for name in names_in(node, parent)}
-        found[module] = {name for name in names if name in files and name != module}
-    return found
+        by_module[module] = {name for name in names if name in files and name != module}
+    return by_module
 
 
 def module_name(path: Path, package: Path) -> str:
@@ -57,13 +57,13 @@ def names_in(node: ast.AST, parent: str) -> Iterator[str]:
 
 def absolute(name: str, parent: str) -> str:
     """The full name of a module; one dot in front of `name` stands for `parent`, two for the package around it."""
-    own = name.lstrip(".")
-    dots = len(name) - len(own)
+    relative = name.lstrip(".")
+    dots = len(name) - len(relative)
     if not dots:
         return name
     above = parent.split(".")
-    kept = above[: len(above) - dots + 1]
-    return ".".join([*kept, own] if own else kept)
+    parents = above[: len(above) - dots + 1]
+    return ".".join([*parents, relative] if relative else parents)
 
 
 def called(call: ast.Call) -> str:
@@ -106,33 +106,33 @@ def circle(found: Mapping[str, set[str]]) -> list[str]:
 
 def own_modules_imported_by_name(package: Path) -> list[str]:
     """The calls of `import_module` and its like that name a module of the package."""
-    found = []
+    calls = []
     for path in sorted(package.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and called(node) in IMPORTERS:
                 parent = module_name(path.parent, package)
                 names = [text for text in texts_in(node, parent) if text.split(".")[0] == package.name]
-                found += [f"{path.relative_to(package)}:{node.lineno} {name}" for name in names]
-    return found
+                calls += [f"{path.relative_to(package)}:{node.lineno} {name}" for name in names]
+    return calls
 
 
 # ---------------------------------------------------------------------- the package
 
 
 def test_every_room_imports_nothing_from_above():
-    found = imports(PACKAGE)
-    assert {room_of(module) for module in found} == set(FLOORS)
-    assert upward(found) == []
+    imported = imports(PACKAGE)
+    assert {room_of(module) for module in imported} == set(FLOORS)
+    assert upward(imported) == []
 
 
 def test_the_plugin_imports_nothing_of_training():
     graph = imports(PACKAGE)
-    seen, left = set(), [NAME, f"{NAME}.dllm", f"{NAME}.export"]
-    while left:
-        module = left.pop()
+    seen, queue = set(), [NAME, f"{NAME}.dllm", f"{NAME}.export"]
+    while queue:
+        module = queue.pop()
         if module not in seen:
             seen.add(module)
-            left += graph[module]
+            queue += graph[module]
     rooms = {room_of(module) for module in seen}
     assert rooms.isdisjoint({"training", "dreambooth", "check", "lm_eval", "cli"}), sorted(seen)
     assert f"{NAME}.dllm.train" not in seen
@@ -208,9 +208,9 @@ def package_with(folder: Path, **changed: str) -> Path:
 
 def test_a_package_without_circles_is_accepted(tmp_path):
     package = package_with(tmp_path)
-    found = imports(package)
-    assert found["nara_diffusion.noise.level"] == {"nara_diffusion.utils", "nara_diffusion.utils.files"}
-    assert (upward(found), circle(found), own_modules_imported_by_name(package)) == ([], [], [])
+    imported = imports(package)
+    assert imported["nara_diffusion.noise.level"] == {"nara_diffusion.utils", "nara_diffusion.utils.files"}
+    assert (upward(imported), circle(imported), own_modules_imported_by_name(package)) == ([], [], [])
 
 
 @pytest.mark.parametrize(
@@ -230,25 +230,25 @@ def test_a_package_without_circles_is_accepted(tmp_path):
     ],
 )
 def test_import_from_above_and_its_circle_are_found(place, code, target, tmp_path):
-    found = imports(package_with(tmp_path, **{place: code}))
+    imported = imports(package_with(tmp_path, **{place: code}))
     module = place.replace("__", ".")
-    assert f"nara_diffusion.{module} → nara_diffusion.{target}" in upward(found)
-    assert {f"nara_diffusion.{module}", f"nara_diffusion.{target}"} <= set(circle(found))
+    assert f"nara_diffusion.{module} → nara_diffusion.{target}" in upward(imported)
+    assert {f"nara_diffusion.{module}", f"nara_diffusion.{target}"} <= set(circle(imported))
 
 
 def test_a_circle_inside_a_room_is_found(tmp_path):
     package = package_with(tmp_path, noise__level="from .rows import rows")
     (package / "noise" / "rows.py").write_text("from .level import Level", encoding="utf-8")
-    found = imports(package)
-    assert upward(found) == []
-    assert set(circle(found)) == {"nara_diffusion.noise.level", "nara_diffusion.noise.rows"}
+    imported = imports(package)
+    assert upward(imported) == []
+    assert set(circle(imported)) == {"nara_diffusion.noise.level", "nara_diffusion.noise.rows"}
 
 
 @pytest.mark.parametrize("call", ["import_module('nara_diffusion.dllm.train')", "importlib.import_module('..dllm')"])
 def test_own_module_imported_by_string_is_found(call, tmp_path):
-    found = own_modules_imported_by_name(package_with(tmp_path, lm_eval__tasks=f"main = {call}.main"))
-    assert len(found) == 1
-    assert found[0].startswith("lm_eval/tasks.py:2 nara_diffusion.")
+    calls = own_modules_imported_by_name(package_with(tmp_path, lm_eval__tasks=f"main = {call}.main"))
+    assert len(calls) == 1
+    assert calls[0].startswith("lm_eval/tasks.py:2 nara_diffusion.")
 
 
 def test_another_library_may_be_imported_by_a_string(tmp_path):

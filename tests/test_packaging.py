@@ -52,9 +52,11 @@ def test_wheel_has_only_the_package_and_command(tmp_path):
 def test_requirements_are_ranges_and_tools_are_pinned():
     extras = PROJECT["optional-dependencies"]
     assert not [
-        each for each in [*PROJECT["dependencies"], *extras["train"], *extras["test"]] if "==" in each.partition(";")[0]
+        requirement
+        for requirement in [*PROJECT["dependencies"], *extras["train"], *extras["test"]]
+        if "==" in requirement.partition(";")[0]
     ]
-    assert all("==" in each for each in extras["dev"] if not each.startswith("nara-diffusion"))
+    assert all("==" in requirement for requirement in extras["dev"] if not requirement.startswith("nara-diffusion"))
 
 
 def test_continuous_integration_runs_the_readmes_test_command():
@@ -65,7 +67,7 @@ def test_continuous_integration_runs_the_readmes_test_command():
 def test_links_paths_and_flags_of_the_pages_exist():
     files = [path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")]
     identifiers = {name for path in files for name in re.findall(r"\w+", path.read_text(encoding="utf-8"))}
-    assert {str(page.relative_to(ROOT)): found for page in PAGES if (found := missing_of(page, identifiers))} == {}
+    assert {str(page.relative_to(ROOT)): missing for page in PAGES if (missing := missing_of(page, identifiers))} == {}
 
 
 def test_lines_of_pages_are_short_enough_to_compare():
@@ -85,7 +87,7 @@ def test_rooms_of_the_diagram_exist():
     rooms = [room.strip(" /") for text in re.findall(r'class="room">([^<]+)', picture) for room in text.split(",")]
     package = ROOT / "nara_diffusion"
     assert "noise" in rooms
-    assert [each for each in rooms[1:] if not (package / each).exists() and not (package / f"{each}.py").exists()] == []
+    assert [name for name in rooms[1:] if not (package / name).exists() and not (package / f"{name}.py").exists()] == []
 
 
 def missing_of(page: Path, identifiers: set[str]) -> list[str]:

@@ -76,15 +76,15 @@ def test_refusal_is_our_error_not_failed_assertion() -> None:
     with pytest.raises(AssertionError) as mismatch, pytest.raises(ValueError, match="what PEFT says"):
         NaraConfig(target_parameters=["weight"])
     assert not is_refusal(mismatch.value)
-    with pytest.raises(ValueError, match="invalid literal") as others:
+    with pytest.raises(ValueError, match="invalid literal") as of_python:
         int("x")
-    assert not is_refusal(others.value)
+    assert not is_refusal(of_python.value)
     assert not is_refusal(AssertionError("that nobody raised"))
 
 
 def test_failed_tests_are_explained_by_name() -> None:
     explained = next(iter(EXPLAINED))
-    found = {"a": "passed", "b": "refused", f"test_{explained}[c]": "failed", "d": "failed", "e": "failed"}
-    kinds = sort_outcomes(found | {"f": "skipped"}, ["d"])
+    outcomes = {"a": "passed", "b": "refused", f"test_{explained}[c]": "failed", "d": "failed", "e": "failed"}
+    kinds = sort_outcomes(outcomes | {"f": "skipped"}, ["d"])
     assert list(kinds.values()) == [["a"], ["b"], [f"test_{explained}[c]"], ["d"], ["e"]]
     assert explanation("test_merge_layers") is None

@@ -61,11 +61,11 @@ def filled(model: nn.Module, seed: str) -> Any:
 
 def digest(model: nn.Module) -> str:
     """SHA-256 of a model's parameters, by name."""
-    found = hashlib.sha256()
+    checksum = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        found.update(name.removeprefix("text_model.").encode())
-        found.update(parameter.detach().contiguous().numpy().tobytes())
-    return found.hexdigest()
+        checksum.update(name.removeprefix("text_model.").encode())
+        checksum.update(parameter.detach().contiguous().numpy().tobytes())
+    return checksum.hexdigest()
 
 
 # ---------------------------------------------------------------------- a language model, and one of other layers

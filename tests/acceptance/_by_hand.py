@@ -112,9 +112,9 @@ def tensors_of(model: nn.Module, adapter: str = "default", *, gradients: bool = 
     """{name in the file, without PEFT's prefix: tensor}; with `gradients`, those of the parameters that have one."""
     state: dict[str, Tensor] = dict(model.state_dict())
     if gradients:
-        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        state.update(found)
-        of_tensor = {id(gradient) for gradient in found.values()}
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        state.update(grads)
+        of_tensor = {id(gradient) for gradient in grads.values()}
     with beside_configuration():
         selected = get_peft_model_state_dict(model, state, adapter, save_embedding_layers=False)
     return {
@@ -222,8 +222,8 @@ class ByHand:
         B = torch.block_diag(*B.flatten(1).chunk(getattr(layer, "split", 1)))
         if core is None:
             own_prefix = f"nara_core.{group_of(config, name)}." if hasattr(config, "core_type") else "none of a LoRA"
-            own = {n.removeprefix(own_prefix): t for n, t in tensors.items() if n.startswith(own_prefix)}
-            core = core_by_hand(config, own, level, rank=len(A))
+            factors = {n.removeprefix(own_prefix): t for n, t in tensors.items() if n.startswith(own_prefix)}
+            core = core_by_hand(config, factors, level, rank=len(A))
         rows = _as_rows(layer, layer.weight) + scaling * torch.einsum("or,brq,qk->bok", B, core, A)
         if config.use_dora:
             norm = rows.detach().square().sum(2, keepdim=True).sqrt()
@@ -238,12 +238,12 @@ class ByHand:
 
     def outputs(self, config: Any, tensors: Any, inputs: Any, level: Any, **options: Any) -> dict[str, Tensor]:
         """Those of `Kinds`, by the name of the layer; `options` are those of `weights`."""
-        found = {}
+        by_kind = {}
         for name in self.layers:
             x = inputs[name.split(".")[1]]
             weights = self.weights(name, config, tensors, torch.as_tensor(level).expand(len(x)), **options)
-            found[name] = self.output(name, weights, x)
-        return found
+            by_kind[name] = self.output(name, weights, x)
+        return by_kind
 
 
 def leaves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

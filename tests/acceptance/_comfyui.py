@@ -141,7 +141,7 @@ def comfyui(loras: Path) -> Iterator[SimpleNamespace]:
     def ours() -> list[str]:
         return [name for name in sys.modules if name.partition(".")[0] == "comfyui"]
 
-    before = {name: sys.modules.pop(name) for name in ours()}
+    modules = {name: sys.modules.pop(name) for name in ours()}
     sys.modules.update(stubs)
     try:
         import comfyui as package
@@ -151,4 +151,4 @@ def comfyui(loras: Path) -> Iterator[SimpleNamespace]:
     finally:
         for name in [*ours(), *stubs]:
             del sys.modules[name]
-        sys.modules.update(before)
+        sys.modules.update(modules)

@@ -72,19 +72,21 @@ def adapted_layers(model: nn.Module, adapter_name: str = "default") -> set[str]:
 
 def assert_same_tensors(actual: Path, wanted: Path, tolerance: float = 0) -> None:
     """The same keys, dtypes and shapes, and values, to a share of each tensor's largest."""
-    found, stored = load_file(actual), load_file(wanted)
-    assert found.keys() == stored.keys()
+    tensors, stored = load_file(actual), load_file(wanted)
+    assert tensors.keys() == stored.keys()
     for key, tensor in stored.items():
         limit = tolerance * tensor.abs().max().item()
-        torch.testing.assert_close(found[key], tensor, rtol=0, atol=limit, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(tensors[key], tensor, rtol=0, atol=limit, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def assert_same_fields(actual: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """The fields of a configuration that both have are the same; versions may add some or leave some out."""
 
     def value(fields: Mapping[str, Any], key: str) -> Any:
-        found = fields[key]
-        return sorted(found) if key == "target_modules" and isinstance(found, list) else found  # PEFT has a set of it
+        of_file = fields[key]
+        return (
+            sorted(of_file) if key == "target_modules" and isinstance(of_file, list) else of_file
+        )  # PEFT has a set of it
 
     unlike = {key for key in actual.keys() & wanted.keys() if value(actual, key) != value(wanted, key)}
     assert unlike <= {"peft_version"}, {key: (actual[key], wanted[key]) for key in unlike}
@@ -99,10 +101,10 @@ def parts_of(model: Any) -> dict[str, nn.Module]:
 
 def state(model: Any) -> dict[str, Any]:
     """What a load could change."""
-    found: dict[str, Any] = {} if isinstance(model, nn.Module) else {"scheduler": id(model.scheduler)}
+    parts: dict[str, Any] = {} if isinstance(model, nn.Module) else {"scheduler": id(model.scheduler)}
     for name, part in parts_of(model).items():
         modules = dict(part.named_modules())
-        found |= {
+        parts |= {
             f"{name}: modules": [(n, type(m), m.training) for n, m in modules.items()],
             f"{name}: hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules.values()],
             f"{name}: trained": {n for n, p in part.named_parameters() if p.requires_grad},
@@ -110,16 +112,16 @@ def state(model: Any) -> dict[str, Any]:
             f"{name}: attributes": set(vars(part)),
             f"{name}: values": {n: tensor.numpy().tobytes() for n, tensor in part.state_dict().items()},
         }
-    return found
+    return parts
 
 
 def refused(call: Callable[[], Any], model: Any, *parts: str) -> None:
     """`call` raises ValueError whose message has these parts, and leaves `model` as it was."""
-    before = state(model)
+    original = state(model)
     with pytest.raises(ValueError) as caught:  # noqa: PT011  (the parts are matched below)
         call()
     assert all(part in str(caught.value) for part in parts), (parts, str(caught.value))
-    assert state(model) == before
+    assert state(model) == original
 
 
 @cache

@@ -77,8 +77,8 @@ def as_lora(folder: Path, level: float) -> dict[str, Tensor]:
     lora = {}
     for component, config in header(folder / FILE)[METADATA]["components"].items():
         prefix = f"{component}.nara_core.shared."
-        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        core = core_by_hand(SimpleNamespace(**config), own, torch.tensor([level]), config["r"])  # type: ignore[arg-type]
+        part = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        core = core_by_hand(SimpleNamespace(**config), part, torch.tensor([level]), config["r"])  # type: ignore[arg-type]
         scaled = config["lora_alpha"] / config["r"] ** (0.5 if config["use_rslora"] else 1) * core[0]
         for name, tensor in tensors.items():
             if name.startswith(f"{component}.") and "nara_core" not in name:
@@ -107,8 +107,8 @@ class Lives:
 
     def _sibling(self) -> StableDiffusionPipeline:
         parts = self.nara.components
-        own = {name: copy.deepcopy(parts[name]) for name in ("unet", "text_encoder", "scheduler")}
-        pipe = StableDiffusionPipeline(**{**parts, **own}, requires_safety_checker=False)
+        copies = {name: copy.deepcopy(parts[name]) for name in ("unet", "text_encoder", "scheduler")}
+        pipe = StableDiffusionPipeline(**{**parts, **copies}, requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -120,9 +120,9 @@ class Lives:
 
     def call(self, *calls: Call) -> Lives:
         """The same calls on all pipelines."""
-        for each in calls:
+        for method in calls:
             for pipe in (self.nara, *self.loras):
-                each(pipe)
+                method(pipe)
         return self
 
     def expected(self, **options: Any) -> Tensor:
@@ -131,10 +131,10 @@ class Lives:
 
     def check(self, **options: Any) -> Tensor:
         """Outputs and what Diffusers says about the adapters are those of the LoRAs."""
-        found = predict(self.nara, **options)
-        assert_near(found, self.expected(**options), self.nara.unet)
+        actual = predict(self.nara, **options)
+        assert_near(actual, self.expected(**options), self.nara.unet)
         self.check_names()
-        return found
+        return actual
 
     def check_names(self) -> None:
         assert self.nara.get_active_adapters() == self.loras[0].get_active_adapters()
@@ -142,10 +142,10 @@ class Lives:
 
     def check_pixels(self, **options: Any) -> Tensor:
         """Images of the first LoRA: for cores that are I."""
-        found, expected = pixels(self.nara, **options), pixels(self.loras[0], **options)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        actual, expected = pixels(self.nara, **options), pixels(self.loras[0], **options)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
         self.check_names()
-        return found
+        return actual
 
 
 def save_lora(folder: Path, seed: int = 5, **changes: Any) -> dict[str, Tensor]:

@@ -139,16 +139,16 @@ class Denoiser(Rehearsed):
         (model.enable_gradient_checkpointing if is_on else model.disable_gradient_checkpointing)()
 
     def loss(self, model: Any, device: str) -> Tensor:
-        given = self.inputs(partial(torch.randn, dtype=torch.bfloat16, device=device), 2)
+        inputs = self.inputs(partial(torch.randn, dtype=torch.bfloat16, device=device), 2)
         for name in (self.latents, "encoder_hidden_states"):
-            given[name].requires_grad_()
-        output = model(**given, return_dict=False)[0]
+            inputs[name].requires_grad_()
+        output = model(**inputs, return_dict=False)[0]
         return (output.float() - torch.randn_like(output)).square().mean()
 
     def sample(self, model: Any, device: str) -> Tensor:
-        given = self.inputs(partial(torch.randn, dtype=torch.bfloat16, device=device), 4)
-        given["timestep"] = given["timestep"][0].expand(4)
-        return model(**given, return_dict=False)[0]
+        inputs = self.inputs(partial(torch.randn, dtype=torch.bfloat16, device=device), 4)
+        inputs["timestep"] = inputs["timestep"][0].expand(4)
+        return model(**inputs, return_dict=False)[0]
 
 
 def sdxl_inputs(draw: Callable[..., Tensor], n: int) -> dict[str, Any]:

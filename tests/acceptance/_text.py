@@ -97,13 +97,13 @@ def softmax(row: list[float]) -> list[float]:
 
 def nucleus(row: list[float], top_p: float) -> list[float]:
     """Probabilities of the fewest likeliest tokens that have top_p together."""
-    p, kept, total = softmax(row), [], 0.0
+    p, chosen_tokens, total = softmax(row), [], 0.0
     for token in sorted(range(len(row)), key=lambda t: -p[t]):
-        kept.append(token)
+        chosen_tokens.append(token)
         total += p[token]
         if total > top_p:
             break
-    return [p[t] / total if t in kept else 0.0 for t in range(len(row))]
+    return [p[t] / total if t in chosen_tokens else 0.0 for t in range(len(row))]
 
 
 def entropy(p: list[float]) -> float:
@@ -119,17 +119,17 @@ def score(remasking: str, p: list[float], q: list[float], token: int) -> float:
 def chosen(rows: list[list[float]], count: int, last: Sequence[int] = (), **settings: Any) -> dict[int, int]:
     """{place: token} for the logits of all masked places of one row, at temperature 0."""
     remasking = settings.get("remasking", "low_confidence")
-    found = []
+    candidates = []
     for place, logits in enumerate(rows):
         token = max(range(len(logits)), key=lambda t: logits[t])
         without = [-50.0 if t in last else x for t, x in enumerate(logits)]
         p, q = softmax(without), nucleus(without, settings.get("top_p", 1.0))
         rank = 0.0 if token in last else -score(remasking, p, q, token)
-        found.append((token in last, rank, place, token, p[token], entropy(q)))
-    found.sort()
+        candidates.append((token in last, rank, place, token, p[token], entropy(q)))
+    candidates.sort()
     n = 1
-    for m in range(2, len(found) + 1):
-        is_end, confidence, entropies = found[m - 1][0], found[m - 1][4], [one[5] for one in found[:m]]
+    for m in range(2, len(candidates) + 1):
+        is_end, confidence, entropies = candidates[m - 1][0], candidates[m - 1][4], [one[5] for one in candidates[:m]]
         if "confidence_threshold" in settings:
             fits = confidence > settings["confidence_threshold"] and not is_end
         elif "factor" in settings:
@@ -141,7 +141,7 @@ def chosen(rows: list[list[float]], count: int, last: Sequence[int] = (), **sett
         if not fits:
             break
         n = m
-    return {place: token for _, _, place, token, _, _ in found[:n]}
+    return {place: token for _, _, place, token, _, _ in candidates[:n]}
 
 
 def greedy(
@@ -161,11 +161,11 @@ def greedy(
     for block in range(blocks):
         places = range(block * block_length, (block + 1) * block_length)
         counts = [len(part) for part in torch.zeros(block_length).tensor_split((steps or gen_length) // blocks)]
-        while left := [j for j in places if answer[j] == mask]:
+        while masked := [j for j in places if answer[j] == mask]:
             levels.append(answer.count(mask) / gen_length)
-            logits = model.guided(prompt, answer, cfg_scale, mask)[left].tolist()
+            logits = model.guided(prompt, answer, cfg_scale, mask)[masked].tolist()
             for place, token in chosen(logits, counts.pop(0), **rule).items():
-                answer[left[place]] = token
+                answer[masked[place]] = token
             end = next((j for j, token in enumerate(answer) if token in (*ends, mask)), gen_length)
             if end < gen_length and answer[end] != mask:
                 answer[end:] = [answer[end]] * (gen_length - end)
@@ -177,9 +177,9 @@ def bound(prompt: list[int], answer: list[int], mask: int, log_p: Callable[[list
     n, total = len(answer), 0.0
     for masked in product((False, True), repeat=n):
         if k := sum(masked):
-            shown = [mask if hidden else token for hidden, token in zip(masked, answer, strict=True)]
-            own = log_p(prompt + shown, k / n)[len(prompt) :]
-            total = total + sum(own[j, answer[j]] for j in range(n) if masked[j]) / k / comb(n, k)
+            visible = [mask if hidden else token for hidden, token in zip(masked, answer, strict=True)]
+            log_answer = log_p(prompt + visible, k / n)[len(prompt) :]
+            total = total + sum(log_answer[j, answer[j]] for j in range(n) if masked[j]) / k / comb(n, k)
     return total
 
 

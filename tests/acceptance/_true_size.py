@@ -64,7 +64,7 @@ class Text(Rehearsed):
         backbone, sampling = Backbone(model), Sampling(gen_length=128, block_length=32, cfg_scale=1.5)
         with unset_fake_temporarily():  # prompts are read on the host, before they are moved
             placed = place_prompts(backbone, torch.ones(2, PROMPT, dtype=torch.long), 128, 0, 0)
-        moved = [None if each is None else each.to(device) for each in placed]
+        moved = [None if tensor is None else tensor.to(device) for tensor in placed]
         tokens = torch.zeros(1, dtype=torch.long, device=device)
         state = State(backbone, sampling, 0, tokens, tokens[:0], tokens, *moved, None)
         reader, places = WholeText(), state.positions[:, :32]
@@ -110,8 +110,10 @@ class gradient_at_embeddings:
     """Inside the context, embedded tokens need a gradient, as they do where an adapter comes before a layer."""
 
     def __init__(self, model: nn.Module) -> None:
-        embeddings = [each for each in model.modules() if isinstance(each, nn.Embedding)]
-        self.handles = [each.register_forward_hook(lambda *given: given[-1].requires_grad_()) for each in embeddings]
+        embeddings = [embedding for embedding in model.modules() if isinstance(embedding, nn.Embedding)]
+        self.handles = [
+            embedding.register_forward_hook(lambda *given: given[-1].requires_grad_()) for embedding in embeddings
+        ]
 
     def __enter__(self) -> None: ...
 

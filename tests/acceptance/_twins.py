@@ -55,15 +55,15 @@ def by_hand(
 ) -> Tensor:
     """y (b, …, 5) in float64; `adapters` names those of each sample, `strengths` holds {adapter: (b,)}."""
     base, levels, rows = ByHand(two()), torch.as_tensor(levels).double(), []
-    held = {name: leaves(tensors_of(model, name)) for name in model.peft_config}
+    tensors = {name: leaves(tensors_of(model, name)) for name in model.peft_config}
     for i, names in enumerate(adapters):
         h = x[i : i + 1].double()
         for layer in LAYERS:
             plain = weight = base.layers[layer].weight
-            for name in [name for name in names if f"{layer}.lora_A.weight" in held[name]]:
+            for name in [name for name in names if f"{layer}.lora_A.weight" in tensors[name]]:
                 config: Any = model.peft_config[name]
                 scaling = config.lora_alpha / config.r * (1 if strengths is None else float(strengths[name][i]))
-                weight = weight + base.weights(layer, config, held[name], levels[i : i + 1], scaling=scaling) - plain
+                weight = weight + base.weights(layer, config, tensors[name], levels[i : i + 1], scaling=scaling) - plain
             h = base.output(layer, weight.view(1, *plain.shape), h)
             h = torch.tanh(h) if layer == "first" else h
         rows.append(h)

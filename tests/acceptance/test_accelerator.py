@@ -53,8 +53,8 @@ def unet_step(unet: nn.Module, device: str, dtype: torch.dtype, scaler: Any = No
     """The prediction of three samples, each at its timestep, after the backward of its loss."""
     generator = torch.Generator().manual_seed(3)
     latents, text = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 5, TEXT, generator=generator)
-    own = next(p.dtype for p in unet.parameters() if not p.requires_grad)
-    latents, timesteps, text = latents.to(device, own), (LEVELS * 1000).to(device), text.to(device, own)
+    base_dtype = next(p.dtype for p in unet.parameters() if not p.requires_grad)
+    latents, timesteps, text = latents.to(device, base_dtype), (LEVELS * 1000).to(device), text.to(device, base_dtype)
     with torch.autocast(device, dtype, enabled=dtype != torch.float64):
         output = unet(latents, timesteps, text).sample
     loss = (output.to(torch.promote_types(output.dtype, torch.float32)) - 0.3).square().mean()
@@ -89,17 +89,17 @@ def test_float16_learns_the_same_and_skips_overflows(device: str, options: dict[
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     for scale, is_taken in ((2.0**12, True), (2.0**60, False)):
         scaler = torch.amp.GradScaler(device, init_scale=scale)
-        before = [p.detach().clone() for p in trained]
+        original = [p.detach().clone() for p in trained]
         optimizer.zero_grad()
         unet_step(unet, device, torch.float16, scaler)
         scaler.unscale_(optimizer)
         if is_taken:
-            found = gradients(unet)
+            actual = gradients(unet)
             for name, gradient in gradients(exact).items():
-                assert error(found[name], gradient) < 0.03, name
+                assert error(actual[name], gradient) < 0.03, name
         scaler.step(optimizer)
         scaler.update()
-        assert all(torch.equal(p, old) != is_taken for p, old in zip(trained, before, strict=True))
+        assert all(torch.equal(p, old) != is_taken for p, old in zip(trained, original, strict=True))
         assert (scaler.get_scale() < scale) != is_taken
 
 
@@ -163,23 +163,23 @@ def test_four_bits_learn_what_their_rounded_weights_learn(device: str) -> None:
     for bits in (True, False):
         model, _ = load_backbone(LLADA_TINY, dtype=torch.float32, load_in_4bit=bits, device_map={"": device})
         models.append(model)
-    small, whole = models
+    small, full = models
     for name, layer in small.named_modules():
         if type(layer).__name__ == "Linear4bit":
             weight = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-            whole.get_submodule(name).weight.data = weight.float()
+            full.get_submodule(name).weight.data = weight.float()
     prepare_quantised(small)
     ids = torch.randint(4, 60, (3, 12), generator=torch.Generator().manual_seed(0)).to(device)
-    found = []
-    for model in (small, whole):
+    actual = []
+    for model in (small, full):
         torch.manual_seed(1)
         config = NaraConfig(r=3, target_modules=["q_proj", "down_proj"])
         adapted = add_adapter(model, config)
         disturb(adapted, scale=0.1)
         loss = masked_diffusion_loss(adapted.train(), ids, [4] * 3, seed=1, noise_level=0.5).loss
         loss.backward()
-        found.append((float(loss), gradients(adapted)))
-    (mine, ours), (reference, theirs) = found
+        actual.append((float(loss), gradients(adapted)))
+    (mine, ours), (reference, theirs) = actual
     assert mine == pytest.approx(reference, rel=1e-3)
     for name, gradient in theirs.items():
         assert error(ours[name], gradient) < 0.01, name

@@ -64,8 +64,8 @@ def started(**options: Any) -> nn.Module:
 
 def test_learned_cores_start_as_identity_unless_kaiming():
     for options in ({}, {"core_init": "zero_all"}, *(CORES[name] for name in ("constant", "identity", "knots"))):
-        found = core_matrix(started(**options), LEVELS)
-        assert torch.equal(found, torch.eye(RANK).expand_as(found)), options
+        actual = core_matrix(started(**options), LEVELS)
+        assert torch.equal(actual, torch.eye(RANK).expand_as(actual)), options
     for core in ("hypernetwork", "constant"):
         deviation = core_matrix(started(core_init="kaiming", **CORES[core]), LEVELS) - torch.eye(RANK)
         assert deviation.abs().amax(dim=(1, 2)).min() > 0.01, core
@@ -73,10 +73,10 @@ def test_learned_cores_start_as_identity_unless_kaiming():
 
 @pytest.mark.parametrize("init", ["zero_last", "zero_all"])
 def test_hypernetwork_starts_with_the_layers_of_its_initialisation(init):
-    own = own_tensors(started(core_init=init))
-    assert not any(own[f"layers.{i}.bias"].any() for i in range(3))
-    assert not own["layers.2.weight"].any()
-    for weight in (own["layers.0.weight"], own["layers.1.weight"]):
+    tensors = own_tensors(started(core_init=init))
+    assert not any(tensors[f"layers.{i}.bias"].any() for i in range(3))
+    assert not tensors["layers.2.weight"].any()
+    for weight in (tensors["layers.0.weight"], tensors["layers.1.weight"]):
         bound = weight.shape[1] ** -0.5 if init == "zero_last" else 0.0  # Kaiming-uniform with a = √5
         assert 0.8 * bound <= float(weight.abs().max()) <= bound
 

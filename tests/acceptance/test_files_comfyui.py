@@ -48,9 +48,9 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
     folder = tmp_path_factory.mktemp("loras")
     for name in ("sdxl_float32", "sdxl_bfloat16", "sdxl_unet_float32", "flux_float32"):
         shutil.copy(PIPELINES / name / _files.PIPELINE_WEIGHTS, folder / f"{name}.safetensors")
-    with comfyui(folder) as found:
-        found.folder = folder
-        yield found
+    with comfyui(folder) as program:
+        program.folder = folder
+        yield program
 
 
 def sampling(*kinds: type) -> Any:
@@ -58,13 +58,13 @@ def sampling(*kinds: type) -> Any:
 
 
 def sdxl(unet: Any = None, *kinds: type) -> Patcher:
-    unet, own = unet or _bases.unet(), sampling(*(kinds or (Discrete, EPS)))
+    unet, model_sampling = unet or _bases.unet(), sampling(*(kinds or (Discrete, EPS)))
 
     @torch.no_grad()
     def apply_model(x: Tensor, sigma: Tensor, context: Tensor, y: Tensor) -> Tensor:
-        return _bases.unet_output(unet, x, own.timestep(sigma), context, y)
+        return _bases.unet_output(unet, x, model_sampling.timestep(sigma), context, y)
 
-    return Patcher(renamed(unet), own, apply_model)
+    return Patcher(renamed(unet), model_sampling, apply_model)
 
 
 def sampled(patcher: Patcher, sigma: Tensor | None = None) -> Tensor:
@@ -103,8 +103,8 @@ def test_two_nodes_add_up_around_another_nodes_wrapper(comfy) -> None:
 
     model.set_model_unet_function_wrapper(other)
     half, _ = comfy.load(model, "sdxl_float32.safetensors", "sdxl", 0.5, "a CLIP")
-    whole, _ = comfy.load(half, "sdxl_float32.safetensors", "sdxl", 0.5, "a CLIP")
-    _files.assert_near(sampled(whole), OUTPUTS["sdxl_float32.unet"], _bases.unet())
+    folded, _ = comfy.load(half, "sdxl_float32.safetensors", "sdxl", 0.5, "a CLIP")
+    _files.assert_near(sampled(folded), OUTPUTS["sdxl_float32.unet"], _bases.unet())
     assert len(calls) == 1
 
 
@@ -113,29 +113,34 @@ def test_text_encoders_reach_clip_as_folded_loras(comfy) -> None:
     comfy.load(sdxl(), "sdxl_float32.safetensors", "sdxl", 0.75, "a CLIP")
     ((clip, tensors, strength),) = comfy.clips
     stored = load_file(_files.FILES / "exports" / "sdxl_kohya.safetensors")
-    wanted = {key: tensor for key, tensor in stored.items() if key.startswith("lora_te")}
+    expected = {key: tensor for key, tensor in stored.items() if key.startswith("lora_te")}
     assert (clip, strength) == ("a CLIP", 0.75)
-    torch.testing.assert_close({key: torch.as_tensor(value) for key, value in tensors.items()}, wanted)
+    torch.testing.assert_close({key: torch.as_tensor(value) for key, value in tensors.items()}, expected)
 
 
 def test_fused_flux_projections_each_have_their_own_core(comfy) -> None:
     pipe, x = _bases.flux(), _bases.drawn("hidden", 3, 5, 32)
     names = _files.layers_of(load_file(PIPELINES / "flux_float32" / _files.PIPELINE_WEIGHTS), "transformer.")
     parts = parts_of({*names, "transformer_blocks.0.attn.add_v_proj"}, "flux")
-    model = named({o: joined(*(pipe.transformer.get_submodule(str(part)) for part in own)) for o, own in parts.items()})
+    model = named(
+        {
+            o: joined(*(pipe.transformer.get_submodule(str(part)) for part in joined_parts))
+            for o, joined_parts in parts.items()
+        }
+    )
     qkv, linear1 = map(model.get_submodule, ("double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"))
     model = Patcher(model, sampling(Flow, CONST), lambda x, sigma: qkv(linear1(x)[..., :32]))
     patched, _ = comfy.load(model, "flux_float32.safetensors", "flux", 1.0)
     with torch.no_grad():
-        found = patched.sample(x, _bases.LEVELS)
+        actual = patched.sample(x, _bases.LEVELS)
         plain = model.sample(x, _bases.LEVELS)
     pipe.load_nara_weights(PIPELINES / "flux_float32")
     double, single = pipe.transformer.transformer_blocks[0].attn, pipe.transformer.single_transformer_blocks[0]
     with torch.no_grad(), noise_level(pipe.transformer, _bases.LEVELS):
         hidden = single.attn.to_q(x)
-        wanted = torch.cat([layer(hidden) for layer in (double.to_q, double.to_k, double.to_v)], dim=-1)
-    _files.assert_near(found, wanted, pipe.transformer)
-    assert (plain - wanted).abs().max() > 0.1
+        expected = torch.cat([layer(hidden) for layer in (double.to_q, double.to_k, double.to_v)], dim=-1)
+    _files.assert_near(actual, expected, pipe.transformer)
+    assert (plain - expected).abs().max() > 0.1
     patched.model.model_sampling = sampling(Discrete, EPS)
     with pytest.raises(ValueError, match="λ is"):
         patched.sample(x, _bases.LEVELS)
@@ -178,10 +183,10 @@ def test_file_that_does_not_fit_model_is_refused(name, base, make, clip, message
 def test_lcm_uses_the_level_of_its_timestep(changes, comfy) -> None:
     (pipe, file), model = saved(comfy, **changes), sdxl(None, Distilled, EPS)
     patched, _ = comfy.load(model, file, "sdxl", 1.0)
-    found = sampled(patched, model.model.model_sampling.sigmas[[0, 0, 40]])
+    actual = sampled(patched, model.model.model_sampling.sigmas[[0, 0, 40]])
     x, context, y = _bases.unet_inputs()
-    wanted = _bases.unet_output(pipe.unet, x, torch.tensor([19, 19, 819]), context, y)
-    _files.assert_near(found, wanted, pipe.unet)
+    expected = _bases.unet_output(pipe.unet, x, torch.tensor([19, 19, 819]), context, y)
+    _files.assert_near(actual, expected, pipe.unet)
 
 
 @torch.no_grad()
@@ -193,13 +198,13 @@ def test_few_step_file_runs_at_each_steps_level(comfy) -> None:
     patched, _ = comfy.load(sdxl(unet), file, "sdxl", 1.0)
     x, context, y = _bases.unet_inputs()
     for timestep in few_steps["timesteps"]:
-        found = sampled(patched, patched.model.model_sampling.sigmas[[timestep] * 3])
+        actual = sampled(patched, patched.model.model_sampling.sigmas[[timestep] * 3])
         with noise_level(pipe.unet, timestep / 1000):
-            wanted = _bases.unet_output(pipe.unet, x, torch.tensor(timestep), context, y)
-        _files.assert_near(found, wanted, pipe.unet)
+            expected = _bases.unet_output(pipe.unet, x, torch.tensor(timestep), context, y)
+        _files.assert_near(actual, expected, pipe.unet)
         with noise_level(pipe.unet, 0.1):
             other = _bases.unet_output(pipe.unet, x, torch.tensor(timestep), context, y)
-        assert relative_error(found, other) > 1e-2
+        assert relative_error(actual, other) > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -249,12 +254,12 @@ def hooks(model: nn.Module) -> list[int]:
 def test_hooks_and_factors_stay_until_node_is_removed(comfy) -> None:
     model = sdxl(_bases.unet().to(torch.bfloat16))
     patched, _ = comfy.load(model, "sdxl_float32.safetensors", "sdxl", 1.0, "a CLIP")
-    x, context, y = (each.to(torch.bfloat16) for each in _bases.unet_inputs())
+    x, context, y = (tensor.to(torch.bfloat16) for tensor in _bases.unet_inputs())
 
     def sample(patcher: Any) -> Counter[str]:
-        with Counting() as found:
+        with Counting() as counting:
             patcher.sample(x, patcher.model.model_sampling.sigmas[[700, 300, 20]], context=context, y=y)
-        return found.counts
+        return counting.counts
 
     plain = sample(model)
     first, second = sample(patched), sample(patched)

@@ -27,18 +27,18 @@ def inspected(capsys: pytest.CaptureFixture[str], source: Path) -> dict[str, Any
 
 def test_inspect_json_lists_layers_ranks_core_and_size(capsys) -> None:
     folder = PIPELINES / "sdxl_float32"
-    found, file = inspected(capsys, folder), folder / _files.PIPELINE_WEIGHTS
-    assert found["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert found["components"].keys() == {"unet", "text_encoder", "text_encoder_2"}
-    part, tensors = found["components"]["unet"], load_file(file)
-    own = {key: tensor.numel() for key, tensor in tensors.items() if key.startswith("unet.")}
+    facts, file = inspected(capsys, folder), folder / _files.PIPELINE_WEIGHTS
+    assert facts["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert facts["components"].keys() == {"unet", "text_encoder", "text_encoder_2"}
+    part, tensors = facts["components"]["unet"], load_file(file)
+    sizes = {key: tensor.numel() for key, tensor in tensors.items() if key.startswith("unet.")}
     assert part["modules"] == len(_files.layers_of(tensors, "unet.")) == sum(part["module_kinds"].values())
     assert (part["ranks"], part["lora_alpha"]) == ([2, 3], 5)
     assert (part["core_type"], part["noise_convention"]) == ("hypernetwork", "timestep")
-    core = {key: size for key, size in own.items() if "core" in key and "frequencies" not in key}
+    core = {key: size for key, size in sizes.items() if "core" in key and "frequencies" not in key}
     assert part["parameters"]["core"] == sum(core.values())
-    assert part["parameters"]["factors"] == sum(size for key, size in own.items() if "lora_" in key)
-    assert found["components"]["text_encoder_2"]["core_type"] == "constant"
+    assert part["parameters"]["factors"] == sum(size for key, size in sizes.items() if "lora_" in key)
+    assert facts["components"]["text_encoder_2"]["core_type"] == "constant"
 
 
 def test_inspect_prints_strength_in_json_and_text(capsys) -> None:
@@ -55,12 +55,14 @@ def test_inspect_prints_strength_in_json_and_text(capsys) -> None:
 
 
 def test_inspect_names_the_base_but_no_local_folder(tmp_path: Path, capsys) -> None:
-    for base, shown in (("me/base", "me/base"), (tmp_path, tmp_path.name)):
+    for base, printed in (("me/base", "me/base"), (tmp_path, tmp_path.name)):
         pipe = _bases.sdxl()
         pipe.load_nara_weights(PIPELINES / "sdxl_float32")
         pipe.register_to_config(_name_or_path=str(base))
         pipe.save_nara_weights(tmp_path / "saved")
-        assert {part["base_model"] for part in inspected(capsys, tmp_path / "saved")["components"].values()} == {shown}
+        assert {part["base_model"] for part in inspected(capsys, tmp_path / "saved")["components"].values()} == {
+            printed
+        }
     nara("convert", tmp_path / "saved", tmp_path / "peft", "--to", "peft", "--component", "unet")
     capsys.readouterr()
     nara("convert", tmp_path / "peft", tmp_path / "back", "--to", "pipeline", "--component", "unet")
@@ -159,10 +161,12 @@ def test_help_lists_every_command_without_importing_libraries():
                 nara_command.main(words)
         print(sorted({{"torch", "peft", "diffusers", "transformers", "numpy", "nara_diffusion"}} & sys.modules.keys()))
     """
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=_files.ROOT)
-    assert found.stdout.splitlines()[-1] == "[]"
-    assert "--noise_level" in found.stdout
-    assert found.stdout.count("usage: nara") == len(OWN)
-    help_of_all, of_each = found.stdout.split("usage: nara inspect")
+    process = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=_files.ROOT
+    )
+    assert process.stdout.splitlines()[-1] == "[]"
+    assert "--noise_level" in process.stdout
+    assert process.stdout.count("usage: nara") == len(OWN)
+    help_of_all, of_each = process.stdout.split("usage: nara inspect")
     assert all(f"    nara {command} " in help_of_all for command in COMMANDS)
     assert all(f"nara-{command} " in of_each for command in COMMANDS.keys() - set(OWN))

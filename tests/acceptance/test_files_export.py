@@ -74,21 +74,21 @@ def test_diffusers_loader_gives_the_nara_output_at_level(name: str) -> None:
     host.load_lora_weights(EXPORTS / f"{name}.safetensors")
     denoiser = getattr(nara, "unet", None) or nara.transformer
     with noise_level(denoiser, LEVEL):
-        wanted = say(nara)
+        expected = say(nara)
     for part, value in say(host).items():
         assert all(type(config) is LoraConfig for config in getattr(host, part).peft_config.values())
-        _files.assert_near(value, wanted[part], getattr(host, part))
+        _files.assert_near(value, expected[part], getattr(host, part))
 
 
 @pytest.mark.parametrize("name", ["nara_dora", "knots", "bins", "rank_mask", "layer", "strength", "mixed"])
 def test_folds_match_the_nara_in_peft(name: str, tmp_path: Path, capsys) -> None:
     nara = language(name)
-    wanted, before = at_level(nara), {key: tensor.clone() for key, tensor in nara.state_dict().items()}
+    expected, original = at_level(nara), {key: tensor.clone() for key, tensor in nara.state_dict().items()}
     to_lora(nara, LEVEL).save_pretrained(tmp_path)
-    torch.testing.assert_close(dict(nara.state_dict()), before, rtol=0, atol=0)
+    torch.testing.assert_close(dict(nara.state_dict()), original, rtol=0, atol=0)
     host = stock(tmp_path, _bases.mixed_model() if name == "mixed" else None)
     with torch.no_grad():
-        _files.assert_near(_bases.plain_text_output(host), wanted, host)
+        _files.assert_near(_bases.plain_text_output(host), expected, host)
     tensors = load_file(PEFT / name / _files.PEFT_WEIGHTS)
     assert len(_files.adapted_layers(host)) == len(_files.layers_of(tensors))
     _files.nara("fold", PEFT / name, tmp_path / "file", "--noise_level", LEVEL, "--form", "peft")
@@ -103,12 +103,12 @@ def test_folds_match_the_nara_in_peft(name: str, tmp_path: Path, capsys) -> None
 def test_to_lora_includes_the_strength_that_was_set(strength: Any, tmp_path: Path) -> None:
     nara = language("nara")
     set_strength(nara, "default", strength)
-    wanted = at_level(nara)
-    assert (wanted - at_level(language("nara"))).abs().max() > 0.1
+    expected = at_level(nara)
+    assert (expected - at_level(language("nara"))).abs().max() > 0.1
     to_lora(nara, LEVEL).save_pretrained(tmp_path)
     host = stock(tmp_path)
     with torch.no_grad():
-        _files.assert_near(_bases.plain_text_output(host), wanted, host)
+        _files.assert_near(_bases.plain_text_output(host), expected, host)
 
 
 # ---------------------------------------------------------------------- from a LoRA
@@ -117,10 +117,10 @@ def test_to_lora_includes_the_strength_that_was_set(strength: Any, tmp_path: Pat
 def test_from_lora_starts_as_lora_and_folds_back(tmp_path: Path) -> None:
     host = stock(EXPORTS / "nara_peft")
     with torch.no_grad():
-        wanted = _bases.plain_text_output(host)
+        expected = _bases.plain_text_output(host)
     nara = from_lora(EXPORTS / "nara_peft", _bases.language_model(), core_type="hypernetwork", core_hidden_dims=(6, 6))
     nara.eval()
-    _files.assert_near(at_level(nara, _bases.LEVELS), wanted, nara)
+    _files.assert_near(at_level(nara, _bases.LEVELS), expected, nara)
     to_lora(nara, 0.8).save_pretrained(tmp_path)
     _files.assert_same_tensors(tmp_path / _files.PEFT_WEIGHTS, EXPORTS / "nara_peft" / _files.PEFT_WEIGHTS)
     trained = {name for name, parameter in nara.named_parameters() if parameter.requires_grad}
@@ -134,6 +134,6 @@ def test_from_lora_reads_host_file_into_a_pipeline(form: str, tmp_path: Path) ->
     from_lora(EXPORTS / f"sdxl_{form}.safetensors", pipe)
     pipe.save_nara_weights(tmp_path)
     again.load_nara_weights(tmp_path)
-    for part, wanted in _bases.sdxl_outputs(host).items():
+    for part, expected in _bases.sdxl_outputs(host).items():
         for nara in (pipe, again):
-            _files.assert_near(_bases.sdxl_outputs(nara)[part], wanted, getattr(nara, part))
+            _files.assert_near(_bases.sdxl_outputs(nara)[part], expected, getattr(nara, part))

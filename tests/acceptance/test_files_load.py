@@ -52,8 +52,8 @@ def test_base_files_have_the_bytes_originally_written(name: str) -> None:
 def test_peft_folder_of_0_1_gives_stored_outputs(name: str, tmp_path) -> None:
     model = loaded(name)
     _files.assert_near(_bases.text_output(model), OUTPUTS[name], model)
-    held = {layer.removeprefix("base_model.model.") for layer in _files.adapted_layers(model)}
-    assert held == _files.layers_of(load_file(PEFT / name / _files.PEFT_WEIGHTS), "base_model.model.")
+    layers = {layer.removeprefix("base_model.model.") for layer in _files.adapted_layers(model)}
+    assert layers == _files.layers_of(load_file(PEFT / name / _files.PEFT_WEIGHTS), "base_model.model.")
     model.save_pretrained(tmp_path)
     _files.assert_same_tensors(tmp_path / _files.PEFT_WEIGHTS, PEFT / name / _files.PEFT_WEIGHTS)
     fields = [json.loads((folder / _files.PEFT_CONFIG).read_text()) for folder in (tmp_path, PEFT / name)]
@@ -61,11 +61,11 @@ def test_peft_folder_of_0_1_gives_stored_outputs(name: str, tmp_path) -> None:
 
 
 def test_mask_density_file_is_refused_without_change() -> None:
-    base, said = (
+    base, message = (
         _bases.language_model(),
         "module_type' can't be loaded: core_input is 'both': choose one of 'noise_level'",
     )
-    _files.refused(lambda: PeftModel.from_pretrained(base, PEFT / "module_type"), base, said)
+    _files.refused(lambda: PeftModel.from_pretrained(base, PEFT / "module_type"), base, message)
 
 
 @pytest.mark.parametrize(
@@ -84,19 +84,19 @@ def test_transformers_load_adapter_equals_peft_and_swaps_nothing(name: str, dtyp
     model: Any = _bases.language_model().to(dtype)
     report = model.load_adapter(PEFT / name, adapter_name="mine")
     base = _bases.language_model().to(dtype)
-    wanted = PeftModel.from_pretrained(base, PEFT / name, autocast_adapter_dtype=False).eval()  # as transformers does
-    found = _bases.text_output(model)
-    assert torch.equal(found, _bases.text_output(wanted))
+    expected = PeftModel.from_pretrained(base, PEFT / name, autocast_adapter_dtype=False).eval()  # as transformers does
+    actual = _bases.text_output(model)
+    assert torch.equal(actual, _bases.text_output(expected))
     if dtype == torch.float32:
-        _files.assert_near(found, OUTPUTS[name], model)
+        _files.assert_near(actual, OUTPUTS[name], model)
     assert not any(report.to_dict().values())
-    assert not any(parameter.requires_grad for own, parameter in model.named_parameters() if "mine" in own)
+    assert not any(parameter.requires_grad for name_of, parameter in model.named_parameters() if "mine" in name_of)
     assert not model.training
     tensors = load_file(PEFT / name / _files.PEFT_WEIGHTS)
     assert _files.adapted_layers(model, "mine") == _files.layers_of(tensors, "base_model.model.")
     with pytest.raises(ValueError, match=r"has an adapter 'mine'.* does not replace"):
         model.load_adapter(PEFT / "nara", adapter_name="mine", hotswap=True)
-    assert torch.equal(_bases.text_output(model), found)
+    assert torch.equal(_bases.text_output(model), actual)
 
 
 def test_transformers_load_adapter_takes_tensors_with_configuration() -> None:
@@ -116,10 +116,10 @@ def test_transformers_load_adapter_takes_tensors_with_configuration() -> None:
 def test_checkpoint_adapter_loads_into_its_runs_backbone() -> None:
     base, _ = load_backbone(str(SHIPPED))
     model = PeftModel.from_pretrained(base, PEFT / "checkpoint-2").eval()
-    found = _bases.shipped_output(model)
-    _files.assert_near(found, OUTPUTS["checkpoint-2"], model)
+    actual = _bases.shipped_output(model)
+    _files.assert_near(actual, OUTPUTS["checkpoint-2"], model)
     with model.disable_adapter():
-        assert (_bases.shipped_output(model) - found).abs().max() > 0.1
+        assert (_bases.shipped_output(model) - actual).abs().max() > 0.1
 
 
 def test_file_of_another_prediction_is_refused_naming_scheduler() -> None:
@@ -157,30 +157,33 @@ def say(pipe: Any, name: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", NAMES)
 def test_pipeline_file_of_0_1_gives_stored_outputs(name: str, tmp_path: Path) -> None:
     """In float32 to rounding; the model in the file's dtype keeps the core in float32."""
-    path, own = PIPELINES / name / _files.PIPELINE_WEIGHTS, torch.bfloat16 if "bfloat16" in name else torch.float32
+    path, own_dtype = (
+        PIPELINES / name / _files.PIPELINE_WEIGHTS,
+        torch.bfloat16 if "bfloat16" in name else torch.float32,
+    )
     tensors = load_file(path)
-    for dtype in dict.fromkeys((torch.float32, own)):
+    for dtype in dict.fromkeys((torch.float32, own_dtype)):
         pipe = base(name)
         for part in _files.parts_of(pipe).values():
             part.to(dtype)
         torch.manual_seed(4321)
         pipe.load_nara_weights(PIPELINES / name, adapter_name="mine")
         for part, value in say(pipe, name).items():
-            model, wanted = getattr(pipe, part), OF_PIPELINES[f"{name}.{part}"]
+            model, expected = getattr(pipe, part), OF_PIPELINES[f"{name}.{part}"]
             assert value.dtype == dtype
             assert _files.adapted_layers(model, "mine") == _files.layers_of(tensors, f"{part}.")
-            held = {n: p.dtype for n, p in model.named_parameters()}
-            assert {each for n, each in held.items() if "core" not in n} == {dtype}
-            assert {each for n, each in held.items() if "core" in n} <= {torch.float32}
+            dtypes = {n: p.dtype for n, p in model.named_parameters()}
+            assert {each for n, each in dtypes.items() if "core" not in n} == {dtype}
+            assert {each for n, each in dtypes.items() if "core" in n} <= {torch.float32}
             if dtype == torch.float32:
-                _files.assert_near(value, wanted, model)
+                _files.assert_near(value, expected, model)
             elif part != "transformer":  # whose base alone is far off in bfloat16
-                torch.testing.assert_close(value.float(), wanted, rtol=0, atol=0.1 * wanted.abs().max().item())
-                assert (value.float() - wanted).abs().mean() < 0.02 * wanted.abs().max()
+                torch.testing.assert_close(value.float(), expected, rtol=0, atol=0.1 * expected.abs().max().item())
+                assert (value.float() - expected).abs().mean() < 0.02 * expected.abs().max()
     pipe.save_nara_weights(tmp_path, adapter_name="mine")
-    found = tmp_path / _files.PIPELINE_WEIGHTS
-    _files.assert_same_tensors(found, path)
-    fields, of_0_1 = (_files.header(each)[_files.METADATA] for each in (found, path))
+    written = tmp_path / _files.PIPELINE_WEIGHTS
+    _files.assert_same_tensors(written, path)
+    fields, of_0_1 = (_files.header(each)[_files.METADATA] for each in (written, path))
     assert fields["format_version"] == of_0_1["format_version"]
     assert fields["components"].keys() == of_0_1["components"].keys()
     for part, config in of_0_1["components"].items():
@@ -195,6 +198,6 @@ def test_convert_to_peft_and_back_keeps_each_tensor(name: str, part: str, tmp_pa
     setattr(pipe, part, PeftModel.from_pretrained(getattr(pipe, part), tmp_path / "peft").eval().base_model.model)
     _files.assert_near(_bases.sdxl_outputs(pipe)[part], OF_PIPELINES[f"{name}.{part}"], getattr(pipe, part))
     _files.nara("convert", tmp_path / "peft", tmp_path / "back", "--to", "pipeline", "--component", part)
-    found, stored = (load_file(folder / _files.PIPELINE_WEIGHTS) for folder in (tmp_path / "back", source))
-    own = {key: tensor for key, tensor in stored.items() if key.startswith(f"{part}.")}
-    torch.testing.assert_close(found, own, rtol=0, atol=0)
+    back, stored = (load_file(folder / _files.PIPELINE_WEIGHTS) for folder in (tmp_path / "back", source))
+    of_part = {key: tensor for key, tensor in stored.items() if key.startswith(f"{part}.")}
+    torch.testing.assert_close(back, of_part, rtol=0, atol=0)

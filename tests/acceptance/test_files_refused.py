@@ -42,11 +42,11 @@ def edit(part: str, change: Callable[[Tensors, list[str]], Tensors]) -> Break:
     def broken(form: str, path: Path) -> tuple[str, ...]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
-        found = load_file(path)
-        keys = sorted((key for key in found if re.search(part, key)), key=lambda key: (key.startswith("text"), key))
-        changed = change(found, keys)
+        tensors = load_file(path)
+        keys = sorted((key for key in tensors if re.search(part, key)), key=lambda key: (key.startswith("text"), key))
+        changed = change(tensors, keys)
         save_file({key: tensor.contiguous() for key, tensor in changed.items()}, path, metadata=metadata)
-        return words(next((key for key in changed if key not in found), keys[0]))
+        return words(next((key for key in changed if key not in tensors), keys[0]))
 
     return broken
 
@@ -219,10 +219,10 @@ def test_pickle_is_refused_and_not_run(suffix, form, zipped, message, models, tm
     content = {**load_file(path), "code": Touch(tmp_path / "was run")}
     path.unlink()
     torch.save(content, path.with_suffix(suffix), _use_new_zipfile_serialization=zipped)
-    before = _files.state(models[form])
+    original = _files.state(models[form])
     with pytest.raises(Exception, match=message):
         loading(form, models[form], tmp_path / "adapter")()
-    assert _files.state(models[form]) == before
+    assert _files.state(models[form]) == original
     assert not (tmp_path / "was run").exists()
 
 

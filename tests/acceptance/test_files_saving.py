@@ -29,12 +29,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in 
 @contextmanager
 def full_disk(room: int) -> Iterator[None]:
     """Inside, no file grows beyond `room` bytes: as on a full disk, a write fails in the middle of a file."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -76,20 +76,20 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("row", "room"), [(row, 800 if "small" in row else 3000) for row in SAVES])
 def test_save_on_full_disk_keeps_the_earlier_files(row, room, folder: Path, capsys) -> None:
     """800 bytes take the small model's LoRA, and not its configuration."""
-    save, before = SAVES[row](), content(folder)
+    save, original = SAVES[row](), content(folder)
     for target in (folder, folder.parent / "new"):
         with pytest.raises(FAILURES) as caught, full_disk(room):
             save(target)
-        assert content(folder) == before
+        assert content(folder) == original
         assert not content(folder.parent / "new")
         if isinstance(caught.value, SystemExit):
-            found = str(caught.value)
-            assert str(target) in found
-            assert "File too large" in found
-            assert ".partial" not in found
-            assert "\n" not in found
+            message = str(caught.value)
+            assert str(target) in message
+            assert "File too large" in message
+            assert ".partial" not in message
+            assert "\n" not in message
     save(folder)
-    assert content(folder) != before
+    assert content(folder) != original
 
 
 @pytest.mark.parametrize("row", ["save_nara_weights", "nara fold", "nara convert"])
@@ -117,9 +117,9 @@ def test_a_command_replaces_a_file_only_with_overwrite(row: str, tmp_path: Path,
     nara(*words)
     for path in tmp_path.iterdir():
         path.write_text("kept")
-    before = content(tmp_path)
+    original = content(tmp_path)
     with pytest.raises(SystemExit, match=f"'{tmp_path}.*exists.*--overwrite"):
         nara(*words)
-    assert content(tmp_path) == before
+    assert content(tmp_path) == original
     nara(*words, OVER)
-    assert all(content(tmp_path)[name] != text for name, text in before.items())
+    assert all(content(tmp_path)[name] != text for name, text in original.items())

@@ -50,8 +50,8 @@ def test_layers_follow_the_formula_forward_and_backward(core, sharing, use_dora,
     base = Kinds(kinds)
     by_hand = ByHand(base, trained="trained")
     model = adapted(base, target_modules=kinds, use_dora=use_dora, core_sharing=sharing, **CORES[core])
-    own = {name: model.base_model.model.get_submodule(name).get_base_layer() for name in by_hand.layers}
-    for name, layer in own.items():
+    base_layers = {name: model.base_model.model.get_submodule(name).get_base_layer() for name in by_hand.layers}
+    for name, layer in base_layers.items():
         layer.requires_grad_("trained" in name)
     inputs = base.inputs()
     with noise_level(model, level):
@@ -73,9 +73,11 @@ def test_layers_follow_the_formula_forward_and_backward(core, sharing, use_dora,
     for kind, x in xs.items():
         assert_near(inputs[kind].grad, x.grad, f"gradient of the input of {kind}", terms=terms, sums=20)
     for name, layer in by_hand.layers.items():
-        assert (own[name].weight.grad is None) == (layer.weight.grad is None), name
+        assert (base_layers[name].weight.grad is None) == (layer.weight.grad is None), name
         if layer.weight.grad is not None:
-            assert_near(own[name].weight.grad, layer.weight.grad, f"gradient of W0 of {name}", terms=terms, sums=20)
+            assert_near(
+                base_layers[name].weight.grad, layer.weight.grad, f"gradient of W0 of {name}", terms=terms, sums=20
+            )
 
 
 def test_sample_without_batch_axis_is_batch_of_one():
@@ -83,9 +85,9 @@ def test_sample_without_batch_axis_is_batch_of_one():
         base = Kinds(kinds)
         model, inputs = adapted(base, target_modules=kinds, use_dora="bare" in kinds), base.inputs()
         with noise_level(model, 0.3):
-            found, whole = model({kind: x[0] for kind, x in inputs.items()}), model(inputs)
-        for name, output in found.items():
-            assert_near(output, whole[name][0], name)
+            actual, full = model({kind: x[0] for kind, x in inputs.items()}), model(inputs)
+        for name, output in actual.items():
+            assert_near(output, full[name][0], name)
 
 
 KINDS, PADDED = ["linear", "bare", "conv1d", "conv2d"], "padded_embedding"
@@ -107,9 +109,9 @@ DORA, DROPOUT = {"use_dora": True}, {"lora_dropout": 0.4}
 def test_new_cores_give_peft_outputs_and_gradients(options):
     """One adapter or two active ones, of equal weights, whose C = I."""
     base, names = Kinds([*KINDS, PADDED]), ["default", "second"][: len(options)]
-    inputs, tensors, found = base.inputs(), {}, []
+    inputs, tensors, tensors_of_models = base.inputs(), {}, []
     for make in (lora_config, nara_config):
-        configs = [make(**{"target_modules": KINDS, **each}) for each in options]
+        configs = [make(**{"target_modules": KINDS, **option}) for option in options]
         model = get_peft_model(copy.deepcopy(base), configs[0]).train()
         for name, config in zip(names[1:], configs[1:], strict=True):
             model.add_adapter(name, config)
@@ -126,10 +128,10 @@ def test_new_cores_give_peft_outputs_and_gradients(options):
             outputs = model(xs)
         sum((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum() for y in outputs.values()).backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None and "lora_core" not in n}
-        found.append({**outputs, **gradients, **{f"input of {kind}": xs[kind].grad for kind in KINDS}})
-    assert found[0].keys() == found[1].keys()
-    for name, expected in found[0].items():
-        assert_near(found[1][name], expected, name, sums=20)
+        tensors_of_models.append({**outputs, **gradients, **{f"input of {kind}": xs[kind].grad for kind in KINDS}})
+    assert tensors_of_models[0].keys() == tensors_of_models[1].keys()
+    for name, expected in tensors_of_models[0].items():
+        assert_near(tensors_of_models[1][name], expected, name, sums=20)
 
 
 @pytest.mark.parametrize("core", ["hypernetwork", "knots", "rank_mask", "bins"])

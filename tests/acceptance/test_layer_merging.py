@@ -67,14 +67,14 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("core", "sharing", "use_dora"), CASES, ids=str)
 def test_merging_and_to_lora_match_the_forward(tmp_path, core, sharing, use_dora):
     clean, model = make(core, sharing, use_dora)
-    inputs, before = clean.inputs(), base_weights(model)
+    inputs, original = clean.inputs(), base_weights(model)
     expected, other = run(model, inputs, LEVEL), run(model, inputs, 0.8)
     to_lora(model, LEVEL).save_pretrained(tmp_path)
     assert_all_near(run(PeftModel.from_pretrained(clean, tmp_path).eval(), inputs), expected)
     model.merge_adapter(noise_level=LEVEL)
     assert_all_near(run(model, inputs), expected)
     model.unmerge_adapter()
-    assert_all_near(base_weights(model), before)
+    assert_all_near(base_weights(model), original)
     assert_all_near(run(model, inputs, 0.8), other)
     if core not in ("constant", "identity"):
         assert all((other[name] - expected[name]).abs().max() > 1e-3 for name in other)
@@ -102,14 +102,14 @@ def test_merging_in_context_and_unloading_gives_formula_weights(use_dora, safe_m
 
 def test_merging_without_one_level_is_refused_unless_disabled():
     clean, model = make("hypernetwork", "global", False)
-    inputs, before = clean.inputs(), base_weights(model)
+    inputs, original = clean.inputs(), base_weights(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match=r"only be merged at one λ.*noise_level"):
             merge()
     for attempt in (model.merge_adapter, lambda noise_level: to_lora(model, noise_level)):
         with pytest.raises(ValueError, match=r"noise_level is \[0\.25, 0\.75\]: pass a single value"):
             attempt(noise_level=[0.25, 0.75])
-    assert all(torch.equal(weight, before[name]) for name, weight in base_weights(model).items())
+    assert all(torch.equal(weight, original[name]) for name, weight in base_weights(model).items())
     model.merge_adapter(noise_level=LEVEL)
     for part in (model, model.base_model.model.one["linear"]):
         x = inputs if part is model else inputs["linear"]
@@ -193,17 +193,17 @@ def test_static_adapter_merged_after_another_runs_anywhere():
 def test_a_merge_that_one_layer_refuses_touches_none(why, merge, options, message):
     base = Kinds(["linear", why])
     model, inputs = adapted(base, target_modules=["linear", why], lora_bias=why == "bare"), base.inputs()
-    expected, before = run(model, inputs, LEVEL), base_weights(model)
+    expected, original = run(model, inputs, LEVEL), base_weights(model)
     weight = model.base_model.model.two[why].lora_B["default"].weight
-    whole = weight.detach().clone()
+    copy_of_weight = weight.detach().clone()
     if "NaN" in message:
         weight.data[0, 0] = torch.nan
     with pytest.raises((ValueError, NotImplementedError), match=message):
         getattr(model, merge)(noise_level=LEVEL, **options)
-    assert_all_near(base_weights(model), before)
+    assert_all_near(base_weights(model), original)
     with pytest.raises(ValueError, match="λ is not known"):  # nothing counts as merged
         model(inputs)
-    weight.data.copy_(whole)
+    weight.data.copy_(copy_of_weight)
     assert_all_near(run(model, inputs, LEVEL), expected)
 
 
@@ -235,8 +235,8 @@ def dequantised(layer: Any) -> Tensor:
 def update_and_scale(model: PeftModel, W0: Tensor, tensors: dict[str, Tensor], levels: Tensor) -> tuple[Tensor, Any]:
     """s B C(λ) A (b, d_out, d_in), and m / ‖W0 + s B C A‖ (b, 1, d_out), or 1 without DoRA."""
     config = model.peft_config["default"]
-    own = {n.removeprefix("nara_core.shared."): t for n, t in tensors.items() if "nara_core" in n}
-    A, B, C = tensors["layer.lora_A.weight"], tensors["layer.lora_B.weight"], core_by_hand(config, own, levels)
+    core_tensors = {n.removeprefix("nara_core.shared."): t for n, t in tensors.items() if "nara_core" in n}
+    A, B, C = tensors["layer.lora_A.weight"], tensors["layer.lora_B.weight"], core_by_hand(config, core_tensors, levels)
     update = config.lora_alpha / config.r * torch.einsum("or,brq,qk->bok", B, C, A)
     if not config.use_dora:
         return update, 1.0

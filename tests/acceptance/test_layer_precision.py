@@ -51,8 +51,8 @@ def sensitive(kinds: list[str], dtype: torch.dtype, alike: str, use_dora: bool) 
             changed[name] = R + (rows + columns) / 8 - torch.eye(8)
     write(model, changed)
     for name, layer in by_hand.layers.items():
-        own = model.base_model.model.get_submodule(name).get_base_layer()
-        own.requires_grad_("trained" in name)
+        base_layer = model.base_model.model.get_submodule(name).get_base_layer()
+        base_layer.requires_grad_("trained" in name)
         layer.requires_grad_("trained" in name)
     return model.to(dtype), by_hand
 
@@ -194,13 +194,13 @@ def test_core_under_autocast_or_conversion_keeps_its_bits(core, dtype):
     expected = core_matrix(model, LEVELS)
     with torch.autocast("cpu", dtype):
         assert torch.equal(core_matrix(model, LEVELS), expected)
-    before = {name: tensor.clone() for name, tensor in tensors_of(model).items()}
+    original = {name: tensor.clone() for name, tensor in tensors_of(model).items()}
     model.to(dtype)
     assert torch.equal(core_matrix(model, LEVELS), expected)
     for name, tensor in tensors_of(model).items():
         is_core = "nara_core" in name
         assert tensor.dtype == (torch.float32 if is_core else dtype), name
-        assert not is_core or torch.equal(tensor, before[name]), name
+        assert not is_core or torch.equal(tensor, original[name]), name
 
 
 def states(pipe: Any) -> dict[str, Tensor]:
@@ -220,12 +220,12 @@ def test_factor_overflowing_float16_loads_only_in_bfloat16(tmp_path, component, 
         save_file(tensors, tmp_path / name / FILE, metadata=metadata)
     module, pipe = key.removeprefix(f"{component}.").partition(".lora_")[0], frozen_sd().to(torch.float16)
     for options in ({}, {"hotswap": True}):
-        before = states(pipe)
+        original = states(pipe)
         with pytest.raises(ValueError, match=rf"{module}\.lora_{factor}\.(toy\.)?weight.* too large for .* bfloat16"):
             pipe.load_nara_weights(tmp_path / "larger", adapter_name="toy", **options)
-        after = states(pipe)
-        assert after.keys() == before.keys()
-        assert all(torch.equal(after[name], before[name]) for name in before)
+        state_after = states(pipe)
+        assert state_after.keys() == original.keys()
+        assert all(torch.equal(state_after[name], original[name]) for name in original)
         pipe.load_nara_weights(tmp_path / "largest", adapter_name="toy", **options)
     assert max(tensor.max() for name, tensor in states(pipe).items() if "lora_" in name) == 65504
     other = frozen_sd().to(torch.bfloat16)

@@ -81,12 +81,12 @@ def two(loaded: Lives) -> Lives:
 
 @pytest.mark.parametrize("calls", LIVES.values(), ids=LIVES)
 def test_adapters_after_set_adapters_equal_the_loras(two: Lives, calls: tuple[Call, ...]) -> None:
-    before = two.check()
-    assert_far(before, predict(two.loras[0], torch.tensor([900, 370, 900])))  # the λ of another sample is seen
-    assert_far(two.check(**HALF), before)
-    assert_near(two.check(), before, two.nara.unet)  # the scale is of one call
-    for each in calls:
-        assert_far(two.call(each).check(), before)
+    original = two.check()
+    assert_far(original, predict(two.loras[0], torch.tensor([900, 370, 900])))  # the λ of another sample is seen
+    assert_far(two.check(**HALF), original)
+    assert_near(two.check(), original, two.nara.unet)  # the scale is of one call
+    for call in calls:
+        assert_far(two.call(call).check(), original)
 
 
 def test_dora_disabled_enabled_or_separate_equals_the_lora(root: Path) -> None:
@@ -114,20 +114,20 @@ def test_pixels_over_a_life_equal_the_lora(root: Path) -> None:
     lives = Lives()
     base = pixels(lives.nara)
     lives.load(root / "static", "toy")
-    found = lives.check_pixels()
-    assert (found - base).abs().max() > 0.02
-    assert (lives.check_pixels(**HALF) - found).abs().max() > 0.01
+    actual = lives.check_pixels()
+    assert (actual - base).abs().max() > 0.02
+    assert (lives.check_pixels(**HALF) - actual).abs().max() > 0.01
     for call in (
         lambda pipe: pipe.set_adapters("toy", 0.5),
         lambda pipe: pipe.set_adapters("toy", {"unet": {"mid": 0.2, "up": 1.5}, "text_encoder": 0.4}),
         lambda pipe: pipe.set_adapters("toy", {"unet": 0.6, "text_encoder": 0.0}),
         lambda pipe: pipe.disable_lora(),
     ):
-        assert (lives.call(call).check_pixels() - found).abs().max() > 0.01
+        assert (lives.call(call).check_pixels() - actual).abs().max() > 0.01
     lives.call(lambda pipe: pipe.enable_lora(), lambda pipe: pipe.set_adapters("toy"))
-    torch.testing.assert_close(lives.check_pixels(), found, rtol=0, atol=1e-4)
+    torch.testing.assert_close(lives.check_pixels(), actual, rtol=0, atol=1e-4)
     lives.call(lambda pipe: pipe.fuse_lora(components=["unet", "text_encoder"], lora_scale=0.8))
-    assert (lives.check_pixels() - found).abs().max() > 0.005
+    assert (lives.check_pixels() - actual).abs().max() > 0.005
     lives.call(lambda pipe: pipe.unfuse_lora(components=["unet", "text_encoder"])).check_pixels()
 
 
@@ -170,9 +170,9 @@ def test_from_pipe_sibling_shares_adapters_and_their_removal(root: Path) -> None
     base = edited(StableDiffusionImg2ImgPipeline.from_pipe(lives.nara))
     lives.load(root / "static", "toy").call(lambda pipe: pipe.set_adapters("toy", 0.8))
     siblings: list[Any] = [StableDiffusionImg2ImgPipeline.from_pipe(pipe) for pipe in (lives.nara, lives.loras[0])]
-    found, expected = map(edited, siblings)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    assert (found - base).abs().max() > 0.01
+    actual, expected = map(edited, siblings)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+    assert (actual - base).abs().max() > 0.01
     for sibling in siblings:
         sibling.set_adapters("toy", 0.2)
     lives.check_pixels()
@@ -183,8 +183,8 @@ def test_from_pipe_sibling_shares_adapters_and_their_removal(root: Path) -> None
 
 def test_hotswap_at_equal_rank_gives_the_new_adapter(root: Path) -> None:
     lives = Lives().load(root / "a", "toy")
-    before = lives.check()
-    assert_far(lives.load(root / "swapped", "toy", hotswap=True).check(), before)
+    original = lives.check()
+    assert_far(lives.load(root / "swapped", "toy", hotswap=True).check(), original)
     lives.call(lambda pipe: pipe.set_adapters("toy", 0.6)).check()
 
 
@@ -197,10 +197,10 @@ def test_hotswap_that_would_mix_two_adapters_is_refused(root: Path, tmp_path: Pa
         pipe: Any = frozen_sd()
         pipe.load_nara_weights(root / "b", adapter_name="b")
         pipe.load_nara_weights(save_nara(tmp_path / "old", **old), adapter_name="toy")
-        before = predict(pipe)
+        original = predict(pipe)
         with pytest.raises(ValueError, match=message):
             pipe.load_nara_weights(save_nara(tmp_path / "new", seed=2, **new), adapter_name="toy", hotswap=True)
-        assert torch.equal(predict(pipe), before)
+        assert torch.equal(predict(pipe), original)
     with noise_level(pipe.unet, 0.3):
         pipe.fuse_lora(components=["unet"])
     with pytest.raises(ValueError, match="is merged"):
@@ -217,11 +217,11 @@ def test_hotswap_that_fails_on_its_way_changes_nothing(monkeypatch: pytest.Monke
 
     pipe: Any = frozen_sd()
     pipe.load_nara_weights(save_nara(tmp_path / "old", core_type="acceptance affine"), adapter_name="toy")
-    new, before = save_nara(tmp_path / "new", seed=2, core_type="acceptance affine", lora_alpha=9), predict(pipe)
+    new, original = save_nara(tmp_path / "new", seed=2, core_type="acceptance affine", lora_alpha=9), predict(pipe)
     monkeypatch.setattr("nara_diffusion.loaders.hotswap.rebuild_core", fail)
     with pytest.raises(ValueError, match="the factory fails"):
         pipe.load_nara_weights(new, adapter_name="toy", hotswap=True)
-    assert torch.equal(predict(pipe), before)
+    assert torch.equal(predict(pipe), original)
 
 
 def test_set_lora_device_moves_one_adapters_factors_only(root: Path) -> None:
@@ -251,11 +251,11 @@ def test_only_an_adapter_and_its_core_train(how: str) -> None:
         "children": lambda: [p for child in unet.children() for p in child.parameters()],
     }
     for listed, parameters in lists.items():
-        found = []
+        trained = []
         for active in ("b", "a", ["a", "b"]):
             getattr(unet, how)(active)
-            found.append({id(parameter) for parameter in parameters() if parameter.requires_grad})
-        of_b, of_a, both = found
+            trained.append({id(parameter) for parameter in parameters() if parameter.requires_grad})
+        of_b, of_a, both = trained
         assert both == of_a | of_b, listed
         assert not of_a & of_b
         names = {name for name, parameter in unet.named_parameters() if id(parameter) in of_a}

@@ -96,7 +96,7 @@ def test_trained_and_saved_nara_gives_same_outputs_elsewhere(folder, tmp_path: P
 @pytest.mark.parametrize("way", ["unload_nara_weights", "unload_lora_weights", "delete_adapters", "unload_lora"])
 def test_unloaded_pipeline_is_the_base_bit_for_bit(folder: Path, with_text: Path, way: str) -> None:
     pipe: Any = frozen_sd()
-    image, before = pixels(pipe), state(pipe)
+    image, original = pixels(pipe), state(pipe)
     pipe.load_nara_weights(folder, adapter_name="a")
     pipe.load_nara_weights(with_text, adapter_name="b")
     pipe.set_adapters(["a", "b"])
@@ -108,9 +108,9 @@ def test_unloaded_pipeline_is_the_base_bit_for_bit(folder: Path, with_text: Path
         getattr(pipe, way)(*([["a", "b"]] if way == "delete_adapters" else []))
     assert torch.equal(pixels(pipe), image)
     now, is_wrapped = state(pipe), way in ("delete_adapters", "unload_lora")  # Diffusers leaves wrappers, as of a LoRA
-    for name, value in before.items():
+    for name, value in original.items():
         if "values" in name:
-            assert {key.replace(".base_layer", ""): held for key, held in now[name].items()} == value
+            assert {key.replace(".base_layer", ""): tensor for key, tensor in now[name].items()} == value
         elif not is_wrapped and ("attributes" not in name or way == "unload_nara_weights"):
             assert now[name] == value, name
     assert not pipe.get_list_adapters()

@@ -48,8 +48,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(root: Path) -> dict[str, Tensor]:
     """Outputs where nothing is offloaded: of the equal LoRAs by hand, except for one core a layer."""
-    found = {name: Lives().load(root / name, "toy").check() for name in ("nara", "dora")}
-    return {**found, "layers": predict(loaded(root / "layers"))}
+    by_name = {name: Lives().load(root / name, "toy").check() for name in ("nara", "dora")}
+    return {**by_name, "layers": predict(loaded(root / "layers"))}
 
 
 def loaded(folder: Path) -> Any:
@@ -98,9 +98,9 @@ def test_adapter_in_offloaded_pipeline_gives_the_same_pixels(root: Path, offload
     offload(pipe)
     base = pixels(pipe)
     pipe.load_nara_weights(root / "nara", adapter_name="toy")
-    found = pixels(pipe)
-    torch.testing.assert_close(found, image, rtol=0, atol=1e-4)
-    assert (found - base).abs().max() > 0.02
+    actual = pixels(pipe)
+    torch.testing.assert_close(actual, image, rtol=0, atol=1e-4)
+    assert (actual - base).abs().max() > 0.02
     pipe.unload_nara_weights()
     torch.testing.assert_close(pixels(pipe), base, rtol=0, atol=1e-4)
 
@@ -142,8 +142,8 @@ def test_layerwise_casting_in_bfloat16_matches_float32(root: Path) -> None:
     trained.unet.enable_layerwise_casting(FLOAT8, torch.bfloat16)
     add_nara(trained)
     assert {p.dtype for p in trained.unet.parameters() if p.requires_grad} == {torch.float32}
-    for each in (pipe, exact):
-        each.load_nara_weights(root / "nara", adapter_name="toy")  # type: ignore[attr-defined]
-    found, expected = predict(pipe, dtype=torch.bfloat16).float(), predict(exact)
-    error = (found - expected).abs().flatten(1).amax(1)
+    for pipeline in (pipe, exact):
+        pipeline.load_nara_weights(root / "nara", adapter_name="toy")  # type: ignore[attr-defined]
+    actual, expected = predict(pipe, dtype=torch.bfloat16).float(), predict(exact)
+    error = (actual - expected).abs().flatten(1).amax(1)
     assert (error < 0.05 * (expected - base).abs().flatten(1).amax(1)).all()

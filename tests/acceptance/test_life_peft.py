@@ -97,10 +97,10 @@ def test_name_like_a_key_is_refused_beside_another(tmp_path: Path, name: str) ->
     for alone, added in ((name, "default"), ("default", name)):
         model = get_peft_model(two(), nara_config(), adapter_name=alone)
         disturb(model)
-        before = model.state_dict().keys()
+        keys = model.state_dict().keys()
         with pytest.raises(ValueError, match=f"The adapter name '{name}' is also a part of"):
             model.add_adapter(added, nara_config(target_modules=["first"]))
-        assert model.state_dict().keys() == before
+        assert model.state_dict().keys() == keys
         assert set(model.peft_config) == {alone}
         model.save_pretrained(tmp_path)
         folder = tmp_path / ("" if alone == "default" else name)
@@ -164,8 +164,8 @@ def test_converted_core_is_refused_before_writing(tmp_path: Path) -> None:
     ):
         model.save_pretrained(tmp_path, state_dict=without)
     assert not list(tmp_path.rglob("*.safetensors"))
-    kept = {name: model.state_dict()[name] if "lora_core" in name else t for name, t in converted.items()}
-    model.save_pretrained(tmp_path, state_dict=kept)
+    with_core = {name: model.state_dict()[name] if "lora_core" in name else t for name, t in converted.items()}
+    model.save_pretrained(tmp_path, state_dict=with_core)
     loaded = PeftModel.from_pretrained(two_elsewhere(), tmp_path)
     assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in model.state_dict().items() if "core" in name)
 

@@ -45,18 +45,18 @@ def interpolated(levels: Tensor) -> Tensor:
 def test_schedule_is_linear_between_points_with_exact_steps() -> None:
     levels = torch.linspace(0, 1, 101)
     torch.testing.assert_close(StrengthSchedule(POINTS)(levels).double(), interpolated(levels), rtol=0, atol=1e-6)
-    found = StrengthSchedule(STEPS)(torch.tensor([0.0, 0.249, 0.25, 0.5, 0.699, 0.7, 1.0]))
-    torch.testing.assert_close(found, torch.tensor([0.3, 0.3, 1.2, 1.2, 1.2, 0.0, 0.0]))
+    actual = StrengthSchedule(STEPS)(torch.tensor([0.0, 0.249, 0.25, 0.5, 0.699, 0.7, 1.0]))
+    torch.testing.assert_close(actual, torch.tensor([0.3, 0.3, 1.2, 1.2, 1.2, 0.0, 0.0]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_sample_has_its_levels_strength(kind: str) -> None:
     model, default = adapted(KINDS[kind]), [["default"]] * 6
-    whole = by_hand(model, default, LEVELS, x=INPUT)
+    formula = by_hand(model, default, LEVELS, x=INPUT)
     set_strength(model, "default", StrengthSchedule(POINTS))
-    found = run(model, LEVELS, INPUT)
-    assert_near(found, by_hand(model, default, LEVELS, {"default": interpolated(LEVELS)}, INPUT))
-    assert_far(found, whole)
+    actual = run(model, LEVELS, INPUT)
+    assert_near(actual, by_hand(model, default, LEVELS, {"default": interpolated(LEVELS)}, INPUT))
+    assert_far(actual, formula)
     with pytest.raises(ValueError, match="noise_level"):
         model(INPUT)
     expected = by_hand(model, default, [0.25] * 6, {"default": [0.5] * 6}, INPUT)
@@ -86,8 +86,10 @@ def test_two_adapters_have_separate_schedules_and_zero_gradients(kind: str) -> N
         model.zero_grad()
         with noise_level(model, level):
             model(INPUT).square().mean().backward()
-        found = [0.0 if p.grad is None else float(p.grad.abs().max()) for p in model.parameters() if p.requires_grad]
-        assert [bool(gradient) for gradient in found] == [is_moved] * len(found)
+        gradients = [
+            0.0 if p.grad is None else float(p.grad.abs().max()) for p in model.parameters() if p.requires_grad
+        ]
+        assert [bool(gradient) for gradient in gradients] == [is_moved] * len(gradients)
 
 
 def test_set_adapters_takes_schedules_beside_numbers_of_loras(tmp_path: Path) -> None:
@@ -101,9 +103,9 @@ def test_set_adapters_takes_schedules_beside_numbers_of_loras(tmp_path: Path) ->
     for level, pipe in zip(_lives.LEVELS, pipes[1:], strict=True):
         pipe.set_adapters(["a", "b"], [float(interpolated(torch.tensor([level]))), 0.6])
     low, high = (predict(pipe) for pipe in pipes[1:])
-    found = predict(pipes[0])
-    _lives.assert_near(found, torch.stack([low[0], high[1], low[2]]), pipes[0].unet)
-    assert_far(found, torch.stack([high[0], low[1], high[2]]))
+    actual = predict(pipes[0])
+    _lives.assert_near(actual, torch.stack([low[0], high[1], low[2]]), pipes[0].unet)
+    assert_far(actual, torch.stack([high[0], low[1], high[2]]))
 
 
 LLADA_TINY = Path(__file__).parents[2] / "examples" / "assets" / "llada-tiny"
@@ -155,7 +157,7 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("method", ["NaRA", "LoRA"])
 def test_live_schedule_stays_and_numbers_multiply_it(kind: str, method: str) -> None:
     one, other = Loaded(kind, method), Loaded(kind, method)
-    live, half, new, plain = (other.by_hand(each) for each in (SCHEDULE, HALF, OTHER, None))
+    live, half, new, plain = (other.by_hand(schedule) for schedule in (SCHEDULE, HALF, OTHER, None))
     assert not torch.allclose(live, half, rtol=1e-2, atol=1e-2 * float(live.abs().max()))
     for names, weights, expected in [
         ("toy", SCHEDULE, live),
@@ -200,11 +202,11 @@ def test_file_holds_live_schedule_but_never_a_number(tmp_path: Path) -> None:
     live = one.output()
     for number in (None, 0.5):
         one.pipe.set_adapters("toy", number)
-        found = one.output()
+        actual = one.output()
         reload(name := f"saved {number}".replace(".", " "))
         assert torch.equal(again.output(), live)
         again.pipe.set_adapters(name, number)
-        assert torch.equal(again.output(), found)
+        assert torch.equal(again.output(), actual)
     plain = one.by_hand(None)
     reload("without")
     assert torch.equal(again.output(), plain)
@@ -235,16 +237,16 @@ def test_schedule_without_level_or_adapter_is_refused_first() -> None:
     pipe: Any = _lives.add_nara(frozen_sd(), "a")
     inject_adapter_in_model(tiny.lora_config(target_modules=["q_proj"]), pipe.text_encoder, "a")
     pipe.set_adapters("a", 0.7)
-    before = predict(pipe)
+    original = predict(pipe)
     for weights, message in [
         (SCHEDULE, r"for text_encoder, which has no λ\. .*'text_encoder': 1\.0"),
         ({"unet": {"down": {"block_0": SCHEDULE}, "mid": 0.3}}, "for unet, .* a number for each block"),
     ]:
         with pytest.raises(ValueError, match=message):
             pipe.set_adapters("a", weights)
-        assert torch.equal(predict(pipe), before)
+        assert torch.equal(predict(pipe), original)
     pipe.set_adapters("a", {"unet": SCHEDULE, "text_encoder": 1.0})
-    assert not torch.allclose(predict(pipe), before)
+    assert not torch.allclose(predict(pipe), original)
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,8 @@ def test_diffusers_script_checkpoints_resume_and_load(tmp_path: Path) -> None:
     assert torch.equal(again.other.weight, first.other.weight)
     for script in (first, again):
         script.train(2)
-    for expected, found in zip(first.parameters, again.parameters, strict=True):
-        torch.testing.assert_close(found, expected)
+    for expected, actual in zip(first.parameters, again.parameters, strict=True):
+        torch.testing.assert_close(actual, expected)
     pipe: Any = small_sdxl()
     first.nara.save_nara_weights(tmp_path / "end")
     pipe.load_nara_weights(tmp_path / "end")

@@ -68,7 +68,7 @@ def test_compiled_model_matches_each_level_with_one_break(
 ) -> None:
     model, stock = both
     backend = CompileCounterWithBackend("aot_eager")
-    fast, found = torch.compile(model.train(), backend=backend), []
+    fast, gradients_of_both = torch.compile(model.train(), backend=backend), []
     for called in (fast, model):
         for index, levels in enumerate([*LEVELS, LEVELS[0]]):
             model.zero_grad()
@@ -76,8 +76,8 @@ def test_compiled_model_matches_each_level_with_one_break(
                 output = called(X)
             assert_near(output, stock.each(levels, X.double()), model)
             output.square().mean().backward()
-            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
-    for actual, expected in zip(found[:4], found[4:], strict=True):
+            gradients_of_both.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+    for actual, expected in zip(gradients_of_both[:4], gradients_of_both[4:], strict=True):
         for name, gradient in expected.items():
             assert distance(actual[name], gradient) < rounding_of(model), name
     assert backend.frame_count <= 2
@@ -102,14 +102,14 @@ def test_compiled_model_with_checkpoints_is_one_graph() -> None:
     torch.manual_seed(0)
     model, _ = adapt(Checkpointed(), LAYERS)
     backend = CompileCounterWithBackend("aot_eager")
-    fast, found = torch.compile(model.train(), backend=backend), []
+    fast, gradients_of_both = torch.compile(model.train(), backend=backend), []
     for called in (fast, model):
         for levels in LEVELS[:2]:
             model.zero_grad()
             with noise_level(model, levels):
                 called(X).square().mean().backward()
-            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
-    for actual, expected in zip(found[:2], found[2:], strict=True):
+            gradients_of_both.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+    for actual, expected in zip(gradients_of_both[:2], gradients_of_both[2:], strict=True):
         for name, gradient in expected.items():
             assert distance(actual[name], gradient) < rounding_of(model), name
     assert backend.frame_count == 1

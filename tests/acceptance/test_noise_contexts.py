@@ -46,12 +46,12 @@ def assert_unknown(model: Any) -> None:
 
 
 def test_noise_level_value_reaches_every_layer_and_row(model: Any, stock: Stock) -> None:
-    each = torch.tensor(LEVELS)
-    for value in (0.37, 0, 1.0, torch.tensor(0.37), each, each.double(), LEVELS):
+    levels = torch.tensor(LEVELS)
+    for value in (0.37, 0, 1.0, torch.tensor(0.37), levels, levels.double(), LEVELS):
         with noise_level(model, value):
             assert_at(model, stock, value)
-    with noise_level(model, each):
-        each.fill_(7.0)  # λ is a copy
+    with noise_level(model, levels):
+        levels.fill_(7.0)  # λ is a copy
         assert_at(model, stock, LEVELS, torch.randn(3, 6, 7))
 
 
@@ -134,10 +134,10 @@ def test_context_inside_a_forward_affects_its_model_only(model: Any) -> None:
     """Of another model, it leaves C as the forward made it, from a source, say; of this one, it gives another λ."""
     torch.manual_seed(0)
     entering, stock = adapt(Entering(), LAYERS)
-    own: Any = entering.base_model.model
+    base: Any = entering.base_model.model
     set_noise_source(entering, lambda *_: torch.tensor(LEVELS))  # type: ignore[arg-type]
     for inside, levels in ((noise_level(model, 0.9), LEVELS), (noise_level(entering, 0.9), 0.9)):
-        own.inside, stock.model.inside = inside, ExitStack()
+        base.inside, stock.model.inside = inside, ExitStack()
         assert_at(entering, stock.double(), levels)
 
 
@@ -171,9 +171,9 @@ def test_context_left_out_of_order_raises_and_clears(model: Any, stock: Stock) -
     outer, inner = ExitStack(), ExitStack()
     outer.enter_context(noise_level(model, 0.1))
     inner.enter_context(noise_level(model, 0.9))
-    for left in (outer, inner):
+    for context in (outer, inner):
         with pytest.raises(RuntimeError, match="innermost"):
-            left.close()
+            context.close()
         assert_unknown(model)
     with noise_level(model, 0.4):
         assert_at(model, stock, 0.4)
@@ -184,9 +184,9 @@ def test_context_left_before_inner_one_leaves_no_level(model: Any, stock: Stock)
     around, outer, inner = (noise_level(model, level) for level in (0.4, 0.1, 0.9))
     for context in (around, outer, inner):
         context.__enter__()
-    for left in (outer, inner, around):
+    for ended in (outer, inner, around):
         with pytest.raises(RuntimeError, match="innermost"):
-            left.__exit__()
+            ended.__exit__()
         assert_unknown(model)
 
 
@@ -233,5 +233,5 @@ def test_interleaved_tasks_have_their_own_levels(model: Any, stock: Stock) -> No
     second.run(assert_at, model, stock, 0.37)
     copied = second.run(copy_context)
     second.run(shared.__exit__)
-    for left in (second, copied):  # copies of a context that has been left have no λ
-        left.run(assert_unknown, model)
+    for context in (second, copied):  # copies of a context that has been left have no λ
+        context.run(assert_unknown, model)

@@ -110,11 +110,11 @@ def test_registered_controlnet_reads_its_timestep() -> None:
         model(*inputs)
     register_denoiser("ControlNetModel")
     model, stock = adapt(plain, ["to_q", "to_v"])
-    found = model(*inputs)[1]
+    actual = model(*inputs)[1]
     for i, level in enumerate((0.02, 0.5, 0.9)):
         with torch.no_grad():
-            expected = stock.at(level)(*(each[i : i + 1] for each in inputs))[1]
-        assert distance(found[i : i + 1], expected) < rounding_of(model)
+            expected = stock.at(level)(*(tensor[i : i + 1] for tensor in inputs))[1]
+        assert distance(actual[i : i + 1], expected) < rounding_of(model)
 
 
 # ---------------------------------------------------------------------- the scheduler
@@ -142,9 +142,9 @@ def test_edm_pipeline_needs_declared_levels(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="trained with λ defined as 'edm', but the source of λ gives 'timestep'"):
         set_noise_source(again.unet, TimestepNoise())
     set_noise_source(unet, TimestepNoise("edm"))
-    for each, reference in ((pipe, stock), (again, Stock(plain, again.unet))):
-        each.scheduler = EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0)
-        assert max(errors_of(each, reference, "σ / (1 + σ)")) < 4 * rounding_of(each.unet)
+    for pipeline, reference in ((pipe, stock), (again, Stock(plain, again.unet))):
+        pipeline.scheduler = EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0)
+        assert max(errors_of(pipeline, reference, "σ / (1 + σ)")) < 4 * rounding_of(pipeline.unet)
 
 
 # ---------------------------------------------------------------------- timesteps that a pipeline rounds
@@ -179,7 +179,7 @@ def test_ambiguous_rounded_timestep_stays() -> None:
     def scheduler(*timesteps: float) -> Any:
         return SimpleNamespace(config={"num_train_timesteps": 1000}, timesteps=torch.tensor(timesteps))
 
-    for meaning, given, meant, others in [
+    for meaning, rounded, meant, schedule in [
         ("sigma", torch.tensor([868.0]).bfloat16() / 1000, 0.8667, (866.7, 250.0, 0.0)),
         ("sigma", torch.tensor([0.8667]).bfloat16(), 0.8667, (866.7, 250.0, 0.0)),
         ("sigma_1000", torch.tensor([866.7]).half(), 0.8667, (866.7, 250.0, 0.0)),
@@ -190,8 +190,8 @@ def test_ambiguous_rounded_timestep_stays() -> None:
         ("sigma_1000", torch.tensor([700.0]).bfloat16(), 0.7, (866.7, 250.0, 0.0)),
         ("sigma_1000", torch.tensor([868.0]), 0.868, (866.7, 250.0)),  # not rounded
     ]:
-        source = DenoiserNoise(meaning, schedulers=[scheduler(*others[:1]), scheduler(*others[1:])])
-        assert source.noise_level(given).item() == pytest.approx(meant, abs=1e-6), (meaning, others)
+        source = DenoiserNoise(meaning, schedulers=[scheduler(*schedule[:1]), scheduler(*schedule[1:])])
+        assert source.noise_level(rounded).item() == pytest.approx(meant, abs=1e-6), (meaning, schedule)
 
 
 def test_rounded_timestep_is_found_without_host_reads() -> None:
@@ -202,5 +202,5 @@ def test_rounded_timestep_is_found_without_host_reads() -> None:
 
     schedule = torch.tensor([866.7, 250.0, 0.0])
     with WithoutReads():
-        found = TimestepNoise("sigma_1000").unrounded(schedule.bfloat16(), schedule)
-    assert torch.equal(found, schedule)
+        actual = TimestepNoise("sigma_1000").unrounded(schedule.bfloat16(), schedule)
+    assert torch.equal(actual, schedule)

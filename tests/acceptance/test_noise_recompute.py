@@ -52,11 +52,11 @@ def llama_gradients(model: Any, loss: Any = 0.0) -> dict[str, Tensor]:
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-    assert all(bool(gradient.any()) for gradient in found.values())
-    assert len(found) == sum(p.requires_grad for p in model.parameters())
-    assert any("core" in name for name in found)
-    return found
+    by_name = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    assert all(bool(gradient.any()) for gradient in by_name.values())
+    assert len(by_name) == sum(p.requires_grad for p in model.parameters())
+    assert any("core" in name for name in by_name)
+    return by_name
 
 
 def by_diffusers(unet: Any, reentrant: bool) -> None:

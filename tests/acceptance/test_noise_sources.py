@@ -53,8 +53,8 @@ def test_unet_timestep_in_any_form_sets_each_level(
     inputs: tuple[Tensor, Tensor],
 ) -> None:
     (unet, stock), (latents, text) = adapt(small_unet(TEXT), UNET_TARGETS, scale=0.3), inputs
-    each, stated = torch.tensor([950.0, 120.0, 431.0]), torch.tensor([0.3, 0.9, 0.0])
-    for forms in ((torch.tensor(431), 431, 431.0, torch.tensor([431])), (each, each.long())):
+    timesteps, stated = torch.tensor([950.0, 120.0, 431.0]), torch.tensor([0.3, 0.9, 0.0])
+    for forms in ((torch.tensor(431), 431, 431.0, torch.tensor([431])), (timesteps, timesteps.long())):
         expected, in_context = (by_hand(stock, forms[0], inputs, levels) for levels in (None, stated))
         for timestep in forms:
             assert_near(run(unet, latents, timestep, text), expected, unet)

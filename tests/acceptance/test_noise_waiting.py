@@ -61,11 +61,11 @@ STRENGTH = [[0.0, 1.0], [0.7, 0.3]]
 
 def finish(model: nn.Module, loss: Tensor) -> None:
     """The rest of a training step."""
-    trained = [each for each in model.parameters() if each.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     loss.backward()
     torch.nn.utils.clip_grad_norm_(trained, 1.0)
     torch.optim.AdamW(trained, foreach=True).step()
-    assert all(each.grad is not None for each in trained)
+    assert all(parameter.grad is not None for parameter in trained)
 
 
 def test_device_read_raises_and_so_do_host_tensors() -> None:
@@ -120,10 +120,10 @@ def test_text_sampling_step_reads_one_value(
 
     def reads(length: int) -> int:
         options = {"stop_at_eos": False, "block_length": 2, "return_stats": True, **settings}
-        with DeviceReads() as found:
+        with DeviceReads() as device_reads:
             result = generate(model, prompts, gen_length=length, steps=length, **options)
         assert result.forwards == length  # type: ignore[union-attr]
-        return found.count
+        return device_reads.count
 
     assert reads(4) - reads(2) == 2  # the rows with a mask left
 
@@ -156,10 +156,10 @@ def test_block_sampling_step_reads_one_value(tmp_path: Path) -> None:
     model, prompts = llada2(tmp_path).eval(), torch.zeros(2, 3, dtype=torch.long, device=DEVICE)
     counts = []
     for length in (4, 8):
-        with DeviceReads() as found:
+        with DeviceReads() as reads:
             options = {"steps": length // 2, "stop_at_eos": False, "return_stats": True}
             result: Any = generate(model, prompts, gen_length=length, **options)
-        counts.append(found.count - result.forwards)
+        counts.append(reads.count - result.forwards)
     assert counts[0] == counts[1]
 
 
@@ -170,9 +170,9 @@ def test_adapter_adds_no_reads_to_diffusion_gemma(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("device_reads.torch.ones", torch.zeros)  # none is
     counts = []
     for model in (gemma(), gemma().unload()):
-        with DeviceReads() as found:
+        with DeviceReads() as reads:
             answer_prompts(model, [[5, 6, 7], [8, 9]], eos_token_id=[2], gen_length=6, steps=3)
-        counts.append(found.count)
+        counts.append(reads.count)
     assert counts[0] == counts[1] > 2 * 3
 
 

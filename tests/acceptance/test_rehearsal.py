@@ -42,18 +42,18 @@ def test_true_size_model_trains_saves_loads_and_samples(
     alone = train_on_fake_tensors(model, base)
     for use_dora in (False, True):
         adapted = model.adapted(use_dora=use_dora)
-        layers = [each for each in adapted.modules() if hasattr(each, "lora_variant")]
-        kept = train_on_meta(model, adapted)
+        layers = [adapted_layer for adapted_layer in adapted.modules() if hasattr(adapted_layer, "lora_variant")]
+        on_meta = train_on_meta(model, adapted)
         file = saved(model, adapted, tmp_path / str(use_dora))
         assert_keys_and_shapes(file, layers, use_dora)
-        found = train_on_fake_tensors(model, adapted)
-        assert found["kept"] > model.saving * kept
+        on_fakes = train_on_fake_tensors(model, adapted)
+        assert on_fakes["kept"] > model.saving * on_meta
         forwards = len(layers) * model.passes
-        more = [found[way].total() - alone[way].total() for way in ("forward", "backward")]
+        more = [on_fakes[way].total() - alone[way].total() for way in ("forward", "backward")]
         biases = sum(use_dora and layer.base_layer.bias is not None for layer in layers) * model.passes
         most = MOST[use_dora][0] * forwards + biases + ONCE * model.passes
-        assert more[0] <= most, found["forward"] - alone["forward"]
-        assert more[1] <= MOST[use_dora][1] * len(layers) + ONCE, found["backward"] - alone["backward"]
+        assert more[0] <= most, on_fakes["forward"] - alone["forward"]
+        assert more[1] <= MOST[use_dora][1] * len(layers) + ONCE, on_fakes["backward"] - alone["backward"]
         loaded = model.load(file.parent)
         assert {p.shape for p in loaded.parameters()} == {p.shape for p in adapted.parameters()}
         with torch.no_grad():
@@ -68,11 +68,11 @@ def train_on_fake_tensors(model: Rehearsed, module: nn.Module) -> dict[str, Any]
     with mode:
         with LiveStorages(tensors_of(module)) as memory, Kernels() as forward, torch.autocast("cpu", torch.bfloat16):
             loss = model.loss(module, "cpu")
-        kept = memory.live
+        bytes_kept = memory.live
         with Kernels() as backward:
             loss.backward()
         update(module, model.unused)
-    return {"forward": forward.counts, "backward": backward.counts, "kept": kept}
+    return {"forward": forward.counts, "backward": backward.counts, "kept": bytes_kept}
 
 
 def train_on_meta(model: Rehearsed, module: nn.Module) -> int:
@@ -82,11 +82,11 @@ def train_on_meta(model: Rehearsed, module: nn.Module) -> int:
     with LiveStorages(tensors_of(module)) as memory:
         loss = model.loss(module, "meta")
     assert loss.device.type == "meta"
-    kept = memory.live
+    bytes_kept = memory.live
     loss.backward()
     update(module, model.unused)
     model.checkpoint(module, False)
-    return kept
+    return bytes_kept
 
 
 def update(module: nn.Module, unused: str) -> None:
@@ -122,10 +122,10 @@ def assert_keys_and_shapes(file: Path, layers: list[Any], use_dora: bool) -> Non
             expected[RANK, layer.in_features] += 1
             expected[layer.out_features, RANK] += 1
             expected[layer.out_features,] += use_dora
-    found: Counter[tuple[int, ...]] = Counter()
+    shapes: Counter[tuple[int, ...]] = Counter()
     with safe_open(file, "pt") as tensors:
         for key in tensors.keys():  # noqa: SIM118
             if "nara_core" not in key:
-                found[tuple(tensors.get_slice(key).get_shape())] += 1
+                shapes[tuple(tensors.get_slice(key).get_shape())] += 1
         assert sum("nara_core" in key for key in tensors.keys()) == 7  # noqa: SIM118
-    assert found == +expected
+    assert shapes == +expected

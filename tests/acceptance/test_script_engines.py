@@ -90,15 +90,15 @@ def test_launched_run_in_two_processes_equals_one(flags: dict[str, Any], one: di
     command += ["--main_process_port", "0", str(ROOT / "train_scripts" / "dllm.py")]
     command += words(**{**flags, **TWO}, output_dir=tmp_path / "two")
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=LAST_RESORT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=LAST_RESORT)
+    assert process.returncode == 0, process.stderr[-3000:]
     assert deviation(tmp_path / "two", one["no"], one["no"]) < 1e-3
     for mine, theirs in zip(metrics(tmp_path / "two"), metrics(one["no"]), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
-    found, expected = (results(folder) | {"seconds": 0} for folder in (tmp_path / "two", one["no"]))
-    assert found.keys() == expected.keys()
+    actual, expected = (results(folder) | {"seconds": 0} for folder in (tmp_path / "two", one["no"]))
+    assert actual.keys() == expected.keys()
     for name in ("n", "exact_match_after", "curve_before", "curve_after", "validation_loss_after"):
-        assert found[name] == pytest.approx(expected[name], rel=1e-4), name
+        assert actual[name] == pytest.approx(expected[name], rel=1e-4), name
 
 
 @slow
@@ -137,18 +137,18 @@ def test_killed_run_under_engine_equals_one_process(
 ) -> None:
     """Killed in the write of its second checkpoint, of four steps; then it goes on to six."""
     options = flags | TWO | PRECISIONS[precision]
-    whole, out = ddp if (engine, precision) == ("ddp", "bf16") else tmp_path / "whole", tmp_path / "run"
-    if whole != ddp:
-        in_two_processes([(engine, "dllm.py", options | {"output_dir": whole})], tmp_path)
-    assert deviation(whole, one[precision], one[precision]) < (0.3 if precision == "bf16" else 1e-3)
+    uninterrupted, out = ddp if (engine, precision) == ("ddp", "bf16") else tmp_path / "whole", tmp_path / "run"
+    if uninterrupted != ddp:
+        in_two_processes([(engine, "dllm.py", options | {"output_dir": uninterrupted})], tmp_path)
+    assert deviation(uninterrupted, one[precision], one[precision]) < (0.3 if precision == "bf16" else 1e-3)
     if precision == "bf16":
         # ZeRO-3 hooks A and B, so that layers go step by step: rounded elsewhere, one process differs by .05 of itself
         most = {"zero-2": 0.03, "zero-3": 0.1}.get(engine, 0.01)
-        assert deviation(whole, ddp, one["bf16"]) < most
-    for name, value in tensors(whole).items():
+        assert deviation(uninterrupted, ddp, one["bf16"]) < most
+    for name, value in tensors(uninterrupted).items():
         assert "frequencies" in name or (value != value.bfloat16()).any(), f"{name} was rounded to bfloat16"
-    assert NaraConfig.from_pretrained(whole) == NaraConfig.from_pretrained(one[precision])
-    check_leaves_the_base_out(whole / "checkpoint-2", flags["pretrained_model_name_or_path"])
+    assert NaraConfig.from_pretrained(uninterrupted) == NaraConfig.from_pretrained(one[precision])
+    check_leaves_the_base_out(uninterrupted / "checkpoint-2", flags["pretrained_model_name_or_path"])
     shorter = options | {"output_dir": out, "max_train_steps": 4}
     with pytest.raises(mp.ProcessExitedException) as ended:
         in_two_processes([(engine, "dllm.py", shorter)], tmp_path, moment=Moment("name", 4))
@@ -157,7 +157,7 @@ def test_killed_run_under_engine_equals_one_process(
     assert "checkpoint-4" not in names(out)
     resumed = options | {"output_dir": out, "resume_from_checkpoint": "latest"}
     in_two_processes([(engine, "dllm.py", resumed)], tmp_path)
-    assert_same_bits(out, whole)
+    assert_same_bits(out, uninterrupted)
 
 
 @slow
@@ -176,16 +176,18 @@ def test_killed_run_without_checkpoint_begins_anew(flags: dict[str, Any], ddp: P
 
 @slow
 def test_image_run_in_two_processes_resumes_exactly(tmp_path: Path) -> None:
-    whole, one, resumed = (tmp_path / name for name in ("whole", "one", "resumed"))
+    uninterrupted, one, resumed = (tmp_path / name for name in ("whole", "one", "resumed"))
     images = image_flags(tmp_path, small_sdxl()) | {"max_train_steps": 4, "snr_gamma": 5.0, "caption_dropout": 0.3}
     run("dreambooth_sdxl.py", **{**images, "train_batch_size": 4}, output_dir=one)
-    again = {"output_dir": resumed, "resume_from_checkpoint": whole / "checkpoint-2"}
-    in_two_processes([("ddp", "dreambooth_sdxl.py", images | how) for how in ({"output_dir": whole}, again)], tmp_path)
-    assert deviation(whole, one, one) < 1e-3
-    mine, theirs = tensors(resumed), tensors(whole)
+    again = {"output_dir": resumed, "resume_from_checkpoint": uninterrupted / "checkpoint-2"}
+    in_two_processes(
+        [("ddp", "dreambooth_sdxl.py", images | how) for how in ({"output_dir": uninterrupted}, again)], tmp_path
+    )
+    assert deviation(uninterrupted, one, one) < 1e-3
+    mine, theirs = tensors(resumed), tensors(uninterrupted)
     assert mine.keys() == theirs.keys() != set()
     assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
-    assert [line["loss"] for line in metrics(resumed)][-2:] == [line["loss"] for line in metrics(whole)][-2:]
+    assert [line["loss"] for line in metrics(resumed)][-2:] == [line["loss"] for line in metrics(uninterrupted)][-2:]
 
 
 @slow
@@ -245,9 +247,9 @@ def test_engine_that_cannot_run_is_refused_by_name(tmp_path: Path, monkeypatch: 
         ({"WORLD_SIZE": "2"}, "no", "2 processes were launched"),  # for lack of a rank
         ({}, "fp16", "mixed_precision fp16 needs a GPU, and accelerate finds none"),
     ]
-    for asked, precision, named in rows:
+    for environment, precision, named in rows:
         args = text_arguments(tmp_path, mixed_precision=precision)
-        with patch.dict(os.environ, asked), pytest.raises(ValueError, match=named):
+        with patch.dict(os.environ, environment), pytest.raises(ValueError, match=named):
             dllm.main(args)
         fresh_accelerate()
         assert not (tmp_path / "run").exists()

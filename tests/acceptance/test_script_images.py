@@ -58,11 +58,11 @@ def written(folder: Path) -> list[np.ndarray]:
 
 def check_pixels(folder: Path, base: Any) -> Any:
     """The written samples are the base's, and those of the pipeline that the card's code loads."""
-    (before,), (after,) = written(folder / "samples-before"), written(folder / "samples-after")
-    np.testing.assert_array_equal(drawn(base, folder), before)
+    (first,), (last,) = written(folder / "samples-before"), written(folder / "samples-after")
+    np.testing.assert_array_equal(drawn(base, folder), first)
     pipe = by_the_card(folder, until="image = ")["pipe"]
-    np.testing.assert_array_equal(drawn(pipe, folder), after)
-    assert (before != after).any()
+    np.testing.assert_array_equal(drawn(pipe, folder), last)
+    assert (first != last).any()
     return pipe
 
 
@@ -72,15 +72,15 @@ def test_run_writes_its_files(finished: Path) -> None:
     assert {name for name in names(finished) if name.startswith("checkpoint")} == {"checkpoint-4", "checkpoint-6"}
     assert not [name for name in names(finished) if name.startswith(".")]
     assert names(finished / "validation") == {"step-3.png", "step-6.png"}
-    found = results(finished)
+    figures = results(finished)
     measured = [
-        f"{what}_{when}"
-        for what in ("similarity", "similarity_as_shown", "text_alignment")
+        f"{metric}_{when}"
+        for metric in ("similarity", "similarity_as_shown", "text_alignment")
         for when in ("before", "after")
     ]
-    assert all(-1 < found[name] < 1 for name in measured)
-    assert {"seconds", "validation_loss_before", "validation_loss_after", "noise_levels"} <= found.keys()
-    assert (found["n"], found["adapter"], found["resolution"]) == (1, "nara", 16)
+    assert all(-1 < figures[name] < 1 for name in measured)
+    assert {"seconds", "validation_loss_before", "validation_loss_after", "noise_levels"} <= figures.keys()
+    assert (figures["n"], figures["adapter"], figures["resolution"]) == (1, "nara", 16)
     lines = metrics(finished)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "validation_loss" in line] == [3, 6]
@@ -112,8 +112,8 @@ def test_card_names_what_was_trained(finished: Path, sdxl: dict[str, Any]) -> No
 def test_dreambooth_run_uses_the_models_family(tmp_path: Path) -> None:
     flags, out = image_flags(tmp_path, small_sd3()), tmp_path / "out"
     run("dreambooth.py", **{**flags, **SHORT, "max_sequence_length": 5}, output_dir=out)
-    found = settings(out)
-    assert (found["target_modules"][0], found["guidance_scale"]) == ("attn.to_q", 7.0)
+    saved = settings(out)
+    assert (saved["target_modules"][0], saved["guidance_scale"]) == ("attn.to_q", 7.0)
     absent = {"text_encoder_3": None, "tokenizer_3": None}
     pipe = check_pixels(out, StableDiffusion3Pipeline.from_pretrained(tmp_path / "model", **absent))
     assert type(pipe) is StableDiffusion3Pipeline
@@ -137,11 +137,11 @@ def test_other_family_runs_resume_and_load_by_card(name: str, tmp_path: Path) ->
     one, other = tensors(tmp_path / "out"), tensors(tmp_path / "again")
     assert one.keys() == other.keys()
     assert all(torch.equal(value, other[key]) for key, value in one.items())
-    (before,), (after,) = (written(tmp_path / "out" / f"samples-{when}") for when in ("before", "after"))
-    assert (before != after).any()
+    (first,), (last,) = (written(tmp_path / "out" / f"samples-{when}") for when in ("before", "after"))
+    assert (first != last).any()
     image = by_the_card(tmp_path / "out", until="image.save")["image"]
     assert isinstance(image, Image.Image)
-    np.testing.assert_array_equal(np.asarray(image), after)
+    np.testing.assert_array_equal(np.asarray(image), last)
 
 
 PLAIN: dict[str, Any] = {"core_learning_rate": None, "adapter_options": {}}

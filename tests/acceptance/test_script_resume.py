@@ -45,10 +45,10 @@ def undisturbed(text: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
 def check_goes_on(script: str, moment: Moment, folder: Path, caplog: pytest.LogCaptureFixture, **flags: Any) -> None:
     """Run the script until the moment, when it can save where a signal asks it to stop; then with one more flag."""
     out, log = folder / "out", folder / "log"
-    code, said = ended_early(script, moment, log, **flags, output_dir=out), log.read_text()
+    code, printed = ended_early(script, moment, log, **flags, output_dir=out), log.read_text()
     stops = moment.signal != signal.SIGKILL
-    assert code == (128 + moment.signal if stops else -signal.SIGKILL), said[-2000:]
-    assert ("--resume_from_checkpoint" in said) >= stops
+    assert code == (128 + moment.signal if stops else -signal.SIGKILL), printed[-2000:]
+    assert ("--resume_from_checkpoint" in printed) >= stops
     there, last = names(out), f"checkpoint-{moment.number if stops else 2}"
     assert last in there
     assert stops or "checkpoint-4" not in there
@@ -83,10 +83,10 @@ def test_killed_canvas_run_resumes_to_same_bits(
 
 @pytest.mark.slow
 def test_killed_llada2_run_resumes_to_same_bits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    flags, whole = block_flags(tmp_path), tmp_path / "whole"
-    run("dllm.py", **flags, output_dir=whole)
+    flags, uninterrupted = block_flags(tmp_path), tmp_path / "whole"
+    run("dllm.py", **flags, output_dir=uninterrupted)
     check_goes_on("dllm.py", Moment("step", 3), tmp_path, caplog, **flags)
-    assert_same_bits(tmp_path / "out", whole)
+    assert_same_bits(tmp_path / "out", uninterrupted)
 
 
 IMAGES: dict[str, Any] = {"gradient_accumulation_steps": 2, "lora_dropout": 0.2, "caption_dropout": 0.3}
@@ -165,8 +165,8 @@ def test_foreign_or_damaged_checkpoint_is_refused(
         folder = tmp_path / str(number)
         there = copied(stopped, folder) | flags
         change(folder)
-        said = refusal(capsys, "dllm.py", **there, resume_from_checkpoint=folder / "out" / "checkpoint-1")
-        assert all(name in said for name in (*named, "checkpoint-1")), said
+        message = refusal(capsys, "dllm.py", **there, resume_from_checkpoint=folder / "out" / "checkpoint-1")
+        assert all(name in message for name in (*named, "checkpoint-1")), message
 
 
 def test_checkpoint_is_resumed_where_its_files_have_moved(stopped: dict[str, Any], tmp_path: Path) -> None:
@@ -193,8 +193,8 @@ def test_image_run_resumes_only_with_its_configurations(capsys: pytest.CaptureFi
     flags |= {"output_dir": tmp_path / "run", "resume_from_checkpoint": tmp_path / "run" / "checkpoint-1"}
     for name, field, value in (("unet/config", "norm_eps", 1e-3), ("scheduler/scheduler_config", "beta_end", 1)):
         file = tmp_path / "model" / f"{name}.json"
-        before = file.read_text()
-        file.write_text(json.dumps(json.loads(before) | {field: value}))
-        said = refusal(capsys, "dreambooth_sdxl.py", **flags)
-        assert f"belongs to a run with another base model configuration {name}.json" in said
-        file.write_text(before)
+        original = file.read_text()
+        file.write_text(json.dumps(json.loads(original) | {field: value}))
+        message = refusal(capsys, "dreambooth_sdxl.py", **flags)
+        assert f"belongs to a run with another base model configuration {name}.json" in message
+        file.write_text(original)

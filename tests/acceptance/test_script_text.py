@@ -52,19 +52,19 @@ def test_run_writes_its_files(finished: Path, flags: dict[str, Any]) -> None:
     assert promised | {"noise_level_curve.png", "samples.jsonl"} <= names(finished)
     assert {name for name in names(finished) if name.startswith("checkpoint")} == {"checkpoint-4", "checkpoint-6"}
     assert not [name for name in names(finished) if name.startswith(".")]  # nothing half written
-    found = results(finished)
+    figures = results(finished)
     whats, whens = ("exact_match", "validation_loss", "curve"), ("before", "after")
-    measured = {f"{what}_{when}" for what in whats for when in whens}
-    assert measured | {"seconds", "n", "noise_levels", "adapter", "trainable_parameters"} <= found.keys()
-    assert (found["n"], found["adapter"]) == (4, "nara")
-    assert found["seconds"] > 0
+    measured = {f"{metric}_{when}" for metric in whats for when in whens}
+    assert measured | {"seconds", "n", "noise_levels", "adapter", "trainable_parameters"} <= figures.keys()
+    assert (figures["n"], figures["adapter"]) == (4, "nara")
+    assert figures["seconds"] > 0
     saved = yaml.safe_load((finished / "config.yaml").read_text())
     assert [saved[name] for name in ("rank", "lora_alpha", "seed", "gen_length")] == [3, 5.0, 0, 8]
-    asked, answered = (
+    questions, answered = (
         [json.loads(line)["instruction"] for line in file.read_text().splitlines()]
         for file in (flags["test_file"], finished / "samples.jsonl")
     )
-    assert answered == asked
+    assert answered == questions
 
 
 def test_run_logs_its_losses(finished: Path) -> None:
@@ -100,15 +100,15 @@ def test_card_code_runs_on_the_measured_model(
         encode_records(read_records(flags[name]), tokenizer, max_length=40).rows
         for name in ("test_file", "validation_file")
     )
-    found, found_curve = results(finished), {}
+    figures, found_curve = results(finished), {}
     end = tokenizer.eos_token_id
     collator = AnswerCollator(end, "gen_length", gen_length=8)
     options: dict[str, Any] = {"collator": collator, "batch_size": 4, "seed": 0, "progress": False}
     for when in ("after", "before"):
         share = exact_match(model, tokenizer, test, gen_length=8, steps=4, progress=False).score
-        assert found[f"exact_match_{when}"] == share
-        curve = noise_level_curve(model, validation, found["noise_levels"], **options)
-        assert found[f"curve_{when}"] == pytest.approx(curve, rel=1e-4)
+        assert figures[f"exact_match_{when}"] == share
+        curve = noise_level_curve(model, validation, figures["noise_levels"], **options)
+        assert figures[f"curve_{when}"] == pytest.approx(curve, rel=1e-4)
         found_curve[when] = curve
         model = load_backbone(str(flags["pretrained_model_name_or_path"]))[0]
     assert found_curve["after"] != pytest.approx(found_curve["before"], rel=1e-3)
@@ -151,21 +151,21 @@ def test_other_adapter_runs_load_by_card(
     base = load_backbone(str((flags | changes)["pretrained_model_name_or_path"]))[0]
     run("dllm.py", **{**flags, **SHORT, **changes, "adapter": adapter, "learning_rate": 1e-3}, output_dir=out)
     model = by_the_card(out, until="prompt =")["model"]
-    found = results(out)
-    assert found["adapter"] == adapter
-    assert found["curve_after"] != pytest.approx(found["curve_before"], rel=1e-5)
+    figures = results(out)
+    assert figures["adapter"] == adapter
+    assert figures["curve_after"] != pytest.approx(figures["curve_before"], rel=1e-5)
     if adapter == "full":
         weights = tensors(out)
         assert type(model) is type(base)
         assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items() if name in weights)
-        assert found["trainable_parameters"] == sum(parameter.numel() for parameter in base.parameters())
+        assert figures["trainable_parameters"] == sum(parameter.numel() for parameter in base.parameters())
         return
     config = json.loads((out / "adapter_config.json").read_text())
     assert (config["peft_type"], config["use_dora"]) == (adapter[:4].upper(), adapter == "nara_dora")
     assert any("magnitude" in name for name in tensors(out)) is config["use_dora"]
     with torch.no_grad():
-        after = logits(model, 0.5) if adapter != "lora" else model.eval()(IDS).logits
-        assert (after - base(IDS).logits).abs().max() > 1e-5
+        logits_after = logits(model, 0.5) if adapter != "lora" else model.eval()(IDS).logits
+        assert (logits_after - base(IDS).logits).abs().max() > 1e-5
 
 
 SMALL = {"llada": "llada-tiny", "dream": "dream-tiny", "diffusiongemma": "gemma-tiny"}
@@ -183,9 +183,9 @@ def test_larger_model_settings_run_on_the_small_one(flags: dict[str, Any], tmp_p
     changes |= {"max_length": 40, "gen_length": 16, "validation_samples": None}
     changes |= {} if family == "diffusiongemma" else {"generation_steps": 4}
     run("dllm.py", **changes, **SHORT, config=path, num_train_epochs=None, output_dir=out)
-    given, saved = (yaml.safe_load(file.read_text()) for file in (path, out / "config.yaml"))
-    own = given.keys() - changes.keys() - SHORT.keys() - {"num_train_epochs"}
-    assert {name: saved.get(name) for name in own} == {name: given[name] for name in own}
-    found = results(out)
-    assert found["exact_match_after"] is not None
+    settings, saved = (yaml.safe_load(file.read_text()) for file in (path, out / "config.yaml"))
+    unchanged = settings.keys() - changes.keys() - SHORT.keys() - {"num_train_epochs"}
+    assert {name: saved.get(name) for name in unchanged} == {name: settings[name] for name in unchanged}
+    figures = results(out)
+    assert figures["exact_match_after"] is not None
     assert any(tensor.any() for name, tensor in tensors(out).items() if "lora_B" in name)

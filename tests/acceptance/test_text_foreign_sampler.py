@@ -57,8 +57,8 @@ def test_repeated_rows_have_the_levels_of_theirs() -> None:
     seen = IDS.masked_fill(MASKED, MASK)
     for repeated, rows in (("tiled", [0, 1, 2, 0, 1, 2]), ("interleaved", [0, 0, 1, 1, 2, 2])):
         source = InputIdsNoise(PROMPTS, mask_token_id=MASK, repeated=repeated)
-        found = source(torch.nn.Identity(), (seen[rows],), {"attention_mask": REAL[rows]})
-        assert found.tolist() == pytest.approx([SHARES[row] for row in rows])
+        actual = source(torch.nn.Identity(), (seen[rows],), {"attention_mask": REAL[rows]})
+        assert actual.tolist() == pytest.approx([SHARES[row] for row in rows])
 
 
 @torch.no_grad()
@@ -105,7 +105,7 @@ def test_context_overrides_source_and_inner_source_ends(pair: Any) -> None:
 
 
 def test_what_cannot_be_known_is_an_error() -> None:
-    for given, kwargs, message in [
+    for ids, kwargs, message in [
         ((), {"inputs_embeds": torch.ones(1, 2, 3)}, "no input_ids"),
         ((IDS[:1],), {}, "prompt_lengths has 3 values and this forward 1 rows"),
         ((IDS.repeat(2, 1),), {}, "repeated='tiled'"),
@@ -113,7 +113,7 @@ def test_what_cannot_be_known_is_an_error() -> None:
         ((IDS,), {"past_key_values": SimpleNamespace(get_seq_length=lambda: 5)}, "continue a cache"),
     ]:
         with pytest.raises(ValueError, match=message):
-            InputIdsNoise(PROMPTS, mask_token_id=MASK)(torch.nn.Identity(), given, kwargs)
+            InputIdsNoise(PROMPTS, mask_token_id=MASK)(torch.nn.Identity(), ids, kwargs)
 
 
 # ---------------------------------------------------------------------- a mask that a user types

@@ -69,11 +69,11 @@ def test_pipeline_answers_questions_and_chats_in_any_batch(shared: LLaDAPipeline
 
 def test_chat_prompt_is_answered_in_the_chats_blocks(shared: LLaDAPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of three tokens here, where they divide the answer, and their number the steps."""
-    asked, steps = [], Sampling.tokens_per_step
+    blocks, steps = [], Sampling.tokens_per_step
     assert CHAT_BLOCKS["llama"] == 32
     monkeypatch.setitem(CHAT_BLOCKS, "llama", 3)
     monkeypatch.setitem(CHAT_BLOCKS, "qwen2", 3)  # which Dream's own chat hasn't
-    monkeypatch.setattr(Sampling, "tokens_per_step", lambda self: asked.append(self.block) or steps(self))
+    monkeypatch.setattr(Sampling, "tokens_per_step", lambda self: blocks.append(self.block) or steps(self))
     for settings, block in [
         ({}, 3),
         ({"apply_template": False}, 12),
@@ -83,10 +83,10 @@ def test_chat_prompt_is_answered_in_the_chats_blocks(shared: LLaDAPipeline, monk
         ({"gen_length": 10}, 10),
     ]:
         shared(QUESTIONS[0], **{**LENGTH, **settings})
-        assert {*asked} == {block}, settings
-        asked.clear()
+        assert {*blocks} == {block}, settings
+        blocks.clear()
     generate(load_backbone(DREAM_TINY)[0], torch.tensor([[65, 66]]), chat=True, **LENGTH)
-    assert {*asked} == {12}
+    assert {*blocks} == {12}
 
 
 def test_callback_sees_each_step_and_changes_it(shared: LLaDAPipeline) -> None:
@@ -148,8 +148,8 @@ def test_adapted_pipeline_answers_as_peft_and_saves_both(adapter: Path, tmp_path
     options: dict[str, Any] = {"block_length": 6, "steps": 8, "temperature": 0.8, "cfg_scale": 0.5}
     adapted = PeftModel.from_pretrained(model, adapter)
     expected = sequences(adapted, tokenizer, generator=torch.Generator().manual_seed(3), **options)
-    found = pipe(QUESTIONS, generator=torch.Generator().manual_seed(3), **LENGTH, **options).sequences
-    assert torch.equal(found, expected)
+    actual = pipe(QUESTIONS, generator=torch.Generator().manual_seed(3), **LENGTH, **options).sequences
+    assert torch.equal(actual, expected)
     greedy = pipe(QUESTIONS, **LENGTH).sequences
     assert torch.equal(greedy, sequences(adapted, tokenizer))
     assert not torch.equal(greedy, base)
@@ -180,5 +180,5 @@ def test_exact_match_is_the_share_of_right_answers() -> None:
     assert [generation["generation"] for generation in result.generations] == ANSWERS
     assert [generation["correct"] for generation in result.generations] == [True, False, True]
     rows[0]["answer"] = "other"
-    own = exact_match(model, tokenizer, rows, **LENGTH, extract=str.lower, progress=False)
-    assert [generation["correct"] for generation in own.generations] == [False, True, False]
+    by_function = exact_match(model, tokenizer, rows, **LENGTH, extract=str.lower, progress=False)
+    assert [generation["correct"] for generation in by_function.generations] == [False, True, False]

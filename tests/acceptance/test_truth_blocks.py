@@ -63,9 +63,9 @@ def adapted() -> Any:
 def test_what_other_trainers_save_loads(trainers: dict[str, Any]) -> None:
     for folder, trained in (("sft/end", trainers["trainer"].model), ("own-loop", trainers["model"])):
         loaded = PeftModel.from_pretrained(load_backbone(LLADA)[0], f"outputs/{folder}")
-        found = get_peft_model_state_dict(loaded)
+        actual = get_peft_model_state_dict(loaded)
         for name, expected in get_peft_model_state_dict(trained).items():
-            torch.testing.assert_close(found[name], expected)
+            torch.testing.assert_close(actual[name], expected)
 
 
 @pytest.mark.slow

@@ -88,11 +88,11 @@ def test_generating_beyond_trained_canvas_warns_before_training(
     monkeypatch.setattr("nara_diffusion.dllm.train.train", Mock(side_effect=InterruptedError))
     with pytest.raises(InterruptedError):
         main(arguments(**changes))
-    found = canvas_warnings(caplog)
-    assert len(found) == (message is not None)
+    warned = canvas_warnings(caplog)
+    assert len(warned) == (message is not None)
     if message is not None:
-        assert re.search(message, found[0])
-        assert found[0].endswith(f"give --{remedy}")
+        assert re.search(message, warned[0])
+        assert warned[0].endswith(f"give --{remedy}")
 
 
 def test_canvas_beyond_positions_is_refused_before_training(arguments, tmp_path: Path) -> None:
@@ -139,8 +139,8 @@ def test_report_and_card_have_canvas_and_generation_options(
     arguments, caplog: Any, given: dict[str, Any], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(masked_kind.CHAT_BLOCKS, "llama", 4)
-    asked: list[dict[str, Any]] = []
-    watched = lambda *args, **how: asked.append(how) or exact_match(*args, **how)  # noqa: E731
+    calls: list[dict[str, Any]] = []
+    watched = lambda *args, **how: calls.append(how) or exact_match(*args, **how)  # noqa: E731
     monkeypatch.setattr(text_report, "exact_match", watched)
     args = arguments(**NO_CORE | given)
     with caplog.at_level(logging.INFO):
@@ -151,8 +151,11 @@ def test_report_and_card_have_canvas_and_generation_options(
     assert facts["training data"].endswith(f"{args.train_file} (fields instruction, output, answer)")  # no train_on
     assert "answers 4 to 8, trained to 12 tokens (trained_padding gen_length)" in facts["canvas"]
     expected = {"block_length": block, **given}
-    assert [{name: how[name] for name in expected} for how in asked] == [expected] * 2
+    assert [{name: how[name] for name in expected} for how in calls] == [expected] * 2
     card = (Path(args.output_dir) / "README.md").read_text()
-    said = ", remasking='entropy', entropy_bound=0.1, confidence_eos_eot_inf=True)" if given else ")"
-    assert f"generate(model, prompt, gen_length=12, block_length={block}{', top_p=0.9' if given else ''}{said}" in card
+    options_in_card = ", remasking='entropy', entropy_bound=0.1, confidence_eos_eot_inf=True)" if given else ")"
+    assert (
+        f"generate(model, prompt, gen_length=12, block_length={block}{', top_p=0.9' if given else ''}{options_in_card}"
+        in card
+    )
     assert f"gen_length 12 in {12 // block} blocks" in card

@@ -68,9 +68,9 @@ def in_a_block(llama: Any) -> Tensor:
     model, scheduler = llama.get_base_model(), SimpleNamespace(_transfer_schedule=torch.ones(3).long())
     source = BlockNoise(lambda: [scheduler])
     ids = torch.tensor([[5, 6, 7, MASK, MASK, MASK]])
-    given = {"attention_mask": torch.ones_like(ids), "position_ids": ids}
-    source(model, (ids,), given)
-    return source(model, (ids.where(torch.arange(6) != 4, 8),), given)
+    inputs = {"attention_mask": torch.ones_like(ids), "position_ids": ids}
+    source(model, (ids,), inputs)
+    return source(model, (ids.where(torch.arange(6) != 4, 8),), inputs)
 
 
 WAYS: dict[str, Callable[[Any], Tensor]] = {
@@ -109,9 +109,9 @@ def test_number_is_same_level_under_any_default_dtype(dtype: torch.dtype, tiny_l
     expected = [way(one) for _, way, one, _ in ways]
     torch.set_default_dtype(dtype)
     try:
-        found = [way(other) for _, way, _, other in ways]
+        levels = [way(other) for _, way, _, other in ways]
     finally:
         torch.set_default_dtype(torch.float32)
-    for (name, *_), one, other in zip(ways, found, expected, strict=True):
+    for (name, *_), one, other in zip(ways, levels, expected, strict=True):
         assert one.dtype == other.dtype, name
         assert torch.equal(one, other), name

@@ -59,21 +59,21 @@ def figures():
         cell = [record.get(name) for name in ("targets", "rank", "steps")]
         for seed in {"confirm": ["ten seeds"], "alternatives": [record["seed"], "both seeds"]}.get(record["stage"], []):
             values[(regime, record["arm"], record["regime"], seed, *cell)].append(record["score"])
-    found = defaultdict(list)
-    for (regime, method, *_), each in values.items():
-        if None not in each:
-            found[regime, method].append(fmean(each))
-    return found
+    by_regime = defaultdict(list)
+    for (regime, method, *_), losses in values.items():
+        if None not in losses:
+            by_regime[regime, method].append(fmean(losses))
+    return by_regime
 
 
 def paragraphs(text):
     """(regimes, paragraph) of what people wrote; a row of a table is a paragraph of its own."""
     text = re.sub(r"(?s)<!-- table:.*?<!-- end of table -->", "", text).partition("\n### eps_to_v: ")[0]
-    before = []
+    named_above = []
     for paragraph in re.split(r"\n\s*\n|\n(?=\|)|\n(?=[*-] )", text):
         named = [regime for regime, pattern in REGIMES.items() if re.search(pattern, paragraph)]
-        before = named or ([] if paragraph.startswith(("#", "|")) else before)
-        yield before, " ".join(paragraph.split())
+        named_above = named or ([] if paragraph.startswith(("#", "|")) else named_above)
+        yield named_above, " ".join(paragraph.split())
 
 
 def is_wrong(number, known):
@@ -86,16 +86,16 @@ def is_wrong(number, known):
 
 def mistakes(text, figures):
     """The numbers in `text` that are rounded wrongly."""
-    found = set()
+    wrong = set()
     for regimes, paragraph in paragraphs(text):
-        known = [value for (regime, _), values in figures.items() if regime in regimes for value in values]
-        found |= {each["number"] for each in re.finditer(NUMBER, paragraph) if is_wrong(each["number"], known)}
-    return found
+        true_values = [value for (regime, _), values in figures.items() if regime in regimes for value in values]
+        wrong |= {match["number"] for match in re.finditer(NUMBER, paragraph) if is_wrong(match["number"], true_values)}
+    return wrong
 
 
 def test_prose_has_the_digits_of_the_records(figures):
     wrong = {page: mistakes((ROOT / page).read_text(encoding="utf-8"), figures) for page in sorted(PAGES)}
-    assert {page: found for page, found in wrong.items() if found} == {}
+    assert {page: numbers for page, numbers in wrong.items() if numbers} == {}
 
 
 @pytest.mark.parametrize("page", ["images", "text", "rank4"])
@@ -105,16 +105,16 @@ def test_prose_has_the_digits_of_its_pages_tables(page):
     parts = re.split(r"(?s)<!-- table:(.*?)<!-- end of table -->", text)  # prose, table, prose, …
     prose, tables = "".join(parts[::2]), "".join(parts[1::2])
     number = r"(?<![\d.\w])\d\.\d{3,6}(?!\d)"
-    shown = re.findall(number, tables)
-    for each in re.findall(number, prose):
-        assert not is_wrong(each, [float(value) for value in shown if len(value) >= len(each)]), each
+    in_tables = re.findall(number, tables)
+    for digits in re.findall(number, prose):
+        assert not is_wrong(digits, [float(value) for value in in_tables if len(value) >= len(digits)]), digits
 
 
 def test_a_wrong_rounding_is_found(figures):
     """Of every regime whose records are whole."""
     assert f"{figures['subject_low', 'lora_params'][0]:.5f}" == "0.88247"
-    whole = REGIMES.keys() - {"one_image", "noise_offset"}
-    assert all(figures[regime, method] for regime in whole for method in ("lora", "nara"))
+    regimes = REGIMES.keys() - {"one_image", "noise_offset"}
+    assert all(figures[regime, method] for regime in regimes for method in ("lora", "nara"))
     for text, wrong in [
         ("**zero_snr.** LoRA 0.425, DoRA 0.437", set()),
         ("**zero_snr.** LoRA 0.426, DoRA 0.437", {"0.426"}),
@@ -139,16 +139,18 @@ def characters():
 def test_bayes_rule_covers_all_characters_and_noise_tokens(batches):
     batch = batches[4]
     noise = noise_tokens(load("uniform-tiny")[1]).tolist()
-    found = bayes_losses(batch)
+    actual = bayes_losses(batch)
     for row in range(5):
         level = batch.noise_level[row].item()
-        kept = {(x, z): (1 - level) * (x == z) + level / len(noise) for x in characters() for z in noise}  # p(z | x)
+        likelihoods = {
+            (x, z): (1 - level) * (x == z) + level / len(noise) for x in characters() for z in noise
+        }  # p(z | x)
         places = batch.answer[row].nonzero()[:, 0].tolist()
         for place in places[:-1]:
             x, z = batch.targets[row, place].item(), batch.input_ids[row, place].item()
-            p = kept[x, z] / sum(kept[other, z] for other in characters())
-            assert found[row, place].exp().item() == pytest.approx(1 / p, rel=1e-6)
-        assert found[row, places[-1]] == 0  # the end, which no answer lacks
+            p = likelihoods[x, z] / sum(likelihoods[other, z] for other in characters())
+            assert actual[row, place].exp().item() == pytest.approx(1 / p, rel=1e-6)
+        assert actual[row, places[-1]] == 0  # the end, which no answer lacks
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ def test_bayes_rule_covers_all_characters_and_noise_tokens(batches):
 def test_bayes_rule_matches_the_record_on_validation_questions(batches, knows_level, score):
     losses = [bayes_losses(batch, knows_level)[batch.answer].mean().item() for batch in batches]
     title = "Bayes' rule, told λ" if knows_level else "Bayes' rule, not told λ"
-    (record,) = (each for each in results.read(RECORDS) if each["arm"] == title)
+    (record,) = (line for line in results.read(RECORDS) if line["arm"] == title)
     assert losses == pytest.approx(record["losses"], rel=1e-5)
     assert f"{sum(losses) / 10:.3f}" == score
 
@@ -166,5 +168,5 @@ def test_bayes_rule_matches_the_record_on_validation_questions(batches, knows_le
 @pytest.mark.parametrize("regime", ["eps_to_v", "zero_snr", "eps_to_flow"])
 def test_base_read_by_identity_matches_the_record(regime):
     read = runs.FURTHER[f"{regime}_read"]
-    (record,) = (each for each in results.read(RECORDS) if each["regime"] == regime and each["seed"] is None)
+    (record,) = (line for line in results.read(RECORDS) if line["regime"] == regime and line["seed"] is None)
     assert read.figures(base().pipe.unet)["losses"] == pytest.approx(record["losses"], rel=1e-4)

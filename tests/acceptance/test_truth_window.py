@@ -82,10 +82,10 @@ def logits(model: Any, level: float) -> Tensor:
 def test_text_adapter_keeps_its_window_after_a_resume(arguments, tmp_path):
     folder, options = tmp_path / "run", WINDOW | {"max_train_steps": 2, "checkpointing_steps": 1}
     dllm.main(arguments(**options))
-    whole = (folder / TEXT).read_bytes()
+    uninterrupted = (folder / TEXT).read_bytes()
     (folder / TEXT).unlink()
     dllm.main(arguments(**options, resume_from_checkpoint=str(folder / "checkpoint-1")))
-    assert (folder / TEXT).read_bytes() == whole
+    assert (folder / TEXT).read_bytes() == uninterrupted
     assert json.loads((folder / "adapter_config.json").read_text())["strength"] == POINTS
     assert "noise levels: 0.3 ≤ λ < 0.8; the adapter is off outside, by the strength in its file" in card_of(folder)
     assert "In `generate` the adapter runs at λ" in card_of(folder)
@@ -119,9 +119,9 @@ def without_update(model: Any) -> Any:
 def test_text_lora_card_says_how_to_switch_off(arguments, tmp_path, capsys, adapter):
     dllm.main(arguments(**WINDOW, adapter=adapter, max_train_steps=2))
     line = f'set_strength(model, "default", {LINE})'
-    said = capsys.readouterr().out
-    assert f"switch it off outside: {line}" in said
-    assert "Exact match didn't rise; samples.jsonl has what was generated." in said  # two steps teach nothing
+    printed = capsys.readouterr().out
+    assert f"switch it off outside: {line}" in printed
+    assert "Exact match didn't rise; samples.jsonl has what was generated." in printed  # two steps teach nothing
     assert ("DoRA's magnitudes, which apply at every λ" in card_of(tmp_path / "run")) == (adapter == "dora")
     assert line in card_of(tmp_path / "run").partition("prompt = ")[0]
     model = by_the_card(tmp_path / "run", until="prompt = ")["model"]

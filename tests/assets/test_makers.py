@@ -40,8 +40,8 @@ def test_make_llada_tiny_resumed_gives_the_same_weights(family, tmp_path, monkey
     with pytest.raises(ValueError, match="add --resume"):
         run("stopped")
     run("stopped", resume=True)
-    whole, stopped = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "stopped"))
-    assert whole == stopped
+    uninterrupted, stopped = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "stopped"))
+    assert uninterrupted == stopped
     assert load_backbone(tmp_path / "whole")[0].config.mask_token_id is not None
 
 
@@ -63,7 +63,7 @@ def test_make_gemma_tiny_writes_a_model_of_canvases(tmp_path):
 def test_gemma_tinys_fast_step_matches_the_plain_one():
     make = pytest.importorskip("make_gemma_tiny")
     torch.manual_seed(5)
-    model, runs, found = make.build_gemma(make.build_tokenizer()), [], []
+    model, runs, steps = make.build_gemma(make.build_tokenizer()), [], []
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))  # norms' weights too
@@ -77,12 +77,12 @@ def test_gemma_tinys_fast_step_matches_the_plain_one():
             loss = make.block_diffusion_loss(model, ids, [4, 9, 7], **options)
         loss.loss.backward()
         gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
-        found.append({"decoder": loss.per_sample, "encoder": loss.encoder_loss, **gradients})
+        steps.append({"decoder": loss.per_sample, "encoder": loss.encoder_loss, **gradients})
         model.zero_grad()
     assert len(runs) == 2 + 1
-    assert found[0].keys() == found[1].keys()
-    for name, expected in found[0].items():
-        assert_near(found[1][name], expected, model)
+    assert steps[0].keys() == steps[1].keys()
+    for name, expected in steps[0].items():
+        assert_near(steps[1][name], expected, model)
 
 
 def test_make_sdxl_tiny_writes_two_unequal_clips(tmp_path):

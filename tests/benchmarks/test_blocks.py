@@ -72,12 +72,14 @@ def test_lambda_token_is_one_more_on_the_canvas():
     control.level = torch.tensor([0.25, 1.0])
     with torch.no_grad():
         control.numbers.data[[2, 9]] = plain.model.decoder.embed_tokens(longer[:, -1])
-        given = decoder_inputs(model, replace(batch, starts=torch.tensor(starts)))
-        found = model(**given, self_conditioning_logits=seeing[:, :16], cache=DynamicCache()).logits
+        inputs = decoder_inputs(model, replace(batch, starts=torch.tensor(starts)))
+        actual = model(**inputs, self_conditioning_logits=seeing[:, :16], cache=DynamicCache()).logits
         for i, start in enumerate(starts):
-            own = {"input_ids": batch.input_ids[i : i + 1, :start], "decoder_input_ids": longer[i : i + 1]}
-            expected = plain(**own, self_conditioning_logits=seeing[i : i + 1], cache=DynamicCache()).logits[0, :16]
-            torch.testing.assert_close(found[i], expected, rtol=1e-4, atol=1e-4)
+            arguments = {"input_ids": batch.input_ids[i : i + 1, :start], "decoder_input_ids": longer[i : i + 1]}
+            expected = plain(**arguments, self_conditioning_logits=seeing[i : i + 1], cache=DynamicCache()).logits[
+                0, :16
+            ]
+            torch.testing.assert_close(actual[i], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_lambda_of_generate_is_the_unaccepted_share():
@@ -85,12 +87,12 @@ def test_lambda_of_generate_is_the_unaccepted_share():
     control = Control("bias", model)
     control.numbers.data = torch.linspace(-0.2, 0.3, 10)[:, None]
     levels, masks = [], []
-    own = control.own
+    embedding = control.own
 
     def noted(level):
         levels.append(level)
         masks.append(control.sampler.accepted_token_mask)
-        return own(level)
+        return embedding(level)
 
     control.own = noted
     model.generate(torch.randint(284, (2, 7)), max_new_tokens=16, max_denoising_steps=4)
@@ -116,8 +118,8 @@ def test_true_levels_are_shares_of_wrong_tokens():
     for line, count in zip(canvas, wrong.tolist(), strict=True):
         line[:count] = tokenizer.convert_tokens_to_ids("?")
     levels = []
-    own = tuned.model.control.own
-    tuned.model.control.own = lambda level: levels.append(level) or own(level)
+    embedding = tuned.model.control.own
+    tuned.model.control.own = lambda level: levels.append(level) or embedding(level)
     with true_levels(tuned.model, inner, rows, tokenizer), torch.no_grad():
         inner.forward(input_ids=torch.randint(284, (3, 5)), decoder_input_ids=canvas, cache=DynamicCache())
     torch.testing.assert_close(levels, [wrong / rows.canvas])
@@ -130,10 +132,10 @@ def test_prefixes_are_what_the_frozen_encoder_computes():
     chosen = torch.tensor([0, 5, 9])
     key = {"seed": 2, "sample_indices": [0, 1, 2]}
     with torch.no_grad():
-        found = one.token_loss("held_out", chosen, 2, **key)
+        actual = one.token_loss("held_out", chosen, 2, **key)
         one.arm = Arm(on_encoder=True)  # takes the package's loss; the encoder still has no adapter
         expected = one.token_loss("held_out", chosen, 2, **key)
-    for a, b in zip(found[:2], expected[:2], strict=True):
+    for a, b in zip(actual[:2], expected[:2], strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
@@ -142,13 +144,16 @@ def test_bayes_is_the_posterior_over_all_clean_canvases():
     grid = (torch.arange(200, dtype=torch.double) + 0.5) / 200
     for row in range(7):
         # z from what is known: a character that is right is 0, one that is wrong 1, another token 4
-        z = [0 if same else (1 if known else 4) for same, known in zip(seen.same[row], seen.known[row], strict=True)]
+        z = [
+            0 if same else (1 if is_known else 4)
+            for same, is_known in zip(seen.same[row], seen.known[row], strict=True)
+        ]
         joint = torch.zeros(3, 3, dtype=torch.double)
         for x in product(range(3), repeat=2):
-            each = torch.ones_like(grid)
+            likelihood = torch.ones_like(grid)
             for place in range(2):
-                each = each * ((1 - grid) * (x[place] == z[place]) + grid / 5)
-            joint[x] = each.sum()
+                likelihood = likelihood * ((1 - grid) * (x[place] == z[place]) + grid / 5)
+            joint[x] = likelihood.sum()
         joint /= joint.sum()
         expected = torch.stack([-joint.sum(1)[0].log(), -joint.sum(0)[0].log()])
         torch.testing.assert_close(bayes_losses(seen, is_told=False)[row], expected)
@@ -162,24 +167,24 @@ def test_bayes_is_the_posterior_over_all_clean_canvases():
 @pytest.mark.usefixtures("committed")
 def test_arms_are_run_once_and_measured(arms, counts, tmp_path):
     path = tmp_path / "blocks.jsonl"
-    asked = ["--arms", *arms, "--steps", "2", "--output", str(path)]
+    flags = ["--arms", *arms, "--steps", "2", "--output", str(path)]
     for task in ("open", "case", "open"):
-        assert benchmark_blocks.main([*asked, "--tasks", task]) == 0
+        assert benchmark_blocks.main([*flags, "--tasks", task]) == 0
     records = results.read(path)
     assert tuple(sum(record["task"] == task for record in records) for task in ("open", "case")) == counts
     assert all(len(record["first"]) == len(record["second"]) == 10 for record in records)
-    confirmed = [*asked, "--stage", "confirm", "--tasks", "case", "--seeds", "70"]
+    confirmed = [*flags, "--stage", "confirm", "--tasks", "case", "--seeds", "70"]
     assert benchmark_blocks.main(confirmed) == 0
     steps = ["4", "8", "16"]
-    true = [] if arms == ["base"] else [f"{each}, true λ" for each in steps]
+    true = [] if arms == ["base"] else [f"{arm}, true λ" for arm in steps]
     assert list(results.read(path)[-1]["exact"]) == steps + true
 
 
 @pytest.mark.usefixtures("committed")
 def test_confirmation_needs_the_trials(tmp_path):
-    asked = ["--arms", "LoRA", "--tasks", "open", "--output", str(tmp_path / "blocks.jsonl")]
+    flags = ["--arms", "LoRA", "--tasks", "open", "--output", str(tmp_path / "blocks.jsonl")]
     with pytest.raises(ValueError, match="lacks trials"):
-        benchmark_blocks.main(["--stage", "confirm", *asked])
+        benchmark_blocks.main(["--stage", "confirm", *flags])
 
 
 def test_a_random_case_leaves_the_letters():

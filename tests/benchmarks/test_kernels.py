@@ -11,14 +11,14 @@ MOST = {"NaRA": (5, 11, 5), "NaRA-DoRA": (20, 19, 20)}
 
 @pytest.mark.parametrize("method", MOST)
 def test_layer_kernels_are_at_most_the_aims(method: str) -> None:
-    found = kernels_of_layer(method)
+    kernels = kernels_of_layer(method)
     for kind, most in zip(("forward", "backward", "inference"), MOST[method], strict=True):
-        assert sum(found[kind].values()) <= most, (kind, found[kind])
+        assert sum(kernels[kind].values()) <= most, (kind, kernels[kind])
 
 
 def test_hypernetwork_launches_ten_kernels_under_autocast() -> None:
-    found = kernels_of_hypernetwork()
-    assert found.total() <= 10, found
+    kernels = kernels_of_hypernetwork()
+    assert kernels.total() <= 10, kernels
 
 
 def test_generation_step_reads_one_value() -> None:

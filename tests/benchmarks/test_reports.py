@@ -57,8 +57,8 @@ def test_report_of_other_records_has_tables_and_pictures(tmp_path):
 @pytest.mark.usefixtures("committed")
 def test_run_of_a_record_gives_its_figures_again(regime, arm):
     """Each is far from those of the regime without the bias, token, gain or shift."""
-    own = [r for r in results.read(RECORDS) if (r["regime"], r["arm"], r["seed"]) == (regime, arm, SEEDS[0])]
-    record = min(own, key=lambda record: record["rank"])
+    records = [r for r in results.read(RECORDS) if (r["regime"], r["arm"], r["seed"]) == (regime, arm, SEEDS[0])]
+    record = min(records, key=lambda record: record["rank"])
     again = record_of(Run(cell_of(record), arm, SEEDS[0], record["rates"]), "confirm")
     assert again["losses"] == pytest.approx(record["losses"], rel=0.03)
     assert again["trainable_parameters"] == record["trainable_parameters"]

@@ -57,10 +57,10 @@ def test_benchmark_cache_makes_same_tokens_in_each_way(tmp_path):
 )
 def test_benchmark_quality_writes_each_run_once(modality, domain, settings, tmp_path):
     path = tmp_path / "records.jsonl"
-    asked = ["--modality", modality, "--domains", domain, "--methods", "lora", "nara", "--seeds", "0"]
-    asked += ["--backbones", "llada-tiny"] if modality == "text" else []
+    flags = ["--modality", modality, "--domains", domain, "--methods", "lora", "nara", "--seeds", "0"]
+    flags += ["--backbones", "llada-tiny"] if modality == "text" else []
     for _ in range(2):
-        assert benchmark_quality.main([*asked, "--output", str(path), "--set", *settings]) == 0
+        assert benchmark_quality.main([*flags, "--output", str(path), "--set", *settings]) == 0
     compared = [(record["method"], record["control"]) for record in results.read(path)]
     assert compared == [
         ("lora", None),
@@ -100,13 +100,13 @@ def test_benchmark_regimes_makes_each_remaining_run_once(tmp_path, capsys):
 @pytest.mark.usefixtures("committed")
 def test_benchmark_few_steps_runs_an_arm_once(tmp_path):
     path = tmp_path / "few.jsonl"
-    asked = ["--arms", "DoRA each step", "--steps", "2", "--seeds", "40", "--output", str(path)]
-    assert benchmark_few_steps.main(["--stage", "dev", *asked]) == 0
-    assert benchmark_few_steps.main(["--stage", "dev", *asked]) == 0
+    flags = ["--arms", "DoRA each step", "--steps", "2", "--seeds", "40", "--output", str(path)]
+    assert benchmark_few_steps.main(["--stage", "dev", *flags]) == 0
+    assert benchmark_few_steps.main(["--stage", "dev", *flags]) == 0
     records = results.read(path)
     assert [record["rates"]["learning_rate"] for record in records] == [1e-3, 2.5e-3, 4e-3, 6e-3]
     assert all(0 < record["score"] < 2 for record in records)
-    assert benchmark_few_steps.main(["--stage", "confirm", *asked]) == 0
+    assert benchmark_few_steps.main(["--stage", "confirm", *flags]) == 0
     assert results.read(path)[-1]["rates"] == min(records, key=lambda record: record["score"])["rates"]
     with pytest.raises(ValueError, match="lacks trials"):
         benchmark_few_steps.main(["--stage", "confirm", "--output", str(path), "--arms", "LoRA"])
@@ -117,8 +117,8 @@ def test_benchmark_few_steps_gives_named_parameters_their_rate():
     args = TrainingArguments(pretrained_model_name_or_path="base", learning_rate=0.1)
     with benchmark_few_steps.own_rates({"b_learning_rate": 0.5}):
         optimizer = benchmark_few_steps.loop.build_optimizer(model, args)
-    found = {id(each): group["lr"] for group in optimizer.param_groups for each in group["params"]}
-    rates = {name: found[id(parameter)] for name, parameter in model.named_parameters()}
+    rate_of = {id(trained): group["lr"] for group in optimizer.param_groups for trained in group["params"]}
+    rates = {name: rate_of[id(parameter)] for name, parameter in model.named_parameters()}
     assert rates == {"lora_A.weight": 0.1, "lora_A.bias": 0.1, "lora_B.weight": 0.5, "lora_B.bias": 0.5}
 
 
@@ -130,11 +130,11 @@ def test_benchmark_few_steps_measures_what_a_step_costs():
 
 def test_benchmark_few_steps_samples_base_and_draws_results(tmp_path):
     path, pictures = tmp_path / "few.jsonl", tmp_path / "grid"
-    asked = ["--output", str(path), "--pictures", str(pictures)]
-    assert benchmark_few_steps.main(["--stage", "samplers", "--seeds", "40", *asked]) == 0
-    found = {(record["arm"], record["calls"], record["guidance"]): record["end"] for record in results.read(path)}
-    assert len(found) == 12
-    assert benchmark_few_steps.main(["--report", *asked]) == 0
+    flags = ["--output", str(path), "--pictures", str(pictures)]
+    assert benchmark_few_steps.main(["--stage", "samplers", "--seeds", "40", *flags]) == 0
+    ends = {(record["arm"], record["calls"], record["guidance"]): record["end"] for record in results.read(path)}
+    assert len(ends) == 12
+    assert benchmark_few_steps.main(["--report", *flags]) == 0
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.width > 12 * 64
 

@@ -27,6 +27,6 @@ def test_sample_gets_its_steps_bias_around_an_adapter() -> None:
             nn.init.uniform_(parameter, 0.5, 1)
     expected = model(x, timestep=None) + table.biases[0][[1, 0, 1]]
     table.join(model)
-    found = model(x, timestep=torch.tensor([500.4, 998.0, 500.0]))
-    torch.testing.assert_close(found, expected)
+    actual = model(x, timestep=torch.tensor([500.4, 998.0, 500.0]))
+    torch.testing.assert_close(actual, expected)
     assert not model.time._forward_hooks

@@ -52,10 +52,10 @@ def test_peft_folder_is_the_nara_at_its_lambda(strength, tmp_path: Path, capsys)
     folded = PeftModel.from_pretrained(TwoLayers(), str(tmp_path / "lora"))
     there = 1.0 if strength is None else 1 - 0.8 * LEVEL
     for module in TARGETS:
-        wanted = by_hand(model, module, LEVEL, there)
-        torch.testing.assert_close(update_of(folded, module), wanted, rtol=1e-5, atol=1e-6)
-    own = "" if strength is None else ", at its strength of 0.7 there"
-    assert capsys.readouterr().out == f"{tmp_path / 'lora'}: 2 modules, λ = 0.375{own}\n"
+        expected = by_hand(model, module, LEVEL, there)
+        torch.testing.assert_close(update_of(folded, module), expected, rtol=1e-5, atol=1e-6)
+    strength_text = "" if strength is None else ", at its strength of 0.7 there"
+    assert capsys.readouterr().out == f"{tmp_path / 'lora'}: 2 modules, λ = 0.375{strength_text}\n"
 
 
 @pytest.mark.parametrize("level", [0.0, 0.3, 0.9, "best"])
@@ -81,16 +81,16 @@ def test_rank_mask_folds_in_pairs_by_its_exponent(level, tmp_path: Path, capsys)
 def test_best_says_the_largest_relative_error(tmp_path: Path, capsys) -> None:
     model = saved(tmp_path / "nara")
     fold(tmp_path / "nara", tmp_path / "lora", "--form", "peft", level="best")
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     folded = PeftModel.from_pretrained(TwoLayers(), str(tmp_path / "lora"))
     errors, sizes = [], []
     for level in torch.linspace(0, 1, 65).tolist():
-        wanted = torch.cat([by_hand(model, module, level).flatten() for module in TARGETS])
-        found = torch.cat([update_of(folded, module).flatten() for module in TARGETS])
-        errors.append((found - wanted).norm())
-        sizes.append(wanted.square().sum())
+        expected = torch.cat([by_hand(model, module, level).flatten() for module in TARGETS])
+        actual = torch.cat([update_of(folded, module).flatten() for module in TARGETS])
+        errors.append((actual - expected).norm())
+        sizes.append(expected.square().sum())
     worst = float(max(errors) / torch.stack(sizes).mean().sqrt())
-    stated = float(said.split("error of ΔW is ")[1].rstrip("%\n")) / 100
+    stated = float(printed.split("error of ΔW is ")[1].rstrip("%\n")) / 100
     assert stated == pytest.approx(worst, rel=0.02)
 
 

@@ -61,13 +61,13 @@ def test_loss_in_head_matches_that_of_all_logits(kind: str) -> None:
     torch.manual_seed(3)
     model = MODELS[kind]().double().eval()
     Backbone(model).language_model.config.mask_token_id = MASK  # type: ignore[union-attr]
-    found = []
+    tensors = []
     for options in ({"chunk_size": 4}, {"chunk_size": None}):
         result = masked_diffusion_loss(model, **BATCH, **options)
         trained = [p for p in model.parameters() if p.requires_grad]
         gradients = torch.autograd.grad(result.loss, trained, allow_unused=True)
-        found.append([result.token_loss.detach(), *(g for g in gradients if g is not None)])
-    for mine, expected in zip(*found, strict=True):
+        tensors.append([result.token_loss.detach(), *(g for g in gradients if g is not None)])
+    for mine, expected in zip(*tensors, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()) + 1e-12)
 
 
@@ -127,10 +127,10 @@ def test_virtual_tokens_change_neither_positions_nor_shapes() -> None:
     base = backbone(VOCABULARY)
     model = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     for how in ({}, {"chunk_size": None}):
-        found = masked_diffusion_loss(model, **BATCH, **how)
-        logits = model(found.input_ids, attention_mask=found.attention_mask).logits[:, 3:]  # the three first go
-        expected = F.cross_entropy(logits.mT, IDS, reduction="none") * found.masked
-        torch.testing.assert_close(found.token_loss, expected)
+        actual = masked_diffusion_loss(model, **BATCH, **how)
+        logits = model(actual.input_ids, attention_mask=actual.attention_mask).logits[:, 3:]  # the three first go
+        expected = F.cross_entropy(logits.mT, IDS, reduction="none") * actual.masked
+        torch.testing.assert_close(actual.token_loss, expected)
     assert generate(model, IDS, gen_length=2).shape == (3, 16)
     assert Backbone(model).position_limit == 64 - 3
     with pytest.raises(ValueError, match="the model has 61 positions"):

@@ -59,17 +59,17 @@ def by_hand(logits: ByHand, prompt: list[int], gen_length: int, threshold: float
     """The answer of the public greedy loop, and λ of the active block before each of its steps."""
     text, levels = prompt + [MASK] * gen_length, []
     for start in range(len(prompt) // B * B, len(text), B):
-        own = [i for i in range(start, min(start + B, len(text))) if i >= len(prompt)]
-        while left := [i for i in own if text[i] == MASK]:
-            levels.append(len(left) / len(own))
-            seen = torch.tensor(text[: own[-1] + 1])
-            p = logits(seen, block_seen(len(seen), B))[left]
+        places = [i for i in range(start, min(start + B, len(text))) if i >= len(prompt)]
+        while masked := [i for i in places if text[i] == MASK]:
+            levels.append(len(masked) / len(places))
+            seen = torch.tensor(text[: places[-1] + 1])
+            p = logits(seen, block_seen(len(seen), B))[masked]
             p[:, MASK] = -torch.inf
             best = p.softmax(-1).max(-1)
             order = best.values.argsort(descending=True).tolist()
             for rank, j in enumerate(order):
                 if rank == 0 or best.values[j] > threshold:
-                    text[left[j]] = int(best.indices[j])
+                    text[masked[j]] = int(best.indices[j])
     return text[len(prompt) :], levels
 
 
@@ -85,10 +85,10 @@ def test_answers_and_levels_match_the_manual_loop(family: str, use_cache: bool, 
         levels.append(step.noise_level.tolist())
 
     how = {"confidence_threshold": 0.3, "stop_at_eos": False, "on_step_end": keep}
-    found = answers(model, use_cache, **how)
+    actual = answers(model, use_cache, **how)
     for row, length in enumerate(LENGTHS):
         expected, of_row = by_hand(logits, PROMPTS[row, :length].tolist(), 12, 0.3)
-        assert found[row, length : length + 12].tolist() == expected
+        assert actual[row, length : length + 12].tolist() == expected
         assert [level[row] for level in levels if level[row] > 0] == pytest.approx(of_row)
 
 
@@ -127,10 +127,10 @@ def test_adapters_with_one_level_are_refused_with_cache(model: Any) -> None:
         with pytest.raises(ValueError, match=r"'default' .*noise_level_per is 'sample'.* use_cache=False"):
             answers(model, use_cache)
     with pytest.warns(UserWarning, match="with one λ for each sample. This forward") as warned:
-        found = answers(model, False)
+        actual = answers(model, False)
     assert len(warned) == 1
     model.peft_config["default"].noise_level_per = "part"
-    assert answers(model, True).equal(found)
+    assert answers(model, True).equal(actual)
     model.peft_config["default"].noise_level_per = "sample"
     model.set_adapter("still")  # it has no λ
     answers(model, True)
@@ -168,13 +168,13 @@ def test_chat_takes_the_published_threshold(model: Any) -> None:
     assert Backbone(model).block_length == B
     forwards = []
     for settings in ({"chat": True}, {"confidence_threshold": 0.95}, {"chat": True, "steps": 3}):
-        found = generate(model, PROMPTS[:1], gen_length=12, stop_at_eos=False, return_stats=True, **settings)
-        forwards.append((found.forwards, found.answers.tolist()))  # type: ignore[union-attr]
+        actual = generate(model, PROMPTS[:1], gen_length=12, stop_at_eos=False, return_stats=True, **settings)
+        forwards.append((actual.forwards, actual.answers.tolist()))  # type: ignore[union-attr]
     assert forwards[0] == forwards[1] != forwards[2]
 
 
 def test_chat_omits_threshold_for_orders_without_confidence(model: Any) -> None:
     options = {"gen_length": 12, "stop_at_eos": False, "return_stats": True, "remasking": "entropy"}
-    found = [generate(model, PROMPTS[:1], chat=chat, **options) for chat in (True, False)]
-    assert found[0].answers.equal(found[1].answers)  # type: ignore[union-attr]
-    assert found[0].forwards == 12  # type: ignore[union-attr]
+    actual = [generate(model, PROMPTS[:1], chat=chat, **options) for chat in (True, False)]
+    assert actual[0].answers.equal(actual[1].answers)  # type: ignore[union-attr]
+    assert actual[0].forwards == 12  # type: ignore[union-attr]

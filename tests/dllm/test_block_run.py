@@ -85,9 +85,9 @@ def test_shipped_model_answers_its_training_in_the_pipeline() -> None:
 def test_configured_run_learns_and_answers_in_the_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     run("dllm.py", config="train_scripts/configs/llada2_tiny.yaml", output_dir=tmp_path / "run")
-    found = results(tmp_path / "run")
-    assert (found["exact_match_before"], found["n"]) == (0, 256)
-    assert found["exact_match_after"] >= 0.9
+    figures = results(tmp_path / "run")
+    assert (figures["exact_match_before"], figures["n"]) == (0, 256)
+    assert figures["exact_match_after"] >= 0.9
     test = Path("examples/assets/two-step/test.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in test[:100]]
     model, tokenizer = load_backbone("examples/assets/llada2-tiny")
@@ -101,15 +101,15 @@ def test_configured_run_learns_and_answers_in_the_pipeline(tmp_path: Path, monke
 
 def test_full_fine_tuning_writes_the_public_format(tmp_path: Path) -> None:
     main(arguments(tmp_path, adapter="full", max_train_steps=2, learning_rate=1e-3, test_samples=1))
-    before, after = load_file(tmp_path / "model/model.safetensors"), load_file(tmp_path / "run/model.safetensors")
-    assert before.keys() == after.keys()
-    still = [name for name, tensor in after.items() if torch.equal(tensor, before[name].to(tensor.dtype))]
+    original, trained = load_file(tmp_path / "model/model.safetensors"), load_file(tmp_path / "run/model.safetensors")
+    assert original.keys() == trained.keys()
+    still = [name for name, tensor in trained.items() if torch.equal(tensor, original[name].to(tensor.dtype))]
     # experts that no token has chosen, and the bias of the choice, keep their values
     assert all(".experts." in name or name.endswith("expert_bias") for name in still)
     model, _ = load_backbone(str(tmp_path / "run"))
     assert (model.config.block_length, model.config.mask_token_id) == (4, MASK)
     loaded = model.get_input_embeddings().weight
-    torch.testing.assert_close(loaded, after["model.word_embeddings.weight"])
+    torch.testing.assert_close(loaded, trained["model.word_embeddings.weight"])
 
 
 def test_virtual_tokens_are_refused_before_training(tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ def padded(side: str) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("side", ["right", "left", "lengths"])
 def test_each_prompt_is_followed_by_its_own_masks(model: BertForMaskedLM, side: str) -> None:
     ids, mask = padded("right" if side == "lengths" else side)
-    given = {"prompt_lengths": [4, 1, 2]} if side == "lengths" else {"attention_mask": mask}
-    sequences, starts, real = place_prompts(Backbone(model), ids.int(), 3, MASK, PAD, **given)
+    where = {"prompt_lengths": [4, 1, 2]} if side == "lengths" else {"attention_mask": mask}
+    sequences, starts, real = place_prompts(Backbone(model), ids.int(), 3, MASK, PAD, **where)
     expected = [prompt + [MASK] * 3 + [PAD] * (4 - len(prompt)) for prompt in PROMPTS]
     assert (sequences.tolist(), starts.tolist()) == (expected, [4, 1, 2])
     assert real.tolist() == [[True] * (len(prompt) + 3) + [False] * (4 - len(prompt)) for prompt in PROMPTS]

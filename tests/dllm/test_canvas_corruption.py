@@ -37,9 +37,9 @@ def test_share_lambda_of_canvas_becomes_uniform_tokens():
 
 
 def test_sample_has_same_corruption_in_any_batch():
-    whole = corrupted([2, 4, 3], [9, 7, 12], 20)
+    full = corrupted([2, 4, 3], [9, 7, 12], 20)
     alone = corrupt_canvases(
-        whole.input_ids[2:, :16],
+        full.input_ids[2:, :16],
         [3],
         answer_lengths=[12],
         canvas_length=CANVAS,
@@ -49,7 +49,7 @@ def test_sample_has_same_corruption_in_any_batch():
         group_size=3,
     )
     for name in ("starts", "canvas", "targets", "supervised", "noise_level", "self_conditioned"):
-        assert torch.equal(getattr(alone, name), getattr(whole, name)[2:]), name
+        assert torch.equal(getattr(alone, name), getattr(full, name)[2:]), name
 
 
 def test_levels_match_masking_and_corruption_grows_with_them():

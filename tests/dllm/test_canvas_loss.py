@@ -82,7 +82,7 @@ def test_zero_encoder_weight_runs_one_pass_without_loss(monkeypatch):
 
 
 def test_encoder_logits_exist_one_chunk_at_a_time():
-    model, rows, found = tiny_gemma(), [], []
+    model, rows, losses = tiny_gemma(), [], []
     model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:-1].numel()))
     for size in (64, 5):
         model.zero_grad()
@@ -92,8 +92,8 @@ def test_encoder_logits_exist_one_chunk_at_a_time():
         of_encoder = [count for count in rows if count != 3 * CANVAS]
         assert sum(of_encoder) == 2 * (14 + 11 + 20)  # backward computes each again
         assert max(of_encoder) <= size
-        found.append((loss.encoder_loss, model.model.encoder.language_model.layers[0].mlp.up_proj.weight.grad))
-    for one, other in zip(*found, strict=True):
+        losses.append((loss.encoder_loss, model.model.encoder.language_model.layers[0].mlp.up_proj.weight.grad))
+    for one, other in zip(*losses, strict=True):
         assert_near(one, other, model)
 
 
@@ -138,12 +138,12 @@ def test_curve_is_mean_over_rows_for_any_batches():
         rows.append({"input_ids": ids, "prompt_length": prompt})
     model, collator = tiny_gemma(), AnswerCollator(2, trained_padding=0, multiple=CANVAS)
     options = {"collator": collator, "seed": 7, "progress": False, "loss": block_diffusion_loss}
-    found = noise_level_curve(model, rows, [0.3, 1.0], batch_size=2, **options)
-    for level, mean in zip([0.3, 1.0], found, strict=True):
+    actual = noise_level_curve(model, rows, [0.3, 1.0], batch_size=2, **options)
+    for level, mean in zip([0.3, 1.0], actual, strict=True):
         losses = []
         for index, row in enumerate(rows):
             with torch.no_grad():
                 batch = collator([{**row, "position": index}])
                 losses.append(block_diffusion_loss(model, **batch, seed=7, noise_level=level).per_sample.item())
         assert mean == pytest.approx(sum(losses) / 5, rel=1e-4)
-    assert found[0] != pytest.approx(found[1], rel=1e-3)
+    assert actual[0] != pytest.approx(actual[1], rel=1e-3)

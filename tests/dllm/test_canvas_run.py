@@ -43,7 +43,7 @@ def arguments(folder, **changes):
 
 
 def test_run_saves_one_adapter_resumes_and_loads(tmp_path, caplog):
-    whole, halves, model = tmp_path / "whole", tmp_path / "halves", tmp_path / "gemma"
+    uninterrupted, halves, model = tmp_path / "whole", tmp_path / "halves", tmp_path / "gemma"
     shutil.copytree(GEMMA, model, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))  # its tokenizer
     small = tiny_gemma(vocab_size=284, bos_token_id=278, eos_token_id=279, pad_token_id=279)
     small.config.canvas_length = 16
@@ -51,15 +51,15 @@ def test_run_saves_one_adapter_resumes_and_loads(tmp_path, caplog):
     caplog.set_level("INFO")
     short = {"max_train_steps": 2, "checkpointing_steps": 1, "pretrained_model_name_or_path": str(model)}
     short |= {"test_samples": 1, "curve_points": 1}
-    results = main(arguments(tmp_path, **short, output_dir=str(whole)))
+    results = main(arguments(tmp_path, **short, output_dir=str(uninterrupted)))
     assert {"exact_match_before", "exact_match_after", "n"} <= results.keys()
-    tensors = load_file(whole / TEXT)
+    tensors = load_file(uninterrupted / TEXT)
     assert not [key for key in tensors if "encoder" in key or "router" in key or "vision" in key]
     assert sum("lora_A" in key for key in tensors) == 7 + 6  # the last layer has no v_proj
-    config = json.loads((whole / "adapter_config.json").read_text())
+    config = json.loads((uninterrupted / "adapter_config.json").read_text())
     assert (config["noise_convention"], config["noise_level_per"]) == ("corrupted_share", "sample")
 
-    card = (whole / "README.md").read_text()
+    card = (uninterrupted / "README.md").read_text()
     (canvas,) = [message for message in caplog.messages if message.startswith("canvas: ")]  # a line for each fact
     assert "answers 4 to 8, trained to 16 tokens (trained_padding 0)" in canvas
     assert canvas.endswith("; gen_length 16 in 1 block")
@@ -68,8 +68,8 @@ def test_run_saves_one_adapter_resumes_and_loads(tmp_path, caplog):
     exec(card.split("```python")[1].split("```")[0], {})
 
     halves.mkdir()
-    (whole / "checkpoint-1").rename(halves / "checkpoint-1")
-    (halves / "config.yaml").write_text((whole / "config.yaml").read_text())
+    (uninterrupted / "checkpoint-1").rename(halves / "checkpoint-1")
+    (halves / "config.yaml").write_text((uninterrupted / "config.yaml").read_text())
     main(arguments(tmp_path, **short, output_dir=str(halves), resume_from_checkpoint="latest"))
     resumed = load_file(halves / TEXT)
     assert all(torch.equal(resumed[key], tensor) for key, tensor in tensors.items())
@@ -77,7 +77,7 @@ def test_run_saves_one_adapter_resumes_and_loads(tmp_path, caplog):
     model, tokenizer = load_backbone(str(model))
     pipe = DiffusionGemmaPipeline(model=model, scheduler=BlockRefinementScheduler(), processor=tokenizer)
     pipe.set_progress_bar_config(disable=True)
-    pipe.load_nara_weights(whole)
+    pipe.load_nara_weights(uninterrupted)
     assert isinstance(pipe("reverse: planet", gen_length=16, num_inference_steps=4).texts[0], str)
 
 
@@ -97,10 +97,10 @@ def test_shipped_model_answers_its_training():
 def test_the_shipped_run_learns_an_unseen_task(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     run("dllm.py", config=ROOT / "train_scripts" / "configs" / "diffusiongemma_tiny.yaml", output_dir=tmp_path / "out")
-    found = results(tmp_path / "out")
-    assert found["n"] == 256
-    assert found["exact_match_before"] == 0
-    assert found["exact_match_after"] >= 0.9
+    figures = results(tmp_path / "out")
+    assert figures["n"] == 256
+    assert figures["exact_match_before"] == 0
+    assert figures["exact_match_after"] >= 0.9
 
 
 def test_whole_answers_are_padded_to_their_canvas():
@@ -157,9 +157,9 @@ def test_the_check_measures_the_objective_of_the_run(tmp_path):
     with start_run(args, "dllm", write_checkpoint) as run:
         setup = prepare(args, run)
         model, rows = setup.base.model, setup.data.training.rows
-        found = text_loss(setup, model, rows)([2, 0])
+        actual = text_loss(setup, model, rows)([2, 0])
     stream = GlobalBatchStream(rows, args.seed, 4)
     batch = setup.data.collator([stream[2], stream[0]])
     expected = block_diffusion_loss(model, **batch, seed=args.seed, group_size=4)
-    torch.testing.assert_close(found.per_sample, expected.per_sample)
-    assert torch.equal(found.noise_level, expected.noise_level)
+    torch.testing.assert_close(actual.per_sample, expected.per_sample)
+    assert torch.equal(actual.noise_level, expected.noise_level)

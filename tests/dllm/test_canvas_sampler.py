@@ -66,12 +66,12 @@ class FromScratch:
         conditioning = given["self_conditioning_logits"]
         levels = torch.ones(len(PROMPTS)) if conditioning is None else self.left
         self.levels.append(levels)
-        rows, whole, self.is_inside = [], torch.cat(self.prefix, 1), True
+        rows, prefix, self.is_inside = [], torch.cat(self.prefix, 1), True
         for row, prompt in enumerate(PROMPTS):
             one = slice(row, row + 1)
             with noise_level(self.adapted, levels[one]):
                 output_of_row = self.original(
-                    input_ids=whole[one, len(PROMPTS[0]) - len(prompt) :],
+                    input_ids=prefix[one, len(PROMPTS[0]) - len(prompt) :],
                     decoder_input_ids=given["decoder_input_ids"][one],
                     self_conditioning_logits=None if conditioning is None else conditioning[one],
                     **{CACHE: DynamicCache(config=self.inner.config.get_text_config())},
@@ -139,19 +139,19 @@ def by_hand(adapted: Any, canvases: int, steps: int, bound: float) -> tuple[list
     shape = (len(PROMPTS), inner.config.canvas_length)
     for _ in range(canvases):
         canvas, levels, scores = torch.randint(0, config.vocab_size, shape), torch.ones(len(PROMPTS)), None
-        for left in range(steps, 0, -1):
+        for steps_left in range(steps, 0, -1):
             rows = []
             used.append(levels)
             for i, text in enumerate(texts):
-                given = {
+                inputs = {
                     "input_ids": text,
                     "decoder_input_ids": canvas[i : i + 1],
                     CACHE: DynamicCache(config=config),
                 }
-                given |= {} if scores is None else {"self_conditioning_logits": scores[i : i + 1]}
+                inputs |= {} if scores is None else {"self_conditioning_logits": scores[i : i + 1]}
                 with noise_level(adapted, float(levels[i])):
-                    rows.append(adapted(**given).logits)
-            scores = torch.cat(rows) / (0.4 + 0.4 * left / steps)
+                    rows.append(adapted(**inputs).logits)
+            scores = torch.cat(rows) / (0.4 + 0.4 * steps_left / steps)
             drawn = scores.softmax(-1).flatten(0, 1).multinomial(1).view(shape)
             entropy, order = torch.special.entr(scores.softmax(-1)).sum(-1).sort()
             accepted = (entropy.cumsum(1) - entropy <= bound).gather(1, order.argsort())
@@ -179,13 +179,13 @@ def test_generate_matches_a_loop_without_cache() -> None:
     ):
         torch.manual_seed(5)
         options: dict[str, Any] = {"gen_length": 48, "steps": 12, "stop_at_eos": False, "return_stats": True}
-        found: Any = generate(adapted, input_ids, pad_token_id=3, **padding, **options)
-        assert found.forwards == len(levels) == 12
-        assert found.prompt_lengths.tolist() == lengths
+        actual: Any = generate(adapted, input_ids, pad_token_id=3, **padding, **options)
+        assert actual.forwards == len(levels) == 12
+        assert actual.prompt_lengths.tolist() == lengths
         for row, text in enumerate(expected):
             padded = F.pad(text[0], (0, width + 48 - text.shape[1]), value=3)
-            assert torch.equal(found.sequences[row], padded)
-            assert torch.equal(found.answers[row], text[0, -48:])
+            assert torch.equal(actual.sequences[row], padded)
+            assert torch.equal(actual.answers[row], text[0, -48:])
 
 
 def test_answer_ends_at_first_end_token_if_allowed() -> None:
@@ -193,16 +193,16 @@ def test_answer_ends_at_first_end_token_if_allowed() -> None:
 
     def answers_of(**given: Any) -> Tensor:
         torch.manual_seed(1)
-        found: Any = generate(adapted, prompts, gen_length=2 * CANVAS, steps=4, pad_token_id=3, **given)
-        return found[:, 3:]
+        actual: Any = generate(adapted, prompts, gen_length=2 * CANVAS, steps=4, pad_token_id=3, **given)
+        return actual[:, 3:]
 
-    whole = answers_of(stop_at_eos=False)
-    end = int(whole[0, 2])
-    places = [(row == end).nonzero()[0].item() if end in row else 2 * CANVAS for row in whole]
-    assert torch.equal(answers_of(eos_token_id=end, stop_at_eos=False), whole)
+    full = answers_of(stop_at_eos=False)
+    end = int(full[0, 2])
+    places = [(row == end).nonzero()[0].item() if end in row else 2 * CANVAS for row in full]
+    assert torch.equal(answers_of(eos_token_id=end, stop_at_eos=False), full)
     stopped = answers_of(eos_token_id=end)
     assert places[0] == 2
-    for row, place, cut in zip(whole, places, stopped, strict=True):
+    for row, place, cut in zip(full, places, stopped, strict=True):
         assert torch.equal(cut[: place + 1], row[: place + 1])
         assert (cut[place + 1 :] == 3).all()
 

@@ -97,22 +97,22 @@ def test_file_without_records_is_refused(tmp_path: Path, content: str) -> None:
 
 
 def test_paths_are_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch) -> None:
-    asked: list[Any] = []
+    requests: list[Any] = []
 
     def load(path: str, **options: Any) -> Dataset:
-        asked.append((path, options))
+        requests.append((path, options))
         return Dataset.from_list([{"prompt": "a", "completion": "b"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     for name in ("data.jsonl", "owner/data.json.gz", "./none", "../none", "/none", "~/none"):
         with pytest.raises(ValueError, match="there is no file"):
             read_records(name)
-    assert asked == []
+    assert requests == []
     (tmp_path / "folder").mkdir()
     assert read_records(tmp_path / "folder").info.description.startswith(f"{tmp_path / 'folder'} (fields")
     assert "owner/data-v1.5 on the Hub" in read_records("owner/data-v1.5").info.description
     read_records("owner/data:test", config="main")
-    assert asked == [
+    assert requests == [
         (str(tmp_path / "folder"), {"split": "train", "name": None}),
         ("owner/data-v1.5", {"split": "train", "name": None}),
         ("owner/data", {"split": "test", "name": "main"}),
@@ -133,20 +133,20 @@ def test_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
     for name, text in {"a.jsonl": '{"text": "café"}', "a.csv": "text\ncafé"}.items():
         for encoding in ("latin-1", "utf-16"):
             (tmp_path / name).write_bytes(text.encode(encoding))
-            said = rf"^{tmp_path / name} can't be read: 'utf-8' codec .*: save it as UTF-8$"
-            with pytest.raises(ValueError, match=said):
+            message = rf"^{tmp_path / name} can't be read: 'utf-8' codec .*: save it as UTF-8$"
+            with pytest.raises(ValueError, match=message):
                 read_records(tmp_path / name)
 
 
 def test_files_of_another_form_are_refused_with_remedy(tmp_path: Path) -> None:
-    for name, content, said in (
+    for name, content, message in (
         ("own.csv", "question;answer\na;b, c\n", "its columns are separated by ';': save it with commas"),
         ("own.csv.gz", "question\tanswer\na\tb\n", r"its columns are separated by '\t': save it with commas"),
         ("own.txt", "Once upon a time.\n", 'line 1, .* one whole object, such as {"text": "…"}'),
     ):
         data = content.encode()
         (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
-        with pytest.raises(ValueError, match=re.escape(said) if "such as" not in said else said) as refusal:
+        with pytest.raises(ValueError, match=re.escape(message) if "such as" not in message else message) as refusal:
             read_records(tmp_path / name)
         assert str(tmp_path / name) in str(refusal.value)
 
@@ -198,8 +198,8 @@ def test_run_uses_the_parts_of_a_saved_folder(tmp_path: Path) -> None:
     assert (args.validation_file, args.test_file) == (f"{tmp_path}/own:validation", f"{tmp_path}/own:test")
     assert [outputs(records) for records in load_records(args)] == [list("ABCD"), list("XYZ"), list("UV")]
     file = write(tmp_path / "mine.jsonl", {"prompt": "m", "completion": "M"})
-    given = Arguments(**named, validation_file=str(file), test_file=str(file))
-    assert [outputs(records) for records in load_records(given)] == [list("ABCD"), ["M"], ["M"]]
+    explicit = Arguments(**named, validation_file=str(file), test_file=str(file))
+    assert [outputs(records) for records in load_records(explicit)] == [list("ABCD"), ["M"], ["M"]]
     held_out = Arguments(**named, validation_samples=1)
     assert [len(records) for records in load_records(held_out)] == [3, 1, 2]
 
@@ -236,11 +236,11 @@ def test_held_out_records_error_has_its_file_number(tmp_path: Path, chat: bool) 
     many = [{"messages": messages(("user", f"w{i}"), *CHAT[1:])} for i in range(6, 18)]
     file = write(tmp_path / "own.jsonl", *many)
     args = Arguments(pretrained_model_name_or_path="none", train_file=str(file))
-    held = load_records(args)[1]["number"][0]
-    many[held] = {"messages": messages(("user", "w6"), ("assistant", "w7"), ("user", "<mask> w20"), CHAT[1])}
+    number = load_records(args)[1]["number"][0]
+    many[number] = {"messages": messages(("user", "w6"), ("assistant", "w7"), ("user", "<mask> w20"), CHAT[1])}
     write(file, *many)
     message = r" has '<mask>' in its text, and so holds the mask" if chat else r": the conversation .* … needs a chat"
-    with pytest.raises(ValueError, match=rf"^record {held + 1} of {file}{message}"):
+    with pytest.raises(ValueError, match=rf"^record {number + 1} of {file}{message}"):
         encode_records(load_records(args)[1], word_tokenizer(40, chat=chat), max_length=64)
 
 
@@ -333,8 +333,8 @@ def test_run_on_all_conversation_answers_says_so(tmp_path: Path, caplog: Any) ->
     data |= {"train_on": "all", "max_train_steps": 1, "max_length": 64, "trained_padding": "longest"}
     with caplog.at_level("INFO"):
         main(text_arguments(tmp_path, **data))
-    said = f"training data: 12 records of {data['train_file']} (fields messages), train_on all"
-    assert any(said in message for message in caplog.messages)
+    fact = f"training data: 12 records of {data['train_file']} (fields messages), train_on all"
+    assert any(fact in message for message in caplog.messages)
     dropped = [message.partition(" are dropped")[0] for message in caplog.messages if "are dropped" in message]
     assert dropped == ["training data: 1 of 13 records", "validation data: 1 of 3 records"]  # each once
     card = (tmp_path / "run" / "README.md").read_text()

@@ -72,8 +72,8 @@ def test_last_tokens_come_after_all_others() -> None:
     tokens, chosen = place(1, last=ends)
     assert torch.equal(tokens, LOGITS.argmax(-1))
     for row in range(2):
-        left = [k for _, k in ranked(row) if int(tokens[row, k]) not in ends.tolist()]
-        assert sure[row] not in left
+        in_order = [k for _, k in ranked(row) if int(tokens[row, k]) not in ends.tolist()]
+        assert sure[row] not in in_order
         assert int(tokens[row, int(chosen[row].int().argmax())]) not in ends.tolist()
         assert int(chosen[row].sum()) == 1
 
@@ -98,9 +98,9 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], message: str)
 
 def test_confidence_beside_last_tokens_is_among_the_others() -> None:
     ends = torch.tensor([int(LOGITS[0, 0].argmax()), int(LOGITS[1, 1].argmax())]).unique()
-    others = [token for token in range(9) if token not in ends.tolist()]
+    usual = [token for token in range(9) if token not in ends.tolist()]
     among_all = LOGITS.double().softmax(-1).amax(-1)  # (a, k)
-    among_others = LOGITS.double()[..., others].softmax(-1).amax(-1)
+    among_others = LOGITS.double()[..., usual].softmax(-1).amax(-1)
     is_other = ~torch.isin(LOGITS.argmax(-1), ends) & MASKED
     row, k = divmod(int(((among_others - among_all) * is_other).argmax()), 6)
     threshold = float(among_all[row, k] + among_others[row, k]) / 2
@@ -149,10 +149,10 @@ def test_place_chooses_what_the_rule_by_hand_does(rule: dict[str, Any], last: tu
         for row in range(2):
             places = masked[row].nonzero()[:, 0].tolist()
             expected = by_rule(logits[row, places].double().tolist(), 2, last, **rule)
-            found = chosen[row].nonzero()[:, 0].tolist()
-            assert found == sorted(places[place] for place in expected)
-            assert {places.index(j): int(tokens[row, j]) for j in found} == expected
-            numbers.add(len(found))
+            actual = chosen[row].nonzero()[:, 0].tolist()
+            assert actual == sorted(places[place] for place in expected)
+            assert {places.index(j): int(tokens[row, j]) for j in actual} == expected
+            numbers.add(len(actual))
     assert numbers == {2} or len(numbers) > 1
 
 

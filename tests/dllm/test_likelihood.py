@@ -41,29 +41,29 @@ def test_likelihood_of_short_answer_sums_all_masks(
     """Guided, too, in the head and by all logits: under a cap, which is too high to change a thing, `head` is None."""
     model, by_hand = pair
     monkeypatch.setattr(model.get_base_model().config, "final_logit_softcapping", cap, raising=False)
-    found = log_likelihood(model, **batch(), samples=70, batch_size=5, cfg_scale=scale)
-    assert (found.dtype, found.requires_grad) == (torch.float64, False)
+    actual = log_likelihood(model, **batch(), samples=70, batch_size=5, cfg_scale=scale)
+    assert (actual.dtype, actual.requires_grad) == (torch.float64, False)
     for i, prompt in enumerate(PROMPTS):
 
         def log_p(ids: list[int], level: float, prompt: int = prompt) -> Tensor:
             prompted, blind = by_hand([ids, [MASK] * prompt + ids[prompt:]], level)  # (l, v) each
             return ((1 + scale) * prompted - scale * blind).log_softmax(-1)
 
-        assert float(found[i]) == pytest.approx(float(answer_bound(i, log_p)), rel=1e-4)
+        assert float(actual[i]) == pytest.approx(float(answer_bound(i, log_p)), rel=1e-4)
 
 
 def test_differentiable_likelihood_has_the_gradients_of_plain_forwards(pair: Any) -> None:
     model, _ = pair
-    found = log_likelihood(model, **batch(), samples=70, batch_size=5, differentiable=True)
+    actual = log_likelihood(model, **batch(), samples=70, batch_size=5, differentiable=True)
 
     def log_p(ids: list[int], level: float) -> Tensor:
         with noise_level(model, level):
             return model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
 
     expected = torch.stack([answer_bound(i, log_p) for i in range(3)])
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=0)
     weighting = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    check_gradients(model, (weighting * found).sum(), (weighting * expected).sum())
+    check_gradients(model, (weighting * actual).sum(), (weighting * expected).sum())
 
 
 @pytest.mark.parametrize("differentiable", [False, True])
@@ -76,16 +76,16 @@ def test_likelihood_of_longer_answer_averages_stratified_masks(pair: Any, differ
     model.train()
     for seed in range(3):
         with inputs_of(model) as seen:
-            found = log_likelihood(model, torch.tensor([row]), [prompt], batch_size=4, seed=seed, **options).detach()
+            actual = log_likelihood(model, torch.tensor([row]), [prompt], batch_size=4, seed=seed, **options).detach()
         masks = [[j for j, token in enumerate(ids) if token == MASK] for ids in seen]
         assert sorted((len(masked) - 1) // 2 for masked in masks) == [0, 1, 2, 3, 4]
         assert all(min(masked) >= prompt for masked in masks)
         terms = [surprise(by_hand, row, masked, len(masked) / n) * n / len(masked) for masked in masks]
-        assert float(found) == pytest.approx(-sum(terms) / 5, rel=1e-4)
+        assert float(actual) == pytest.approx(-sum(terms) / 5, rel=1e-4)
         sizes |= {*map(len, masks)}
     again = log_likelihood(model, torch.tensor([row, row]), [prompt] * 2, seed=2, sample_indices=[1, 0], **options)
     model.eval()
     handle.remove()
     assert modes == {differentiable}
     assert len(sizes) > 5
-    assert [value == pytest.approx(float(found), rel=1e-5) for value in again.tolist()] == [False, True]
+    assert [value == pytest.approx(float(actual), rel=1e-5) for value in again.tolist()] == [False, True]

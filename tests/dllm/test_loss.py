@@ -49,19 +49,19 @@ def test_loss_draws_each_stratum_once_in_any_split(pair: Any) -> None:
     indices = list(range(8, 16))
     rows = [i % 3 for i in indices]
     options: dict[str, Any] = {"seed": 6, "group_size": 8}
-    whole = masked_diffusion_loss(model, **batch(rows), sample_indices=indices, **options)
-    check_loss(by_hand, whole, rows)
-    strata = ((whole.noise_level.double() - 1e-3) / (1 - 1e-3) * 8).floor().sort().values
+    full = masked_diffusion_loss(model, **batch(rows), sample_indices=indices, **options)
+    check_loss(by_hand, full, rows)
+    strata = ((full.noise_level.double() - 1e-3) / (1 - 1e-3) * 8).floor().sort().values
     assert strata.tolist() == list(range(8))
-    assert whole.noise_level.argsort().tolist() != list(range(8))
+    assert full.noise_level.argsort().tolist() != list(range(8))
     for part in (slice(0, 5), slice(5, 8)):
         half = masked_diffusion_loss(model, **batch(rows[part]), sample_indices=indices[part], **options)
-        assert torch.equal(half.noise_level, whole.noise_level[part])
+        assert torch.equal(half.noise_level, full.noise_level[part])
         width = half.masked.shape[1]
-        assert torch.equal(half.masked, whole.masked[part, :width])
-        assert not whole.masked[part, width:].any()
+        assert torch.equal(half.masked, full.masked[part, :width])
+        assert not full.masked[part, width:].any()
     other = masked_diffusion_loss(model, **batch(rows), sample_indices=indices, seed=7, group_size=8)
-    assert not torch.equal(other.noise_level, whole.noise_level)
+    assert not torch.equal(other.noise_level, full.noise_level)
 
 
 def test_loss_with_complementary_masks_trains_tokens_once(pair: Any) -> None:

@@ -32,12 +32,12 @@ def test_checkpoint_in_stock_class_has_manual_logits(kind: str, experts: str, at
     model, tokenizer = load_backbone(str(tmp_path), dtype=dtype, **how)
     assert type(model) is stock
     assert model.config.mask_token_id == tokenizer.mask_token_id == MASK
-    whole = torch.stack([by_hand(row) for row in IDS])
+    full = torch.stack([by_hand(row) for row in IDS])
     blocks = torch.stack([by_hand(row, block_seen(11, 4)) for row in IDS])
-    assert float((whole - blocks).abs().max()) > 1
+    assert float((full - blocks).abs().max()) > 1
     with torch.no_grad():
         logits = model(IDS).logits.double()
-    torch.testing.assert_close(logits, blocks if kind == "LLaDA2" else whole, rtol=0, atol=atol)
+    torch.testing.assert_close(logits, blocks if kind == "LLaDA2" else full, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("kind", KINDS)

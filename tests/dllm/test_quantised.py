@@ -50,28 +50,28 @@ def adapted(model: Any) -> PeftModel:
 def test_gradients_use_rounded_weights_also_after_evaluation(bits: int, precision: float) -> None:
     """On a CPU bitsandbytes packs 4-bit weights at the first evaluation, and gives packed ones no gradient."""
     small, _ = load_backbone(LLADA_TINY, dtype=torch.float32, **{f"load_in_{bits}bit": True})
-    whole, _ = load_backbone(LLADA_TINY)
+    full, _ = load_backbone(LLADA_TINY)
     for name, layer in small.named_modules():
         if type(layer).__name__ in ("Linear4bit", "Linear8bitLt"):
-            whole.get_submodule(name).weight.data = whole_weight(layer)
+            full.get_submodule(name).weight.data = whole_weight(layer)
     prepare_quantised(small)
-    found = []
-    for model in (adapted(small), adapted(whole)):
+    steps = []
+    for model in (adapted(small), adapted(full)):
         with torch.no_grad():
             masked_diffusion_loss(model.eval(), IDS, [4] * 3, seed=1)
         loss = masked_diffusion_loss(model.train(), IDS, [4] * 3, seed=1, noise_level=0.5).loss
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        found.append((loss, dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))))
-    (mine, gradients), (expected, references) = found
+        steps.append((loss, dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))))
+    (mine, gradients), (expected, references) = steps
     torch.testing.assert_close(mine, expected, rtol=precision, atol=0)
     for name, reference in references.items():
         torch.testing.assert_close(gradients[name], reference, rtol=0, atol=precision * float(reference.abs().max()))
 
 
 def test_weights_are_rounded_to_nf4_with_double_quantisation() -> None:
-    small, whole = (load_backbone(LLADA_TINY, dtype=torch.float32, load_in_4bit=bits)[0] for bits in (True, False))
+    small, full = (load_backbone(LLADA_TINY, dtype=torch.float32, load_in_4bit=bits)[0] for bits in (True, False))
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
-        rounded, weight = small.get_submodule(name).weight, whole.get_submodule(name).weight.detach()
+        rounded, weight = small.get_submodule(name).weight, full.get_submodule(name).weight.detach()
         packed = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
         expected = functional.dequantize_4bit(*packed)
         assert torch.equal(functional.dequantize_4bit(rounded.data, rounded.quant_state), expected)
@@ -92,8 +92,8 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path: Path, bits: int, precisio
     assert ended_early("dllm.py", Moment("step", 3), log, **flags, output_dir=out) == -signal.SIGKILL, log.read_text()
     run("dllm.py", **flags, output_dir=out, resume_from_checkpoint="latest")
     assert_same_bits(out, tmp_path / "whole")
-    found, expected = results(out) | {"seconds": 0}, results(tmp_path / "whole") | {"seconds": 0}
-    assert found == expected
+    actual, expected = results(out) | {"seconds": 0}, results(tmp_path / "whole") | {"seconds": 0}
+    assert actual == expected
     losses = [line["validation_loss"] for line in metrics(out) if "validation_loss" in line]
     assert losses[-1] < losses[0]
     model = by_the_card(out, until="prompt =")["model"]

@@ -100,12 +100,12 @@ def test_generate_merged_at_another_level_is_refused() -> None:
 def test_generate_fills_ended_answer_with_its_end_token(pair: Any) -> None:
     model, by_hand = pair
     options: dict[str, Any] = {"gen_length": 8, "block_length": 2}
-    whole = [greedy(by_hand, p, mask=VOCABULARY - 1, **options)[0] for p in PROMPTS]
-    ends = (whole[0][2], whole[1][1])  # tokens that stand inside of answers
+    full = [greedy(by_hand, p, mask=VOCABULARY - 1, **options)[0] for p in PROMPTS]
+    ends = (full[0][2], full[1][1])  # tokens that stand inside of answers
     by_hands = [greedy(by_hand, p, mask=VOCABULARY - 1, **options, ends=ends) for p in PROMPTS]
     expected = [answer for answer, _ in by_hands]
     result = generate(model, **padded("right"), **options, eos_token_id=ends, return_stats=True)
-    assert result.answers.tolist() == expected != whole
+    assert result.answers.tolist() == expected != full
     assert result.forwards == max(len(levels) for _, levels in by_hands)
     assert expected[0][2:] == [ends[0]] * 6
 
@@ -128,14 +128,14 @@ def test_configured_end_token_is_never_predicted_or_last(
 ) -> None:
     model, by_hand = pair
     options: dict[str, Any] = {"gen_length": 6, "block_length": 6}
-    whole, _ = greedy(by_hand, PROMPTS[0], mask=VOCABULARY - 1, **options)
-    end, is_last = whole[1], setting == "confidence_eos_eot_inf"
+    full, _ = greedy(by_hand, PROMPTS[0], mask=VOCABULARY - 1, **options)
+    end, is_last = full[1], setting == "confidence_eos_eot_inf"
     monkeypatch.setattr(model.get_base_model().config, "eos_token_id", end)
     never = SimpleNamespace(guided=lambda *given: by_hand.guided(*given).index_fill(1, torch.tensor(end), -torch.inf))
     hand: Any = by_hand if is_last else never
     expected, _ = greedy(hand, PROMPTS[0], mask=VOCABULARY - 1, last=(end,) if is_last else (), **options)
-    found: Any = generate(model, torch.tensor(PROMPTS[:1]), **options, stop_at_eos=False, **{setting: True})
-    assert found[0, len(PROMPTS[0]) :].tolist() == expected != whole
+    actual: Any = generate(model, torch.tensor(PROMPTS[:1]), **options, stop_at_eos=False, **{setting: True})
+    assert actual[0, len(PROMPTS[0]) :].tolist() == expected != full
     assert (end in expected) is is_last
 
 
@@ -190,6 +190,6 @@ def test_generate_refuses_impossible_settings_by_name(pair: Any) -> None:
         with pytest.raises(ValueError, match=message):
             generate(pair[0], torch.tensor([[5, 9, END]]), **{"gen_length": 8, **options})
     message = r"^input_ids is .*expected a tensor \(b, p\) of token ids: .*encode_prompts"
-    for given in ("a text", [[1, 2]], torch.ones(1, 3), torch.tensor([1, 2])):
+    for prompt in ("a text", [[1, 2]], torch.ones(1, 3), torch.tensor([1, 2])):
         with pytest.raises(ValueError, match=message):
-            generate(pair[0], given)  # type: ignore[arg-type]
+            generate(pair[0], prompt)  # type: ignore[arg-type]

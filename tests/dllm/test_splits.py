@@ -42,12 +42,14 @@ def split(file: Path, **options: Any) -> tuple[Dataset, Dataset, Dataset]:
 
 def test_copies_of_held_out_records_are_not_trained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train, held_out, _ = split(write(tmp_path / "own.jsonl", *numbered(*[*range(10, 30)] * 4)))
-    held = set(held_out["output"])
+    validation_answers = set(held_out["output"])
     assert len(held_out) == 8
     training, validation = (encode_records(part, TOKENIZER, max_length=64) for part in (train, held_out))
-    left = without_held_out(training, validation).rows
-    copies = 4 * len(held) - 8
-    assert sorted(left["answer"]) == sorted([f"W{i}" for i in range(10, 30) if f"W{i}" not in held] * 4)
+    remaining = without_held_out(training, validation).rows
+    copies = 4 * len(validation_answers) - 8
+    assert sorted(remaining["answer"]) == sorted(
+        [f"W{i}" for i in range(10, 30) if f"W{i}" not in validation_answers] * 4
+    )
     assert caplog.messages == [f"training data: {copies} of 72 rows equal held-out ones and are left out"]
 
 
@@ -85,8 +87,8 @@ def test_rows_equal_only_after_encoding_are_left_out(tmp_path: Path, caplog: pyt
         encode_records(read_records(write(tmp_path / name, *some)), TOKENIZER, max_length=64, train_on="all")
         for name, some in files.items()
     )
-    left = without_held_out(training, held_out).rows
-    assert (left["record"][:], left["answer"][:]) == ([1, 3, 4], ["w9", "w2", "w3"])
+    remaining = without_held_out(training, held_out).rows
+    assert (remaining["record"][:], remaining["answer"][:]) == ([1, 3, 4], ["w9", "w2", "w3"])
     assert "training data: 3 of 6 rows equal held-out ones and are left out" in caplog.messages
     with pytest.raises(ValueError, match="2 of 2 rows of tokens equal held-out ones"):
         without_held_out(held_out, held_out)
@@ -102,11 +104,11 @@ def test_files_repeating_training_rows_are_named(
     options: dict[str, Any] = {"max_train_steps": 1, "checkpointing_steps": None, "curve_points": 1}
     with caplog.at_level(logging.INFO):
         main(text_arguments(tmp_path, **data, **options))
-    said = [f"{count} rows are training rows too" for count in ("8 of 9 validation", "2 of 2 test")]
+    messages = [f"{count} rows are training rows too" for count in ("8 of 9 validation", "2 of 2 test")]
     begins = next(i for i, message in enumerate(caplog.messages) if "optimizer steps" in message)
     card, printed = (tmp_path / "run" / "README.md").read_text(), capsys.readouterr().out
-    for sentence in said:
+    for sentence in messages:
         assert any(sentence in message for message in caplog.messages[:begins])
         assert sentence in card[: card.index("exact match (n")]
         assert sentence in printed
-    assert [any(s in one for one in results(tmp_path / "run")["warnings"]) for s in said] == [True, True]
+    assert [any(s in one for one in results(tmp_path / "run")["warnings"]) for s in messages] == [True, True]

@@ -69,10 +69,10 @@ def cut(picture: Image.Image, target: tuple[int, int], top: int, left: int, flip
 def test_one_resampling_gives_the_pixels_of_three_steps(original, target, flip: bool) -> None:
     picture, (height, width), (h, w) = noise(original[1], original[0]), scaled_size(original, target), target
     assert 0 in (height - h, width - w)  # it covers, and no more
-    whole = picture.resize((width, height), Image.Resampling.LANCZOS)
-    whole = ImageOps.mirror(whole) if flip else whole
+    resized = picture.resize((width, height), Image.Resampling.LANCZOS)
+    resized = ImageOps.mirror(resized) if flip else resized
     for top, left in [(0, 0), ((height - h) // 2, (width - w) // 3), (height - h, width - w)]:
-        expected = np.asarray(whole.crop((left, top, left + w, top + h))).astype(float)
+        expected = np.asarray(resized.crop((left, top, left + w, top + h))).astype(float)
         assert np.abs(cut(picture, target, top, left, flip) - expected).max() <= 1.01
 
 
@@ -191,8 +191,8 @@ def test_bounds_batches_and_resume_change_no_bit(data) -> None:
     expected = [LatentCache(small_vae(), memory_mib=0).sample(batch["samples"], seed=4) for batch in batches(data)]
     for bound in (1024.0, 0.01):
         cache = LatentCache(small_vae(), memory_mib=bound)
-        found = [cache.sample(batch["samples"], seed=4) for batch in batches(data)]
-        assert all(one.equal(other) for one, other in zip(found, expected, strict=True))
+        latents = [cache.sample(batch["samples"], seed=4) for batch in batches(data)]
+        assert all(one.equal(other) for one, other in zip(latents, expected, strict=True))
         resumed = LatentCache(small_vae()).sample(batches(data, first=10)[0]["samples"], seed=4)
         assert resumed.equal(expected[5])
     batch = batches(data)[0]

@@ -66,10 +66,10 @@ def ended(sdxl: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_run_learns_and_writes_its_files(ended: Path) -> None:
-    found = results(ended)
-    assert found["curve_before"] == pytest.approx([1, 1], rel=1e-5)
-    assert found["validation_loss_after"] < found["validation_loss_before"]
-    assert found["end_error_after"] < found["end_error_before"]
+    figures = results(ended)
+    assert figures["curve_before"] == pytest.approx([1, 1], rel=1e-5)
+    assert figures["validation_loss_after"] < figures["validation_loss_before"]
+    assert figures["end_error_after"] < figures["end_error_before"]
     card = (ended / "README.md").read_text()
     assert LINE in card
     assert "num_inference_steps=2" in card
@@ -98,8 +98,8 @@ def test_samples_are_those_of_the_card_s_sampler(
     generators = [torch.Generator().manual_seed(0) for _ in PROMPTS]
     images = pipe(PROMPTS, generator=generators, height=16, width=16, **call).images
     for number, image in enumerate(images):
-        found = np.asarray(Image.open(ended / f"samples-{when}" / f"{number:02d}-seed-0.png")).astype(int)
-        assert abs(found - np.asarray(image).astype(int)).max() <= 1
+        actual = np.asarray(Image.open(ended / f"samples-{when}" / f"{number:02d}-seed-0.png")).astype(int)
+        assert abs(actual - np.asarray(image).astype(int)).max() <= 1
 
 
 def test_killed_run_resumes_without_teacher_to_same_bits(
@@ -117,8 +117,8 @@ def test_flow_is_taught_too(tmp_path: Path) -> None:
     flags = flags_of(tmp_path, small_sd3()) | {"adapter": "nara", "learning_rate": 3e-2, "max_train_steps": 8}
     flags |= {"target_modules": "all-linear"}
     run("dreambooth.py", **flags, output_dir=tmp_path / "out")
-    found = results(tmp_path / "out")
-    assert found["validation_loss_after"] < 1
+    figures = results(tmp_path / "out")
+    assert figures["validation_loss_after"] < 1
     card = (tmp_path / "out" / "README.md").read_text()
     line = "pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, shift_terminal=0.75)"
     assert "from diffusers import FlowMatchEulerDiscreteScheduler" in card
@@ -130,7 +130,7 @@ def test_flow_is_taught_too(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         pixels(pipe, **SAMPLED)
-    (text,) = [str(each.message) for each in caught if "trained to sample" in str(each.message)]
+    (text,) = [str(warning.message) for warning in caught if "trained to sample" in str(warning.message)]
     assert "the pipeline uses FlowMatchEulerDiscreteScheduler with other timesteps" in text
     assert line in text
 
@@ -155,7 +155,7 @@ def test_pipeline_that_samples_otherwise_is_warned_once(sdxl: dict[str, Any], en
         warnings.simplefilter("always")
         for _ in range(2):
             pixels(pipe, guidance_scale=4.0, num_inference_steps=3)
-    (text,) = [str(each.message) for each in caught if "trained to sample" in str(each.message)]
+    (text,) = [str(warning.message) for warning in caught if "trained to sample" in str(warning.message)]
     assert "3 steps, guidance_scale 4, EulerDiscreteScheduler with other timesteps" in text
     assert LINE in text
     assert "num_inference_steps=2, guidance_scale=1" in text
@@ -179,10 +179,10 @@ def test_lora_of_one_level_is_refused_for_cores(sdxl: dict[str, Any], ended: Pat
 def test_student_learns_beside_the_users_own_adapter(
     sdxl: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = small_sdxl()
-    adapt(own.unet, NaraConfig(r=2, target_modules=["to_k", "to_q"], core_hidden_dims=(4,)), "mine")
-    disturb(own.unet, scale=0.3)
-    own.save_nara_weights(tmp_path / "own", adapter_name="mine")
+    users = small_sdxl()
+    adapt(users.unet, NaraConfig(r=2, target_modules=["to_k", "to_q"], core_hidden_dims=(4,)), "mine")
+    disturb(users.unet, scale=0.3)
+    users.save_nara_weights(tmp_path / "own", adapter_name="mine")
     run("dreambooth_sdxl.py", **sdxl, init_adapter=tmp_path / "own", output_dir=tmp_path / "out")
     written = load_file(tmp_path / "out" / "pytorch_nara_weights.safetensors")
     assert not any("own" in key.split(".") for key in written)
@@ -197,11 +197,11 @@ def test_student_learns_beside_the_users_own_adapter(
     pipe = small_sdxl()
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False)
     pipe.load_nara_weights(tmp_path / "own", adapter_name="own")
-    before = pixels(pipe, **SAMPLED)
+    original = pixels(pipe, **SAMPLED)
     with adapter_loaded(pipe, tmp_path / "out", "own"):
         assert pipe.get_active_adapters() == ["own", "default"]
-        assert not torch.allclose(pixels(pipe, **SAMPLED), before)
-    torch.testing.assert_close(pixels(pipe, **SAMPLED), before, rtol=0, atol=0)
+        assert not torch.allclose(pixels(pipe, **SAMPLED), original)
+    torch.testing.assert_close(pixels(pipe, **SAMPLED), original, rtol=0, atol=0)
 
 
 @pytest.mark.slow
@@ -247,9 +247,9 @@ def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], message: 
 @pytest.mark.slow
 def test_shipped_run_comes_nearer_to_the_teacher(tmp_path: Path) -> None:
     run("dreambooth_sdxl.py", distill_to=4, output_dir=tmp_path / "out")
-    found = results(tmp_path / "out")
-    assert found["adapter"] == "dora"
-    assert found["validation_loss_after"] < 0.45
-    assert found["end_error_after"] < 0.7 * found["end_error_before"]
-    assert found["similarity_after"] > 0.95 > found["similarity_before"]
-    assert found["text_alignment_after"] > found["text_alignment_before"]
+    figures = results(tmp_path / "out")
+    assert figures["adapter"] == "dora"
+    assert figures["validation_loss_after"] < 0.45
+    assert figures["end_error_after"] < 0.7 * figures["end_error_before"]
+    assert figures["similarity_after"] > 0.95 > figures["similarity_before"]
+    assert figures["text_alignment_after"] > figures["text_alignment_before"]

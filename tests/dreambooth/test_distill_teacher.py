@@ -69,24 +69,24 @@ def test_teacher_has_users_lora_and_trajectories_their_prompts(
     )
     assert "12 trajectories took" in caplog.text
     (path,) = (tmp_path / "kept").iterdir()
-    kept = load_file(path)["trajectories"]
+    trajectories = load_file(path)["trajectories"]
     pipe.scheduler, _ = student_sampler(pipe.scheduler, 2, False)
     pipe.set_progress_bar_config(disable=True)
     prompts = [flags["instance_prompt"], flags["class_prompt"]] * 6
     call = {"num_inference_steps": 6, "guidance_scale": 3.0, "height": 16, "width": 16}
-    expected = sample_latents(pipe, prompts, kept[:, 0], call)[:, ::3]
-    torch.testing.assert_close(kept, expected, rtol=1e-3, atol=1e-3)
+    expected = sample_latents(pipe, prompts, trajectories[:, 0], call)[:, ::3]
+    torch.testing.assert_close(trajectories, expected, rtol=1e-3, atol=1e-3)
     (training,), ((_, held_out),) = trained, losses
-    assert torch.equal(torch.cat([training.trajectories, held_out.trajectories]), kept)
+    assert torch.equal(torch.cat([training.trajectories, held_out.trajectories]), trajectories)
     assert [*training.prompts, *held_out.prompts] == prompts
     assert len(held_out.prompts) == 1
     student = training.model
     trained = [key for key, parameter in student.named_parameters() if parameter.requires_grad]
     assert trained
     assert all("default" in key.split(".") for key in trained)
-    layers = [each for each in student.modules() if isinstance(each, LoraLayer)]
-    assert {name for each in layers for name in each.lora_A} == {"subject", "default"}
-    assert all(set(each.active_adapters) == {"subject", "default"} for each in layers)
+    layers = [layer for layer in student.modules() if isinstance(layer, LoraLayer)]
+    assert {name for layer in layers for name in layer.lora_A} == {"subject", "default"}
+    assert all(set(layer.active_adapters) == {"subject", "default"} for layer in layers)
     card = (tmp_path / "out" / "README.md").read_text()
     lines = ["num_inference_steps=2", "guidance_scale=1.0", "pipe.scheduler = DDIMScheduler"]
     lines.append(f"pipe.load_lora_weights('{tmp_path / 'own'}', adapter_name='subject')")

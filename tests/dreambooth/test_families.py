@@ -75,8 +75,8 @@ def recorded(module: Any) -> Iterator[list[dict[str, Any]]]:
 
     def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = signature.bind(*args, **kwargs).arguments
-        given = {name: value for name, value in bound.items() if name != "return_dict" and value is not None}
-        calls.append({name: value for name, value in given.items() if value != {}})
+        arguments = {name: value for name, value in bound.items() if name != "return_dict" and value is not None}
+        calls.append({name: value for name, value in arguments.items() if value != {}})
 
     hook = module.register_forward_pre_hook(note, with_kwargs=True)
     try:

@@ -52,8 +52,8 @@ def test_target_makes_sampler_land_with_the_teacher(kind: str) -> None:
     sampler.set_timesteps(3)
     assert torch.equal(timesteps, sampler.timesteps)
     for timestep, (a, b) in zip(timesteps, factors, strict=True):
-        found = sampler.step(a * z + b * end, timestep, z).prev_sample
-        torch.testing.assert_close(found, end, rtol=1e-4, atol=1e-4)
+        actual = sampler.step(a * z + b * end, timestep, z).prev_sample
+        torch.testing.assert_close(actual, end, rtol=1e-4, atol=1e-4)
 
 
 def test_a_target_is_that_of_ddim_s_formula() -> None:
@@ -62,10 +62,10 @@ def test_a_target_is_that_of_ddim_s_formula() -> None:
     timesteps, factors = landings(sampler_of("epsilon", 4), 4)
     assert timesteps.tolist() == [999, 749, 499, 249]
     ends = [*alphas[timesteps[1:]], torch.tensor(1.0, dtype=torch.float64)]
-    for here, there, found in zip(alphas[timesteps], ends, factors, strict=True):
+    for here, there, factor in zip(alphas[timesteps], ends, factors, strict=True):
         d = (1 - there).sqrt() - (there * (1 - here) / here).sqrt()
         expected = torch.stack([-(there / here).sqrt() / d, 1 / d])
-        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(factor.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -135,8 +135,8 @@ def test_latents_match_each_step_of_the_pipeline(make: Any, guidance_scale: floa
     z = noise
     for number, timestep in enumerate(pipe.scheduler.timesteps):
         with torch.no_grad():
-            given, empty = family.encode(pipe, prompts), family.encode(pipe, ["", ""])
-            y = family.predict(denoiser, z, timestep.expand(2), ids, given)
+            embeddings, empty = family.encode(pipe, prompts), family.encode(pipe, ["", ""])
+            y = family.predict(denoiser, z, timestep.expand(2), ids, embeddings)
             base = family.predict(denoiser, z, timestep.expand(2), ids, empty)
         y = base + guidance_scale * (y - base)
         z = pipe.scheduler.step(y, timestep, z).prev_sample
@@ -144,17 +144,17 @@ def test_latents_match_each_step_of_the_pipeline(make: Any, guidance_scale: floa
 
 
 def test_trajectories_are_made_once_by_their_numbers(tmp_path: Any) -> None:
-    accelerator, asked = Accelerator(cpu=True), []
+    accelerator, requests = Accelerator(cpu=True), []
 
     def sample(indices: Any) -> torch.Tensor:
-        asked.append(list(indices))
+        requests.append(list(indices))
         return torch.tensor(indices)[:, None] * torch.ones(5)
 
-    made = make_trajectories(sample, 3, 2, tmp_path / "a" / "b", accelerator)
-    assert torch.equal(made, torch.arange(3)[:, None] * torch.ones(5))
-    assert asked == [[0, 1], [2]]
-    assert torch.equal(make_trajectories(sample, 3, 2, tmp_path / "a" / "b", accelerator), made)
-    assert len(asked) == 2
+    count = make_trajectories(sample, 3, 2, tmp_path / "a" / "b", accelerator)
+    assert torch.equal(count, torch.arange(3)[:, None] * torch.ones(5))
+    assert requests == [[0, 1], [2]]
+    assert torch.equal(make_trajectories(sample, 3, 2, tmp_path / "a" / "b", accelerator), count)
+    assert len(requests) == 2
 
 
 class Fixed(torch.nn.Module):
@@ -184,14 +184,14 @@ def test_loss_is_target_error_over_base_error() -> None:
     model = Fixed(torch.randn(3, *shape))
     loss = replace(loss_of(pipe, family, paths, ["a", "b", "c", "d"], base), model=model)
     cells = [(3, 0), (0, 2), (2, 1)]
-    found = loss([{"trajectory": number, "position": step + 3 * number} for number, step in cells])
+    actual = loss([{"trajectory": number, "position": step + 3 * number} for number, step in cells])
     for row, (number, step) in enumerate(cells):
         a, b = loss.few_steps.landings[step]
         error = (model.value[row] - a * paths[number, step] - b * paths[number, step + 1]).square().mean()
-        torch.testing.assert_close(found.per_sample[row], error / base[step], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual.per_sample[row], error / base[step], rtol=1e-4, atol=1e-5)
         assert model.timestep[row] == loss.few_steps.timesteps[step]
-        assert found.noise_level[row].item() == pytest.approx(loss.few_steps.timesteps[step].item() / 1000)
-    torch.testing.assert_close(found.loss, found.per_sample.mean())
+        assert actual.noise_level[row].item() == pytest.approx(loss.few_steps.timesteps[step].item() / 1000)
+    torch.testing.assert_close(actual.loss, actual.per_sample.mean())
 
 
 @pytest.mark.parametrize("make", [small_sdxl, small_sd3])
@@ -200,15 +200,15 @@ def test_errors_are_base_shares_and_end_at_pipeline(make: Any) -> None:
     prompts, base = ["a toy", "red cube", "on grass"], torch.tensor([0.5, 2.0])
     paths = torch.randn(3, 3, *shape)
     loss, accelerator = loss_of(pipe, family, paths, prompts, base), Accelerator(cpu=True)
-    found = loss.curve(pipe, accelerator)
+    actual = loss.curve(pipe, accelerator)
     denoiser, ids = getattr(pipe, family.denoiser), torch.tensor([[16, 16, 0, 0, 16, 16]] * 3)
     for step in range(2):
         with torch.no_grad():
-            given, timestep = family.encode(pipe, prompts), loss.few_steps.timesteps[step].expand(3)
-            y = family.predict(denoiser, paths[:, step], timestep, ids, given)
+            embeddings, timestep = family.encode(pipe, prompts), loss.few_steps.timesteps[step].expand(3)
+            y = family.predict(denoiser, paths[:, step], timestep, ids, embeddings)
         a, b = loss.few_steps.landings[step]
         expected = (y - a * paths[:, step] - b * paths[:, step + 1]).square().mean((1, 2, 3)) / base[step]
-        torch.testing.assert_close(found[step], expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(actual[step], expected, rtol=1e-3, atol=1e-4)
     call = {**CALL, "num_inference_steps": 2, "guidance_scale": 1.0, **family.sample_call}
     ends = pipe(prompts, latents=paths[:, 0], output_type="latent", **call).images
     expected = (ends - paths[:, -1]).square().mean().item()

@@ -89,10 +89,10 @@ def test_similarity_is_the_mean_cosine_over_all_pairs(clip, dino) -> None:
 def test_alignment_is_mean_cosine_of_image_and_prompt(clip) -> None:
     model, words, images = clip.model, CLIPTokenizer.from_pretrained(CLIP_TINY), pictures(3)
     tokens = [words(prompt, return_tensors="pt") for prompt in PROMPTS]
-    texts = [model.text_projection(model.text_model(**each).pooler_output)[0] for each in tokens]
+    texts = [model.text_projection(model.text_model(**ids).pooler_output)[0] for ids in tokens]
     expected = fmean(cosine(x, t) for x, t in zip(clip_vectors(images), texts, strict=True))
-    given = ["a photo of a Sks red car", "a sks, blue house in the snow", "a photo of a ball"]
-    assert text_alignment(clip, images, given, ["sks"]) == pytest.approx(expected, abs=1e-5)
+    prompts = ["a photo of a Sks red car", "a sks, blue house in the snow", "a photo of a ball"]
+    assert text_alignment(clip, images, prompts, ["sks"]) == pytest.approx(expected, abs=1e-5)
     assert text_alignment(clip, images, PROMPTS[::-1]) != pytest.approx(expected, abs=1e-4)
     assert without_words("a photo of SKS, toy.", ["sks"]) == "a photo of toy."
 
@@ -128,23 +128,23 @@ def test_program_measures_each_seed_and_then_their_interval(tmp_path, clip, caps
     one, other, subject = (sorted(folder.glob("*.png")) for folder in folders)
     words = ["--generated", *map(str, folders[:2]), "--reference", str(folders[2]), "--output", str(tmp_path / "out")]
     main([*words, "--clip", clip.name, "--device", "cpu"])
-    figures, shown = json.loads((tmp_path / "out").read_text()), capsys.readouterr().out
+    figures, printed = json.loads((tmp_path / "out").read_text()), capsys.readouterr().out
     for key, values in {
         "clip_similarity": [image_similarity(clip, seed, subject) for seed in (one, other)],
         "text_alignment": [text_alignment(clip, seed, PROMPTS) for seed in (one, other)],
     }.items():
         assert figures[key]["values"] == pytest.approx(values, abs=1e-6)
         assert [figures[key][name] for name in Interval._fields] == pytest.approx(list(interval(values)), abs=1e-5)
-    own = fmean(cosine(x, y) for x, y in combinations(clip.images(subject), 2))
-    assert f"among themselves: CLIP image similarity {own:.3f}" in shown
-    assert f"{figures['text_alignment']['low']:.4f} to {figures['text_alignment']['high']:.4f}" in shown
+    similarity = fmean(cosine(x, y) for x, y in combinations(clip.images(subject), 2))
+    assert f"among themselves: CLIP image similarity {similarity:.3f}" in printed
+    assert f"{figures['text_alignment']['low']:.4f} to {figures['text_alignment']['high']:.4f}" in printed
     with pytest.raises(SystemExit):
         main(words)
     assert "name at least one model to measure with: --clip, --dino" in capsys.readouterr().err
     for folder in folders:
         (folder / "metadata.jsonl").unlink()
-    assert "alignment" not in (said := table(evaluate([folders[0]], folders[2], clip=clip)))
-    assert "one seed, no interval" in said
+    assert "alignment" not in (printed_table := table(evaluate([folders[0]], folders[2], clip=clip)))
+    assert "one seed, no interval" in printed_table
     (folders[0] / "0.txt").write_text("a red car")
     with pytest.raises(ValueError, match="has prompts of 1 of its 3 images"):
         evaluate([folders[0]], folders[2], clip=clip)

@@ -95,8 +95,8 @@ def test_flow_noise_levels_are_those_of_the_scheduler(tensors, shift: float) -> 
 def test_shift_is_the_schedulers_unless_given() -> None:
     wan = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0)
     dynamic = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
-    given = [(dynamic, None, 0.5), (wan, None, 5 / 6), (wan, 2.0, 2 / 3)]
-    for scheduler, shift, expected in given:
+    cases = [(dynamic, None, 0.5), (wan, None, 5 / 6), (wan, 2.0, 2 / 3)]
+    for scheduler, shift, expected in cases:
         assert build_objective(scheduler, shift=shift).q[499].item() == pytest.approx(expected)
 
 

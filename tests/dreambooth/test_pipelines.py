@@ -82,10 +82,10 @@ def test_file_lacking_a_tensor_is_refused_without_change(tmp_path: Path) -> None
     tensors.pop(next(key for key in tensors if "lora_B" in key))
     save_file(tensors, tmp_path / LORA_WEIGHTS, metadata={"format": "pt"})
     sampler = small_sdxl()
-    before = {name: getattr(sampler, name) for name in COMPONENTS}
+    components = {name: getattr(sampler, name) for name in COMPONENTS}
     with pytest.raises(ValueError, match=r"has 1 tensors that .* does not have"), adapter_loaded(sampler, tmp_path):
         pytest.fail("a layer at random")
-    assert all(getattr(sampler, name) is part for name, part in before.items())
+    assert all(getattr(sampler, name) is part for name, part in components.items())
     torch.testing.assert_close(pixels(sampler), pixels(small_sdxl()), rtol=0, atol=0)
 
 
@@ -102,8 +102,8 @@ def test_twin_shares_weights_and_nothing_that_comes_later(folder: Path) -> None:
     pipe = load_pipeline(str(folder), dtype=torch.float32)
     assert not any(p.requires_grad for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters())
     other = sharing_pipeline(pipe, torch.float32)
-    before = pixels(other)
-    torch.testing.assert_close(before, pixels(StableDiffusionXLPipeline.from_pretrained(folder)), rtol=0, atol=0)
+    original = pixels(other)
+    torch.testing.assert_close(original, pixels(StableDiffusionXLPipeline.from_pretrained(folder)), rtol=0, atol=0)
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
         mine, theirs = getattr(pipe, name), getattr(other, name)
         assert mine is not theirs
@@ -111,8 +111,8 @@ def test_twin_shares_weights_and_nothing_that_comes_later(folder: Path) -> None:
     model = AdaptedDenoiser(pipe, CONFIGS["nara"](), train_text_encoder=True, gradient_checkpointing=True)
     for parameter in model.trained.values():
         parameter.data += 0.5
-    assert (pixels(pipe) - before).abs().max() > 1e-3
-    torch.testing.assert_close(pixels(other), before, rtol=0, atol=0)
+    assert (pixels(pipe) - original).abs().max() > 1e-3
+    torch.testing.assert_close(pixels(other), original, rtol=0, atol=0)
     assert not any("lora" in name or "nara" in name for name, _ in other.unet.named_modules())
     assert not other.unet.is_gradient_checkpointing
 

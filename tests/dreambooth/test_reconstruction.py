@@ -27,18 +27,18 @@ def samples(tmp_path: Path) -> list[TrainingSample]:
 @pytest.mark.parametrize("make", [small_sdxl, small_flux2_dev, small_wan_images], ids=lambda make: make.__name__)
 def test_reconstructions_are_the_autoencoders_and_their_psnr_follows(make: Any, samples: list[TrainingSample]) -> None:
     vae, ratios = make().vae, []
-    found = reconstruct(vae, samples)
-    for sample, image in zip(samples, found.images, strict=True):
+    actual = reconstruct(vae, samples)
+    for sample, image in zip(samples, actual.images, strict=True):
         pixels = sample.pixel_values()[None]
         if make is small_wan_images:
             pixels = pixels[:, :, None]
         with torch.no_grad():
-            shown = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
-        ratios.append(-10 * np.log10(((shown - pixels) / 2).square().mean().item()))
-        rgb = (127.5 * (shown.reshape(3, 32, 32).permute(1, 2, 0) + 1)).numpy()
+            decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
+        ratios.append(-10 * np.log10(((decoded - pixels) / 2).square().mean().item()))
+        rgb = (127.5 * (decoded.reshape(3, 32, 32).permute(1, 2, 0) + 1)).numpy()
         assert np.abs(np.asarray(image) - rgb).max() <= 0.51
-    assert found.psnr == pytest.approx(np.mean(ratios), abs=1e-3)
-    assert f"({found.psnr:.1f} dB)" in found.title
+    assert actual.psnr == pytest.approx(np.mean(ratios), abs=1e-3)
+    assert f"({actual.psnr:.1f} dB)" in actual.title
 
 
 class Same(torch.nn.Module):
@@ -61,6 +61,6 @@ def test_log_has_a_line_below_25_db(grey, error, said, tmp_path: Path, caplog: p
     Image.new("RGB", (32, 32), (grey,) * 3).save(tmp_path / "grey.png")
     caplog.set_level(logging.INFO)
     records = records_from_folder(tmp_path, prompt="a toy")
-    found = reconstruct(Same(error), DreamBoothDataset(records, [(32, 32)], batch_size=1, seed=0).plain_samples())
-    assert found.psnr == pytest.approx(-20 * np.log10(error), abs=1)
-    assert (f"at {found.psnr:.1f} dB" in caplog.text) == said
+    actual = reconstruct(Same(error), DreamBoothDataset(records, [(32, 32)], batch_size=1, seed=0).plain_samples())
+    assert actual.psnr == pytest.approx(-20 * np.log10(error), abs=1)
+    assert (f"at {actual.psnr:.1f} dB" in caplog.text) == said

@@ -62,16 +62,16 @@ def test_interrupted_set_is_completed_to_the_same_files(tmp_path) -> None:
     assert generate(tmp_path / "whole", painter=painter, height=8) == 5
     assert painter.batches == [2, 2, 1]
     assert painter.call == {"height": 8}
-    whole = contents(tmp_path / "whole")
-    assert list(whole) == [f"class-3-{number:05d}.png" for number in range(5)]
-    assert len(set(whole.values())) == 5
+    uninterrupted = contents(tmp_path / "whole")
+    assert list(uninterrupted) == [f"class-3-{number:05d}.png" for number in range(5)]
+    assert len(set(uninterrupted.values())) == 5
     with pytest.raises(KeyboardInterrupt):
         generate(tmp_path / "class", painter=Painter(fail_after=1))
     assert len(contents(tmp_path / "class")) == 2
     assert generate(tmp_path / "class", batch_size=5) == 3
-    assert contents(tmp_path / "class") == whole
+    assert contents(tmp_path / "class") == uninterrupted
     generate(tmp_path / "other", seed=4)
-    assert not set(contents(tmp_path / "other").values()) & set(whole.values())
+    assert not set(contents(tmp_path / "other").values()) & set(uninterrupted.values())
     with pytest.raises(ValueError, match=r"class-3-00000\.png shows 'ein Spielzeug, größer ✓', but .* is 'a cube'"):
         generate(tmp_path / "whole", prompt="a cube")
 
@@ -121,16 +121,16 @@ def test_each_image_is_at_its_place_on_sheet(tmp_path) -> None:
         return [Image.new("RGB", (32, 32), (10 + 20 * i, 200 - 20 * i, blue)) for i in range(count)]
 
     columns = {"before": colours(6, 40), "after": colours(6, 90), "references": colours(3, 250)}
-    shown = {title: columns[title] for title in ("before", "after")}
-    write_grid(tmp_path / "sheet.png", ["one", "two", "three"], shown, {"references": columns["references"]})
+    groups = {title: columns[title] for title in ("before", "after")}
+    write_grid(tmp_path / "sheet.png", ["one", "two", "three"], groups, {"references": columns["references"]})
     sheet, seen = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")), {}
     for title, images in columns.items():
         for i, image in enumerate(images):
-            found = np.argwhere((sheet == image.getpixel((0, 0))).all(-1))[:, ::-1]
-            assert len(found) > 100**2
-            seen[title, i] = found.min(0)
+            places = np.argwhere((sheet == image.getpixel((0, 0))).all(-1))[:, ::-1]
+            assert len(places) > 100**2
+            seen[title, i] = places.min(0)
     rows = [[("references", i) for i in range(3)]]
-    rows += [[(title, 2 * prompt + j) for title in shown for j in (0, 1)] for prompt in range(3)]
+    rows += [[(title, 2 * prompt + j) for title in groups for j in (0, 1)] for prompt in range(3)]
     assert sorted(seen, key=lambda image: (*seen[image][::-1],)) == [image for row in rows for image in row]
     assert all(len({seen[image][1] for image in row}) == 1 for row in rows)
     assert (sheet.astype(int).sum(-1)[: seen["before", 0][1]] < 300).sum() > 20  # letters above the images
@@ -190,12 +190,14 @@ def test_a_measurement_holds_samples_losses_and_figures(pipe, loss, accelerator)
     blind = Evaluation(run, pipe, settings, loss, references).measure(None, "before")
     assert (blind.similarity, blind.text_alignment) == (None, None)
     assert blind.similarity_as_shown is None
-    shown = reconstruct(pipe.vae, loss.samples)
-    found = Evaluation(run, pipe, settings, loss, references, encoder, encoder, shown).measure(None, "after")
-    similarity = image_similarity(encoder, found.images, shown.images)
-    assert found.similarity_as_shown == pytest.approx(similarity)
-    assert found.similarity_as_shown != pytest.approx(found.similarity, abs=1e-5)
-    assert found.similarity == pytest.approx(image_similarity(encoder, found.images, references))
-    assert found.text_alignment == pytest.approx(text_alignment(encoder, found.images, ["a cube"] * 2))
-    assert found.curve == blind.curve
-    assert found.validation_loss == pytest.approx(sum(found.curve) / 3)
+    reconstruction = reconstruct(pipe.vae, loss.samples)
+    measured = Evaluation(run, pipe, settings, loss, references, encoder, encoder, reconstruction).measure(
+        None, "after"
+    )
+    similarity = image_similarity(encoder, measured.images, reconstruction.images)
+    assert measured.similarity_as_shown == pytest.approx(similarity)
+    assert measured.similarity_as_shown != pytest.approx(measured.similarity, abs=1e-5)
+    assert measured.similarity == pytest.approx(image_similarity(encoder, measured.images, references))
+    assert measured.text_alignment == pytest.approx(text_alignment(encoder, measured.images, ["a cube"] * 2))
+    assert measured.curve == blind.curve
+    assert measured.validation_loss == pytest.approx(sum(measured.curve) / 3)

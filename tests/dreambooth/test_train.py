@@ -47,8 +47,8 @@ def test_run_with_more_steps_and_prompts_keeps_bits(
     sdxl: dict[str, Any], ended: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    asked = {"validation_prompts": ["a toy on grass", "a toy"], "num_validation_images": 2, "validation_steps": 4}
-    longer = resumed(ended, sdxl, tmp_path / "longer", max_train_steps=4, **asked)
+    changes = {"validation_prompts": ["a toy on grass", "a toy"], "num_validation_images": 2, "validation_steps": 4}
+    longer = resumed(ended, sdxl, tmp_path / "longer", max_train_steps=4, **changes)
     assert "the schedule now has 4 steps instead of 2" in caplog.text
     assert "step 4: validation_loss " in caplog.text
     run("dreambooth_sdxl.py", **sdxl | {"max_train_steps": 4}, output_dir=tmp_path / "whole")
@@ -73,9 +73,9 @@ def test_run_continues_with_other_images_on_its_card(
     changes = {"instance_data_dir": pictures, "instance_prompt": "a photo of a cube", "validation_data_dir": held_out}
     other = resumed(ended, sdxl, tmp_path / "other", **changes, max_train_steps=3)
     assert "written with other training data, so their order starts again at step 2" in caplog.text
-    said = "2 images, 1 with captions of their own (.txt), the others as “a photo of a cube”"
-    assert f"trained on {said}." in (other / "README.md").read_text()
-    assert {f"trained on: {said}", "validation loss: on 1 image held out"} <= set(caplog.messages)
+    description = "2 images, 1 with captions of their own (.txt), the others as “a photo of a cube”"
+    assert f"trained on {description}." in (other / "README.md").read_text()
+    assert {f"trained on: {description}", "validation loss: on 1 image held out"} <= set(caplog.messages)
     same = resumed(ended, sdxl, tmp_path / "same", max_train_steps=3)
     assert losses(other)[:2] == losses(same)[:2]
     assert losses(other)[2] != losses(same)[2]
@@ -93,8 +93,8 @@ def test_run_that_would_learn_otherwise_is_not_continued(
 def test_named_model_defaults_to_its_size_and_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A pass over five images would be two steps, and a model of 64 pixels at 1024 would show noise."""
     for name in ("sdxl-tiny", "sd-tiny-flow"):
-        found = family_defaults({NAMED: str(ASSETS / name)})
-        assert (found["resolution"], found["max_train_steps"]) == (64, 500)
+        defaults = family_defaults({NAMED: str(ASSETS / name)})
+        assert (defaults["resolution"], defaults["max_train_steps"]) == (64, 500)
     assert "pixels" not in caplog.text
     family_defaults({NAMED: str(ASSETS / "sdxl-tiny"), "resolution": 1024})
     assert "was made for images of 64 pixels, but --resolution is 1024" in caplog.text
@@ -122,13 +122,13 @@ def test_images_beyond_model_positions_are_refused(tmp_path: Path) -> None:
 
 
 def test_shipped_run_is_settings_without_its_images(tmp_path: Path) -> None:
-    found = shipped_run({}, CONFIGS / "sdxl_tiny.yaml")
-    assert [found[name] for name in ("resolution", "max_train_steps", "learning_rate", "rank")] == [64, 700, 2e-3, 16]
+    shipped = shipped_run({}, CONFIGS / "sdxl_tiny.yaml")
+    assert [shipped[name] for name in ("resolution", "max_train_steps", "learning_rate", "rank")] == [64, 700, 2e-3, 16]
     places = (NAMED, "similarity_model", "alignment_model", "instance_data_dir")
-    assert all(Path(found[name]).is_dir() for name in places)
-    own = shipped_run({"instance_data_dir": "dog"}, CONFIGS / "sdxl_tiny.yaml")
+    assert all(Path(shipped[name]).is_dir() for name in places)
+    without_images = shipped_run({"instance_data_dir": "dog"}, CONFIGS / "sdxl_tiny.yaml")
     of_the_subject = {"instance_data_dir", "instance_prompt", "validation_prompts", "identifier"}
-    assert found.keys() - own.keys() == of_the_subject | {"validation_steps"}
+    assert shipped.keys() - without_images.keys() == of_the_subject | {"validation_steps"}
     (tmp_path / "alone.yaml").write_text(f"{NAMED}: examples/assets/none")  # as of an sdist, without its assets
     for file in ("none.yaml", "alone.yaml"):
         with pytest.raises(ValueError, match="clone of the repository"):
@@ -141,8 +141,11 @@ def test_shipped_prompts_are_not_used_for_own_distillation(
 ) -> None:
     caplog.set_level("INFO")
     steps = {"distill_to": 4}
-    shipped, own = shipped_run(steps, CONFIGS / "sdxl_tiny.yaml"), shipped_run(steps | data, CONFIGS / "sdxl_tiny.yaml")
+    shipped, with_data = (
+        shipped_run(steps, CONFIGS / "sdxl_tiny.yaml"),
+        shipped_run(steps | data, CONFIGS / "sdxl_tiny.yaml"),
+    )
     assert "your data" in caplog.text
     assert "configs/sdxl_4_steps.yaml" in caplog.text
-    assert shipped.keys() - own.keys() == {"prompts_file", "validation_prompts"}
-    assert own.items() <= shipped.items()
+    assert shipped.keys() - with_data.keys() == {"prompts_file", "validation_prompts"}
+    assert with_data.items() <= shipped.items()

@@ -45,9 +45,9 @@ def batch_of(folder: Path, prior: bool) -> dict[str, Any]:
     sizes = {"instance": [(26, 22)] * 3, "class": [(26, 22)] * 4}
     folders = {name: folder_of(folder / name, size) for name, size in sizes.items()}
     instances = records_from_folder(folders["instance"], prompt="a photo of a toy", progress=False)
-    others = records_from_folder(folders["class"], prompt="a toy", progress=False) if prior else []
+    class_records = records_from_folder(folders["class"], prompt="a toy", progress=False) if prior else []
     dataset = DreamBoothDataset(
-        instances, [(16, 16)], batch_size=2, seed=1, class_images=others, crop="random", flip=True
+        instances, [(16, 16)], batch_size=2, seed=1, class_images=class_records, crop="random", flip=True
     )
     return collate_samples([dataset[6], dataset[7]])
 

@@ -44,9 +44,9 @@ def linear_loss(model: nn.Module, needed: Callable[[Tensor], Tensor], rest: floa
     def loss(positions: Sequence[int]) -> SimpleNamespace:
         x = torch.stack([drawn(3, D_IN, seed=position) for position in positions])  # (b, 3, d_in)
         levels = torch.stack([drawn(seed=position + 10**6, uniform=True) for position in positions])  # (b,)
-        wanted = x @ weight.T + needed(levels)[:, None, None] * (x @ change.T)
+        expected = x @ weight.T + needed(levels)[:, None, None] * (x @ change.T)
         with noise_level(model, levels) if tell else nullcontext():
-            errors = (model(x) - wanted).square().mean((1, 2)) + rest * (1 + levels)  # (b,)
+            errors = (model(x) - expected).square().mean((1, 2)) + rest * (1 + levels)  # (b,)
         return SimpleNamespace(loss=errors.mean(), per_sample=errors, noise_level=levels, split=None)
 
     return loss
@@ -78,7 +78,9 @@ def test_decide_for_turning_update_is_likely():
     repeats, verdict = decide(linear_task(turning, settings=LONG), progress=False)
     assert (verdict.answer, verdict.way) == (LIKELY, "nara")
     assert verdict.reason.endswith(f"{NO_CHEAP}.")
-    for losses in ({name: each.mean().item() for name, each in repeat.losses.items()} for repeat in repeats):
+    for losses in (
+        {name: losses_of_arm.mean().item() for name, losses_of_arm in repeat.losses.items()} for repeat in repeats
+    ):
         assert losses["lora"] == pytest.approx(losses["base"], rel=0.1)
         assert losses["nara"] < 0.5 * min(losses["lora"], losses["untold"])
 
@@ -149,10 +151,10 @@ def test_token_trials_train_and_measure_their_own_losses():
 def test_cheap_lora_leaves_other_arms_unchanged():
     alone, beside = linear_task(turning), linear_task(turning)
     add_cheap(beside.model, beside.config)
-    expected, found = (next(trials(task, progress=False)).losses for task in (alone, beside))
-    assert set(found) - set(expected) == {"time"}
+    expected, actual = (next(trials(task, progress=False)).losses for task in (alone, beside))
+    assert set(actual) - set(expected) == {"time"}
     for arm, losses in expected.items():
-        assert torch.equal(found[arm], losses), arm
+        assert torch.equal(actual[arm], losses), arm
 
 
 TIME = {
@@ -173,25 +175,25 @@ def test_time_layers_get_a_lora_of_naras_size(make):
     pipe = make()
     config: Any = NaraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["to_q", "to_k"])
     model = AdaptedDenoiser(pipe, config)
-    found = time_layers(model.denoiser)
-    assert TIME[make] <= set(found)
-    assert not [name for name in found for other in OTHERS if other in name.replace("t_embedder.mlp", "")]
+    names = time_layers(model.denoiser)
+    assert TIME[make] <= set(names)
+    assert not [name for name in names for other in OTHERS if other in name.replace("t_embedder.mlp", "")]
     nara = trainable(model)
-    add_cheap(model, config, found)
+    add_cheap(model, config, names)
     restart(SimpleNamespace(model=model, config=config, args=SimpleNamespace(seed=0)), 0, CHEAP)
-    layers = {name: each for name, each in model.denoiser.named_modules() if isinstance(each, LoraLayer)}
+    layers = {name: layer for name, layer in model.denoiser.named_modules() if isinstance(layer, LoraLayer)}
     attention = {name for name in layers if name.endswith(("to_q", "to_k"))}
-    assert {name for name, each in layers.items() if CHEAP in each.lora_A} == attention | set(found)
-    assert {name for name, each in layers.items() if "default" in each.lora_A} == attention
-    (rank,) = {each.r[CHEAP] for each in layers.values()}
-    assert {each.scaling[CHEAP] for each in layers.values()} == {2}
+    assert {name for name, layer in layers.items() if CHEAP in layer.lora_A} == attention | set(names)
+    assert {name for name, layer in layers.items() if "default" in layer.lora_A} == attention
+    (rank,) = {layer.r[CHEAP] for layer in layers.values()}
+    assert {layer.scaling[CHEAP] for layer in layers.values()} == {2}
     assert abs(trainable(model) - nara) <= trainable(model) / rank / 2 or rank == 1
-    assert not [name for name, each in model.named_parameters() if each.requires_grad and CHEAP not in name]
+    assert not [name for name, layer in model.named_parameters() if layer.requires_grad and CHEAP not in name]
     assert time_layers(model.denoiser) == []  # adapted already
 
 
 def trainable(model: nn.Module) -> int:
-    return sum(each.numel() for each in model.parameters() if each.requires_grad)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 LEVELS = torch.tensor([0.05, 0.95])
@@ -246,8 +248,10 @@ def test_judge_takes_the_first_rule_that_holds(losses, answer, way, reason):
 def test_differences_weight_bins_equally_and_compare_cheap_way():
     arms = {"lora": [1.0, 3.0, 0.01], "nara": [1.0, 1.0, 0.02], "time": [1.0, 1.0, 0.01], "untold": [1.0, 3.0, 0.04]}
     repeat = Repeat(torch.tensor([0.05, 0.06, 0.95]), {arm: torch.tensor(values) for arm, values in arms.items()})
-    found = {arm: {other: d.mean for other, d in others.items()} for arm, others in differences([repeat] * 2).items()}
+    by_arm = {
+        arm: {other: d.mean for other, d in by_other.items()} for arm, by_other in differences([repeat] * 2).items()
+    }
     of_nara = {"lora": (-0.5 + 0.5) / 2, "untold": (-0.5 - 0.5) / 2, "time": (0 + 0.5) / 2}
-    assert found == {"nara": pytest.approx(of_nara), "time": pytest.approx({"lora": (-0.5 + 0) / 2})}
+    assert by_arm == {"nara": pytest.approx(of_nara), "time": pytest.approx({"lora": (-0.5 + 0) / 2})}
     means = bin_means([repeat])["lora"][0]
-    assert [(n, round(each, 6)) for n, each in enumerate(means.tolist()) if each == each] == [(0, 2.0), (9, 0.01)]
+    assert [(n, round(mean, 6)) for n, mean in enumerate(means.tolist()) if mean == mean] == [(0, 2.0), (9, 0.01)]

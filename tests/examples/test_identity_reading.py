@@ -19,8 +19,8 @@ def irregular_betas() -> list[float]:
 
 
 def base_scheduler(kind: str = "epsilon", **options: bool) -> EulerDiscreteScheduler:
-    given = {"num_train_timesteps": LEVELS, "trained_betas": irregular_betas()}
-    return EulerDiscreteScheduler(**given, prediction_type=kind, **options)
+    settings = {"num_train_timesteps": LEVELS, "trained_betas": irregular_betas()}
+    return EulerDiscreteScheduler(**settings, prediction_type=kind, **options)
 
 
 def base_alphas() -> Tensor:
@@ -49,8 +49,10 @@ def column(values: Tensor) -> Tensor:
 def test_identity_of_exact_predictions_is_exact(kind: str, target: str) -> None:
     """Whatever form the base's knowledge of x and ε has, the reading is the objective's own target."""
     base = base_scheduler(kind)
-    wanted = FlowMatchEulerDiscreteScheduler(LEVELS) if target == "flow_prediction" else base_scheduler(target)
-    objective = build_objective(wanted)
+    target_scheduler = (
+        FlowMatchEulerDiscreteScheduler(LEVELS) if target == "flow_prediction" else base_scheduler(target)
+    )
+    objective = build_objective(target_scheduler)
     reading = IdentityReading(base, objective)
     indices = (~reading.clamped).nonzero()[:, 0][[0, 7, 3, -1]]
     x, eps = clean_and_noise(len(indices))
@@ -88,8 +90,8 @@ def test_zero_terminal_snr_takes_the_matching_timestep() -> None:
     indices = torch.tensor([59, 20, 58, 3])
     batch = objective.corrupt(*clean_and_noise(len(indices)), indices)
     a, seen, answer = column(rescaled[indices]), batch.model_input.double(), torch.randn(len(indices), *SHAPE)
-    known = torch.maximum(a, alphas[-1])
-    estimate = (seen - (1 - known).sqrt() * answer.double()) / known.sqrt()
+    clamped = torch.maximum(a, alphas[-1])
+    estimate = (seen - (1 - clamped).sqrt() * answer.double()) / clamped.sqrt()
     expected = a.sqrt() * answer.double() - (1 - a).sqrt() * estimate
     read = reading.prediction(batch.model_input, answer, indices)
     torch.testing.assert_close(read.double(), expected, rtol=2e-4, atol=2e-4)
@@ -97,7 +99,7 @@ def test_zero_terminal_snr_takes_the_matching_timestep() -> None:
 
 def test_epsilon_base_at_pure_noise_uses_last_level() -> None:
     base = DDPMScheduler(num_train_timesteps=LEVELS, rescale_betas_zero_snr=True)
-    wanted = DDPMScheduler.from_config(base.config, prediction_type="v_prediction")
-    reading = IdentityReading(base, build_objective(wanted))
+    target_scheduler = DDPMScheduler.from_config(base.config, prediction_type="v_prediction")
+    reading = IdentityReading(base, build_objective(target_scheduler))
     assert reading.timesteps.tolist() == [*range(LEVELS - 1), LEVELS - 2]
     assert reading.clamped.nonzero().flatten().tolist() == [LEVELS - 1]

@@ -24,17 +24,17 @@ def test_with_level_token_appends_each_rows_digit():
     lengths = [len(row) - prompt for row, prompt in zip(rows, prompts, strict=True)]
     options: dict[str, Any] = {"answer_lengths": lengths, "noise_level": torch.tensor([0.04, 0.57, 1.0])}
     batch = mask_answers(ids, prompts, mask_token_id=29, seed=3, **options)
-    told = with_level_token(batch, DIGITS)
-    for row, (place, said) in enumerate(zip(prompts, (15, 20, 24), strict=True)):
-        for name, new in {"input_ids": said, "targets": said, "masked": 0, "answer": 0, "attention_mask": 1}.items():
+    marked = with_level_token(batch, DIGITS)
+    for row, (place, digit) in enumerate(zip(prompts, (15, 20, 24), strict=True)):
+        for name, new in {"input_ids": digit, "targets": digit, "masked": 0, "answer": 0, "attention_mask": 1}.items():
             expected = getattr(batch, name)[row].tolist()  # type: ignore[union-attr]
             expected.insert(place, new)
-            assert getattr(told, name)[row].tolist() == expected, (name, row)
-    assert torch.equal(told.noise_level, batch.noise_level)
-    whole = mask_answers(ids[:1], [3], mask_token_id=29, noise_level=0.22, seed=3, complementary=True)
-    told = with_level_token(whole, DIGITS)  # of complementary masks the level of each
-    assert told.input_ids[:, 3].tolist() == [DIGITS[2], DIGITS[7]]
-    assert told.attention_mask is None
+            assert getattr(marked, name)[row].tolist() == expected, (name, row)
+    assert torch.equal(marked.noise_level, batch.noise_level)
+    masked = mask_answers(ids[:1], [3], mask_token_id=29, noise_level=0.22, seed=3, complementary=True)
+    marked = with_level_token(masked, DIGITS)  # of complementary masks the level of each
+    assert marked.input_ids[:, 3].tolist() == [DIGITS[2], DIGITS[7]]
+    assert marked.attention_mask is None
 
 
 def questions(folder: Path, monkeypatch: Any, *flags: str) -> CheckTask:
@@ -51,19 +51,19 @@ def test_text_check_gives_each_sample_its_level(tmp_path, monkeypatch):
     assert task.arms == ["base", "lora", "untold", "token", "nara"]
     assert task.with_token is not None
     restart(task, 0, CHEAP)
-    names = {name for name, each in task.model.named_parameters() if each.requires_grad}
+    names = {name for name, parameter in task.model.named_parameters() if parameter.requires_grad}
     assert names
     assert all(CHEAP in name for name in names)
-    nara_size = sum(each.numel() for name, each in task.model.named_parameters() if "default" in name)
-    size = sum(each.numel() for each in task.model.parameters() if each.requires_grad)
+    nara_size = sum(parameter.numel() for name, parameter in task.model.named_parameters() if "default" in name)
+    size = sum(parameter.numel() for parameter in task.model.parameters() if parameter.requires_grad)
     assert abs(size / nara_size - 1) < 0.1
-    for loss, told in zip((task.loss, task.held_out), task.with_token, strict=True):
-        plain, changed = loss(range(5)), told(range(5))
-        said = torch.tensor([DIGITS[int(10 * level)] for level in changed.noise_level])
-        assert torch.equal(changed.input_ids[:, PROMPT], said)
-        assert len(set(said.tolist())) > 1
-        rest = torch.cat([changed.input_ids[:, :PROMPT], changed.input_ids[:, PROMPT + 1 :]], 1)
-        assert torch.equal(rest, plain.input_ids)
+    for loss, marked_loss in zip((task.loss, task.held_out), task.with_token, strict=True):
+        plain, changed = loss(range(5)), marked_loss(range(5))
+        digits = torch.tensor([DIGITS[int(10 * level)] for level in changed.noise_level])
+        assert torch.equal(changed.input_ids[:, PROMPT], digits)
+        assert len(set(digits.tolist())) > 1
+        other_tokens = torch.cat([changed.input_ids[:, :PROMPT], changed.input_ids[:, PROMPT + 1 :]], 1)
+        assert torch.equal(other_tokens, plain.input_ids)
         assert torch.equal(changed.noise_level, plain.noise_level)
         assert changed.token_loss[:, PROMPT].eq(0).all()
 

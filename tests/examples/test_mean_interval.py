@@ -16,6 +16,6 @@ def test_interval_is_students_and_single_value_has_none():
         assert mean == pytest.approx(sum(values) / count)
         assert std == pytest.approx(math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1)))
         assert high - mean == pytest.approx(mean - low) == pytest.approx(t * std / math.sqrt(count), rel=2e-4)
-    mean, *rest = interval([0.25])
+    mean, *spread = interval([0.25])
     assert mean == 0.25
-    assert all(math.isnan(value) for value in rest)
+    assert all(math.isnan(value) for value in spread)

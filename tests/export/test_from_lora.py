@@ -37,11 +37,11 @@ def trained_lora(folder: Path, **options: Any) -> PeftModel:
 
 
 def assert_same_tensors(nara: Any, lora: Any, adapter_name: str = "default") -> None:
-    held = get_peft_model_state_dict(nara, adapter_name=adapter_name)
-    given = get_peft_model_state_dict(lora)
-    assert {key for key in held if "core" not in key} == given.keys()
-    for key, tensor in given.items():
-        assert torch.equal(held[key], tensor), key
+    of_nara = get_peft_model_state_dict(nara, adapter_name=adapter_name)
+    of_lora = get_peft_model_state_dict(lora)
+    assert {key for key in of_nara if "core" not in key} == of_lora.keys()
+    for key, tensor in of_lora.items():
+        assert torch.equal(of_nara[key], tensor), key
 
 
 @pytest.mark.parametrize(
@@ -67,11 +67,11 @@ def test_peft_folder_becomes_nara_with_tensors_and_forward(tmp_path, options, co
 
 def test_second_adapter_in_half_precision_changes_no_bit(tmp_path):
     lora, model = trained_lora(tmp_path / "whole"), adapted(base().to(torch.bfloat16), target_modules=["first"])
-    before = copy.deepcopy(get_peft_model_state_dict(model))
+    original = copy.deepcopy(get_peft_model_state_dict(model))
     assert from_lora(tmp_path / "whole", model, "other") is model
     assert model.active_adapters == ["other"]
     assert_same_tensors(model, lora, "other")
-    assert all(torch.equal(t, before[key]) for key, t in get_peft_model_state_dict(model).items())
+    assert all(torch.equal(t, original[key]) for key, t in get_peft_model_state_dict(model).items())
     half = copy.deepcopy(lora).to(torch.bfloat16)
     half.save_pretrained(tmp_path)
     assert_same_tensors(from_lora(tmp_path, base()), half.float())
@@ -93,10 +93,10 @@ def test_second_adapter_in_half_precision_changes_no_bit(tmp_path):
 def test_different_start_is_refused_without_change(options, arguments, make, message, tmp_path):
     trained_lora(tmp_path, **options)
     model = make()
-    before = dict(model.state_dict())
+    original = dict(model.state_dict())
     with pytest.raises(ValueError, match=message):
         from_lora(**{"lora": tmp_path, **arguments}, model=model)
-    assert model.state_dict().keys() == before.keys()
+    assert model.state_dict().keys() == original.keys()
     assert not hasattr(model, "peft_config")
 
 

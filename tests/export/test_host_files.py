@@ -79,11 +79,11 @@ def test_diffusers_draws_folded_files_as_the_nara(make, options, words, said, tm
     main(["fold", str(tmp_path), str(path), "--noise_level", str(LEVEL), *words])
     assert f"λ = {LEVEL}{said}" in capsys.readouterr().out
     with noise_level(unet, LEVEL):
-        wanted = pixels(pipe)
-    before = pixels(other)
+        expected = pixels(pipe)
+    original = pixels(other)
     other.load_lora_weights(path)
-    torch.testing.assert_close(pixels(other), wanted, rtol=1e-4, atol=5e-5)
-    assert (before - wanted).abs().max() > 0.02
+    torch.testing.assert_close(pixels(other), expected, rtol=1e-4, atol=5e-5)
+    assert (original - expected).abs().max() > 0.02
 
 
 def test_text_encoders_names_are_read_by_every_program(tmp_path: Path):
@@ -136,8 +136,8 @@ def test_sd3_text_encoders_have_sdxls_names(form: str):
             A, B, alpha = (
                 tensors.pop(f"lora_te{index}_{module}.{key}") for key in ("lora_down.weight", "lora_up.weight", "alpha")
             )
-            update, wanted = alpha / len(A) * B @ A, layer.scaling * layer.B @ layer.A
-            torch.testing.assert_close(update, wanted, rtol=1e-5, atol=1e-7)
+            update, expected = alpha / len(A) * B @ A, layer.scaling * layer.B @ layer.A
+            torch.testing.assert_close(update, expected, rtol=1e-5, atol=1e-7)
     assert not tensors
 
 
@@ -175,7 +175,7 @@ NAMES = {
 
 
 def test_unet_modules_have_stabilitys_names():
-    assert parts_of(NAMES, "sdxl") == {theirs: [own] for own, theirs in NAMES.items()}
+    assert parts_of(NAMES, "sdxl") == {theirs: [ours] for ours, theirs in NAMES.items()}
     names = ["up_blocks.0.upsamplers.0.conv", "up_blocks.0.resnets.2.conv1"]
     assert next(iter(parts_of(names, "sd15"))) == "output_blocks.2.1.conv"  # no attention
 

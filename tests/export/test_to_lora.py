@@ -46,12 +46,12 @@ def dense(layer: Any) -> torch.Tensor:
 
 def test_half_precision_factors_fold_in_separate_float32():
     model = adapted(base(), target_modules=TARGETS).to(torch.bfloat16)
-    before = copy.deepcopy(model.state_dict())
+    original = copy.deepcopy(model.state_dict())
     folded = to_lora(model, LEVEL).layers["first"]
     assert (folded.A.dtype, folded.B.dtype) == (torch.bfloat16, torch.float32)
     assert relative_error(dense(folded), updates(model, "first")[0]) < EXACT
     folded.A.zero_()
-    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, original[key]) for key, tensor in model.state_dict().items())
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
@@ -71,8 +71,8 @@ def test_trained_modules_and_biases_are_included(tmp_path):
     to_lora(model, LEVEL).save_pretrained(tmp_path)
     x = torch.randn(3, 7)
     with noise_level(model, LEVEL):
-        wanted = model(x)
-    assert relative_error(PeftModel.from_pretrained(base(), tmp_path)(x), wanted) < 4 * rounding_of(model)
+        expected = model(x)
+    assert relative_error(PeftModel.from_pretrained(base(), tmp_path)(x), expected) < 4 * rounding_of(model)
 
 
 def test_level_of_context_or_merge_is_used():
@@ -124,16 +124,16 @@ def error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> to
 
 def test_best_is_nearest_lora_and_stores_its_error(tmp_path, capsys):
     model, grid = adapted(base(), target_modules=TARGETS, rank_pattern={"second": 2}), (torch.arange(256) + 0.5) / 256
-    wanted = {name: updates(model, name, levels=grid) for name in TARGETS}
+    expected = {name: updates(model, name, levels=grid) for name in TARGETS}
     best = to_lora(model, noise_level="best")
     assert best.error is not None
-    measured = error({name: dense(best.layers[name]) for name in TARGETS}, wanted)
+    measured = error({name: dense(best.layers[name]) for name in TARGETS}, expected)
     assert best.error.worst_update == pytest.approx(measured.max().item(), rel=0.05)
     assert best.error.mean_update == pytest.approx(measured.square().mean().sqrt().item(), rel=0.02)
     best.save_pretrained(tmp_path / "PlainLora")
     report = json.loads((tmp_path / "PlainLora" / "export_error.json").read_text())
     assert report["worst_update"] == pytest.approx(best.error.worst_update)
-    mean = error({name: update.mean(0) for name, update in wanted.items()}, wanted)
+    mean = error({name: update.mean(0) for name, update in expected.items()}, expected)
     assert best.error.mean_update == pytest.approx(mean.square().mean().sqrt().item(), rel=1e-3)
     model.save_pretrained(tmp_path / "nara")
     words = ["fold", str(tmp_path / "nara"), str(tmp_path / "lora"), "--form", "peft", "--noise_level"]
@@ -156,10 +156,10 @@ def test_best_measures_error_of_grouped_convolutions():
         B = torch.block_diag(*layer.B.double().flatten(1).chunk(2))
         return layer.scaling * B @ layer.A.double().flatten(1)
 
-    wanted = torch.stack([update(to_lora(model, level)) for level in best.error.noise_levels])
-    errors = (wanted - update(best)).flatten(1).norm(dim=1)
+    expected = torch.stack([update(to_lora(model, level)) for level in best.error.noise_levels])
+    errors = (expected - update(best)).flatten(1).norm(dim=1)
     weights = torch.tensor(best.error.weights)
-    unit = (weights * wanted.square().sum((1, 2))).sum().sqrt()
+    unit = (weights * expected.square().sum((1, 2))).sum().sqrt()
     torch.testing.assert_close(torch.tensor(best.error.update), (errors / unit).float(), rtol=1e-4, atol=1e-6)
 
 

@@ -231,8 +231,8 @@ def denoiser(name: str, *, scale: float = 0.3, **changes: Any) -> Any:
     if name.startswith("Cosmos"):
         pytest.importorskip("torchvision", reason="Diffusers' Cosmos resizes its padding mask with torchvision")
     kind = getattr(diffusers, name)
-    given = inspect.signature(kind.__init__).parameters
-    common = {key: value for key, value in OPTIONS.items() if key in given}
+    parameters = inspect.signature(kind.__init__).parameters
+    common = {key: value for key, value in OPTIONS.items() if key in parameters}
     return random_model(kind, 3, scale=scale, **{**common, **DENOISERS[name][0], **changes})
 
 

@@ -16,25 +16,27 @@ _TIME = re.compile(r"t|r|timesteps?|timestep_\w+|\w+_timesteps?|\w+_time")
 @functools.cache
 def classes() -> dict[str, tuple[list[str], list[str]]]:
     """Name → (base classes by name, arguments of its own forward), of all models of Diffusers."""
-    found: dict[str, tuple[list[str], list[str]]] = {}
+    by_name: dict[str, tuple[list[str], list[str]]] = {}
     for folder in ("models", "pipelines", "modular_pipelines"):
         for path in sorted((Path(diffusers.__file__).parent / folder).rglob("*.py")):
             text = path.read_text(encoding="utf-8")
             for node in ast.parse(text).body if "ModelMixin" in text or "PeftAdapterMixin" in text else ():
                 if isinstance(node, ast.ClassDef):
                     bases = [ast.unparse(base).split(".")[-1] for base in node.bases]
-                    own = [part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "forward"]
-                    arguments = [one.arg for part in own for one in (*part.args.args, *part.args.kwonlyargs)]
-                    found[node.name] = [base for base in bases if base != node.name], arguments
-    return found
+                    forwards = [
+                        part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "forward"
+                    ]
+                    arguments = [one.arg for part in forwards for one in (*part.args.args, *part.args.kwonlyargs)]
+                    by_name[node.name] = [base for base in bases if base != node.name], arguments
+    return by_name
 
 
 def lineage(name: str) -> list[str]:
     """A class and all that it derives from."""
-    found = [name]
-    for one in found:
-        found += [base for base in classes().get(one, ([], []))[0] if base not in found]
-    return found
+    names = [name]
+    for one in names:
+        names += [base for base in classes().get(one, ([], []))[0] if base not in names]
+    return names
 
 
 def forward_of(name: str) -> list[str]:

@@ -340,12 +340,12 @@ class ByHand:
         if not self.is_llada2:
             return logits.softmax(-1), logits.topk(count).indices.tolist()
         scores, groups = logits.sigmoid(), self.fields["n_group"]
-        wanted = scores + self.state[f"{at}.gate.expert_bias"]
-        of_group = wanted.view(groups, -1)
+        expected = scores + self.state[f"{at}.gate.expert_bias"]
+        of_group = expected.view(groups, -1)
         best = of_group.topk(2).values.sum(-1).topk(self.fields["topk_group"]).indices.tolist()
         for group in set(range(groups)) - set(best):
             of_group[group] = -torch.inf
-        chosen = wanted.topk(count).indices.tolist()
+        chosen = expected.topk(count).indices.tolist()
         return scores / scores[chosen].sum() * self.fields["routed_scaling_factor"], chosen
 
 

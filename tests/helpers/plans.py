@@ -32,13 +32,13 @@ def planned(module, words):
 
 def counted_run(module, args, monkeypatch):
     """The highest live storages of the training loop of a real run, and its adapter's optimizer states."""
-    found, frozen = [], []
+    steps, frozen = [], []
 
     def counted(run, parts, loss, validate):
         with StepCounter(tensors_of(parts.model, *frozen)) as counter:
             original(run, parts, loss, validate)
         states = [value for state in parts.optimizer.state.values() for value in state.values()]
-        found.extend([counter.peak, sum(value.nbytes for value in states if value.dim())])
+        steps.extend([counter.peak, sum(value.nbytes for value in states if value.dim())])
 
     AcceleratorState._reset_state(True)  # the precision of an earlier test would stay
     original = module.train
@@ -53,4 +53,4 @@ def counted_run(module, args, monkeypatch):
                 images.teach(task, args, run)
     finally:
         AcceleratorState._reset_state(True)  # nor stays this one's
-    return found
+    return steps

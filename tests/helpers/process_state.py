@@ -42,14 +42,14 @@ def process_state() -> dict[str, Any]:
 
 def fail_if_left(before: dict[str, Any]) -> None:
     """Fails with a line for each thing that isn't as `before`. Threads get time to end; workers of pools may stay."""
-    known = before["threads"] | set(pools._threads_queues)
-    for thread in process_state()["threads"] - known:
+    threads = before["threads"] | set(pools._threads_queues)
+    for thread in process_state()["threads"] - threads:
         thread.join(PATIENCE)
-    after = process_state()
-    after["threads"] = before["threads"] | after["threads"] - known  # a thread that ends is no leak
-    left = [f"{name}: {_change(value, after[name])}" for name, value in before.items() if value != after[name]]
-    if left:
-        pytest.fail("the process isn't as it was before the test:\n" + "\n".join(left), pytrace=False)
+    state = process_state()
+    state["threads"] = before["threads"] | state["threads"] - threads  # a thread that ends is no leak
+    changes = [f"{name}: {_change(value, state[name])}" for name, value in before.items() if value != state[name]]
+    if changes:
+        pytest.fail("the process isn't as it was before the test:\n" + "\n".join(changes), pytrace=False)
 
 
 def _change(before: Any, after: Any) -> str:

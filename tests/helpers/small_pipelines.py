@@ -49,13 +49,13 @@ def clip_tokenizer() -> CLIPTokenizer:
     pieces = characters + [f"{character}</w>" for character in characters]
     merges: list[tuple[str, str]] = []
     for word in _WORDS:
-        left = word[0]
+        merged = word[0]
         for index, character in enumerate(word[1:], start=1):
             right = f"{character}</w>" if index == len(word) - 1 else character
-            if (left, right) not in merges:
-                merges.append((left, right))
-                pieces.append(left + right)
-            left += right
+            if (merged, right) not in merges:
+                merges.append((merged, right))
+                pieces.append(merged + right)
+            merged += right
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocabulary[special] = len(vocabulary)

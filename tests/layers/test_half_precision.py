@@ -83,11 +83,11 @@ def test_strength_removing_most_update_leaves_exact_rest(kind):
     """σ C − I is nearly −I there: rounded, it would be off by a tenth of the update that is left."""
     config = NaraConfig(r=16, lora_alpha=24, target_modules=["0"], core_type="knots", core_knots=2, core_scale=1.0)
     A, B, x = (torch.randn(shape).bfloat16().float() for shape in ((16, 96), (80, 16), (2, 40, 96)))
-    model, found = half_precision_linear(config, kind, A, B, deviation_of_norm(0.2)), []
+    model, outputs = half_precision_linear(config, kind, A, B, deviation_of_norm(0.2)), []
     for strength in (1.0, 0.02):
         set_strength(model, "default", StrengthSchedule([(0.0, strength), (1.0, strength)]))
-        found.append(output_of(model, kind, x).double())
-    assert (found[1] - 0.02 * found[0]).norm() < 0.01 * (0.02 * found[0]).norm()
+        outputs.append(output_of(model, kind, x).double())
+    assert (outputs[1] - 0.02 * outputs[0]).norm() < 0.01 * (0.02 * outputs[0]).norm()
 
 
 @half

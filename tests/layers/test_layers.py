@@ -66,8 +66,8 @@ def test_meta_model_gives_the_shapes_of_real_one(core: str, use_dora: bool) -> N
         expected, outputs = real(inputs), model(on_meta)
     for name, output in outputs.items():
         assert (output.device.type, output.shape) == ("meta", expected[name].shape)
-    for found in (expected, outputs):
-        sum(output.sum() for output in found.values()).backward()
+    for outputs_of_model in (expected, outputs):
+        sum(output.sum() for output in outputs_of_model.values()).backward()
     assert tensors_of(model, gradients=True).keys() == tensors_of(real, gradients=True).keys()
 
 
@@ -147,9 +147,9 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        for made in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(made, Tensor) and self.dtype in (None, made.dtype):
-                self.numel = max(self.numel, made.numel())
+        for output in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(output, Tensor) and self.dtype in (None, output.dtype):
+                self.numel = max(self.numel, output.numel())
         return result
 
 
@@ -169,10 +169,10 @@ def test_dora_norm_at_llada_width_matches_float32() -> None:
 
 def nearly_cancelling(dtype: torch.dtype, residual: float) -> tuple[Tensor, Tensor, Tensor]:
     """W0 of that dtype, A and K with ‖W0 + K A‖ = residual · ‖K A‖ by row, but for the rounding of W0."""
-    A, K, rest = 0.1 * torch.randn(32, 192), 0.1 * torch.randn(1, 256, 32), torch.randn(256, 192)
+    A, K, random = 0.1 * torch.randn(32, 192), 0.1 * torch.randn(1, 256, 32), torch.randn(256, 192)
     update = K[0] @ A
-    rest *= residual * update.norm(dim=1, keepdim=True) / rest.norm(dim=1, keepdim=True)
-    return (rest - update).to(dtype), A, K
+    random *= residual * update.norm(dim=1, keepdim=True) / random.norm(dim=1, keepdim=True)
+    return (random - update).to(dtype), A, K
 
 
 @pytest.mark.parametrize("residual", [1.0, 0.3, 0.1])

@@ -26,20 +26,20 @@ def one_layer(use_dora: bool) -> Any:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """One entry for each layer that ran as one function: True if W0's gradient of x was made there too."""
-    found: list[bool] = []
+    is_fused: list[bool] = []
 
     def counted(x: Tensor, result: Tensor, base: Any, *args: Any) -> Tensor:
-        found.append(base is not None)
+        is_fused.append(base is not None)
         return functional.linear_in_one(x, result, base, *args)
 
     for room in (variants, dora):
         monkeypatch.setattr(room, "linear_in_one", counted)
-    return found
+    return is_fused
 
 
 @DORA
 def test_fused_layer_gives_frozen_tensors_no_gradient(calls: list[bool], use_dora: bool) -> None:
-    model, x, found = one_layer(use_dora), torch.randn(3, 4, 7, requires_grad=True), []
+    model, x, gradients_of_both = one_layer(use_dora), torch.randn(3, 4, 7, requires_grad=True), []
     for frozen in (("none",), ("lora_A", "core"), ("lora_B",), ("magnitude",)):  # a core is trained where A is
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not any(part in name for part in ("base_layer", *frozen)))
@@ -49,9 +49,13 @@ def test_fused_layer_gives_frozen_tensors_no_gradient(calls: list[bool], use_dor
             output = model(x)
         (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        found.append({**gradients, "x": x.grad})
-        assert found[-1].keys() == {name for name in found[0] if not any(part in name for part in frozen)}
-        assert all(torch.equal(gradient, found[0][name]) for name, gradient in found[-1].items())
+        gradients_of_both.append({**gradients, "x": x.grad})
+        assert gradients_of_both[-1].keys() == {
+            name for name in gradients_of_both[0] if not any(part in name for part in frozen)
+        }
+        assert all(
+            torch.equal(gradient, gradients_of_both[0][name]) for name, gradient in gradients_of_both[-1].items()
+        )
     assert len(calls) == 4
 
 
@@ -59,7 +63,7 @@ def test_fused_layer_gives_frozen_tensors_no_gradient(calls: list[bool], use_dor
 def test_fused_layer_has_the_parts_second_derivatives(
     monkeypatch: pytest.MonkeyPatch, calls: list[bool], use_dora: bool
 ) -> None:
-    model, x, found = one_layer(use_dora), torch.randn(3, 4, 7), []
+    model, x, derivatives = one_layer(use_dora), torch.randn(3, 4, 7), []
     parameters = [p for p in model.parameters() if p.requires_grad]
     for in_one in (True, False):
         if not in_one:
@@ -69,9 +73,9 @@ def test_fused_layer_has_the_parts_second_derivatives(
         with noise_level(model, LEVELS):
             slopes = torch.autograd.grad(model(leaf).pow(3).sum(), [leaf, *parameters], create_graph=True)
         total = sum(slope.square().sum() for slope in slopes)
-        found.append(torch.autograd.grad(total, [leaf, *parameters]))
+        derivatives.append(torch.autograd.grad(total, [leaf, *parameters]))
     assert len(calls) == 1
-    for one, other in zip(*found, strict=True):
+    for one, other in zip(*derivatives, strict=True):
         assert relative_error(one, other) < 1e-4
 
 
@@ -118,14 +122,14 @@ def test_forward_mode_gradient_matches_layer_in_parts(calls: list[bool]) -> None
 
 @DORA
 def test_fused_layers_output_may_be_changed_in_place(calls: list[bool], use_dora: bool) -> None:
-    model, x, found = one_layer(use_dora), torch.randn(3, 4, 7), []
+    model, x, gradients_of_both = one_layer(use_dora), torch.randn(3, 4, 7), []
     for change in (lambda y: y * 2 + 1, lambda y: y.mul_(2).add_(1)):
         model.zero_grad()
         with noise_level(model, LEVELS):
             change(model(x)).square().sum().backward()
-        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        gradients_of_both.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert len(calls) == 2
-    for one, other in zip(*found, strict=True):
+    for one, other in zip(*gradients_of_both, strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -168,7 +172,7 @@ def test_watched_layer_is_computed_step_by_step(name: str, calls: Any, use_dora:
 @pytest.mark.parametrize("name", BASE_BY_ITSELF)
 def test_watched_trained_or_shared_base_has_own_gradients(name: str, calls: Any, use_dora: bool):
     """Output and gradients are those of the steps. NaRA-DoRA, whose norm scales the base, is computed by steps."""
-    model, x, found = one_layer(use_dora).train(), torch.randn(3, 4, 7), []
+    model, x, tensors = one_layer(use_dora).train(), torch.randn(3, 4, 7), []
     BASE_BY_ITSELF[name](model.base_model.model.layer, model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     for is_watched in (False, True):
@@ -177,9 +181,9 @@ def test_watched_trained_or_shared_base_has_own_gradients(name: str, calls: Any,
         watch = nn.modules.module.register_module_forward_hook(lambda *_: None) if is_watched else nullcontext()
         with watch, noise_level(model, LEVELS):
             output = model(leaf)
-        found.append([output, *torch.autograd.grad(output.pow(2).sum(), [leaf, *parameters], allow_unused=True)])
+        tensors.append([output, *torch.autograd.grad(output.pow(2).sum(), [leaf, *parameters], allow_unused=True)])
     assert set(calls) == (set() if use_dora and name != "two active adapters" else {False})  # the other is a NaRA
-    for one, other in zip(*found, strict=True):
+    for one, other in zip(*tensors, strict=True):
         assert (one is None) == (other is None)
         assert one is None or relative_error(one, other) < 1e-5
 

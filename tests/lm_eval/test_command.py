@@ -38,14 +38,14 @@ def test_both_kinds_of_request_in_one_run(
     argv = ["--model_args", f"pretrained={LLADA_TINY},peft={adapter},samples=8", "--include_path", tasks]
     argv += ["--tasks", "tiny_answers,tiny_choices", "--output_path", str(tmp_path), "--log_samples"]
     main([*argv, "--apply_chat_template", "--gen_kwargs", "gen_length=6,steps=3", "--device", "cpu"])
-    found = results_in(tmp_path)
-    assert {*found["results"]} == {"tiny_answers", "tiny_choices"}
-    assert found["config"]["model"] == "nara_dllm"
-    assert found["chat_template"].startswith("{% for message in messages %}")
+    figures = results_in(tmp_path)
+    assert {*figures["results"]} == {"tiny_answers", "tiny_choices"}
+    assert figures["config"]["model"] == "nara_dllm"
+    assert figures["chat_template"].startswith("{% for message in messages %}")
     assert "|tiny_answers|" in capsys.readouterr().out
     (file,) = tmp_path.rglob("samples_tiny_answers_*.jsonl")
-    asked = [json.loads(line)["arguments"]["gen_args_0"]["arg_0"] for line in file.read_text().splitlines()]
-    assert all(row["instruction"] in prompt for row, prompt in zip(ROWS, asked, strict=True))
+    prompts = [json.loads(line)["arguments"]["gen_args_0"]["arg_0"] for line in file.read_text().splitlines()]
+    assert all(row["instruction"] in prompt for row, prompt in zip(ROWS, prompts, strict=True))
 
 
 def test_fixable_mistakes_are_reported_without_traceback(tasks: str) -> None:
@@ -81,17 +81,17 @@ def test_arguments_file_names_our_model_and_flags_win(tmp_path: Path, monkeypatc
     ]:
         file.write_text(yaml.safe_dump({"tasks": ["llm_adapters_math"], "model_args": "pretrained=x", **settings}))
         monkeypatch.setattr("sys.argv", ["nara-eval", "run", "--config", str(file), *flags])
-        found = EvaluatorConfig.from_cli(with_config(HarnessCLI().parse_args()))
-        assert (found.model, found.device, found.include_path) == (model, device, [str(TASKS), *paths])
+        config = EvaluatorConfig.from_cli(with_config(HarnessCLI().parse_args()))
+        assert (config.model, config.device, config.include_path) == (model, device, [str(TASKS), *paths])
 
 
 def test_preset_entries_are_overridden_by_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--config", "llada_base_generation", "--model_args", "peft=mine", "--gen_kwargs", "steps=256"]
     monkeypatch.setattr("sys.argv", ["nara-eval", "run", *flags, "--tasks", "gsm8k"])
-    found = EvaluatorConfig.from_cli(with_config(HarnessCLI().parse_args()))
-    assert found.model_args == {"pretrained": "GSAI-ML/LLaDA-8B-Base", "peft": "mine"}
-    assert found.gen_kwargs == {"gen_length": 1024, "steps": 256, "block_length": 1024}
-    assert (found.tasks, found.model) == (["gsm8k"], "nara_dllm")
+    config = EvaluatorConfig.from_cli(with_config(HarnessCLI().parse_args()))
+    assert config.model_args == {"pretrained": "GSAI-ML/LLaDA-8B-Base", "peft": "mine"}
+    assert config.gen_kwargs == {"gen_length": 1024, "steps": 256, "block_length": 1024}
+    assert (config.tasks, config.model) == (["gsm8k"], "nara_dllm")
 
 
 def test_without_lm_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,8 +112,8 @@ def test_two_processes_answer_what_one_answers(adapter: str, tasks: str, tmp_pat
     for task in one:
         files = (next((tmp_path / name).rglob(f"samples_{task}_*")) for name in ("two", "one"))
         samples = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
-        found, expected = (sorted((s["doc_id"], str(s["filtered_resps"])[:20]) for s in one) for one in samples)
-        assert found == expected
+        answers, expected = (sorted((s["doc_id"], str(s["filtered_resps"])[:20]) for s in one) for one in samples)
+        assert answers == expected
 
 
 # ---------------------------------------------------------------- presets
@@ -142,8 +142,8 @@ def test_presets_name_existing_tasks_with_generated_answers(monkeypatch) -> None
 @pytest.mark.parametrize("name", CONFIGS)
 def test_preset_runs_with_its_settings(name: str, tasks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for lengths all of them reach `generate` and `log_likelihood`."""
-    preset, asked = CONFIGS[name], {"answer_prompts": [], "log_likelihood": []}
-    for function, calls in asked.items():
+    preset, by_function = CONFIGS[name], {"answer_prompts": [], "log_likelihood": []}
+    for function, calls in by_function.items():
         real = getattr(harness_model, function)
         watched = lambda *args, real=real, calls=calls, **given: calls.append(given) or real(*args, **given)  # noqa: E731
         monkeypatch.setattr(harness_model, function, watched)
@@ -155,17 +155,17 @@ def test_preset_runs_with_its_settings(name: str, tasks: str, tmp_path: Path, mo
     argv += ["--model_args", f"pretrained={model}", "--device", "cpu", "--output_path", str(tmp_path)]
     argv += ["--gen_kwargs", ",".join(f"{key}={value}" for key, value in small.items())] if small else []
     main(argv)
-    found = results_in(tmp_path)
+    figures = results_in(tmp_path)
     if "num_fewshot" in preset:
-        assert found["n-shot"][task] == preset["num_fewshot"]
-    assert bool(found["chat_template"]) is preset.get("apply_chat_template", False)
+        assert figures["n-shot"][task] == preset["num_fewshot"]
+    assert bool(figures["chat_template"]) is preset.get("apply_chat_template", False)
     if kwargs:
-        (given,) = {json.dumps(call, sort_keys=True, default=str) for call in asked["answer_prompts"]}
+        (given,) = {json.dumps(call, sort_keys=True, default=str) for call in by_function["answer_prompts"]}
         expected = {**{key: value for key, value in kwargs.items() if key not in ("do_sample", "until")}, **small}
         expected = {key: value for key, value in expected.items() if (key, value) != ("temperature", 0)}
         expected |= {"chat": preset.get("apply_chat_template", False)}
         assert {key: json.loads(given).get(key) for key in expected} == expected
     else:
-        (call,), options = asked["log_likelihood"], preset["model_args"]
+        (call,), options = by_function["log_likelihood"], preset["model_args"]
         assert (call["samples"], call["cfg_scale"]) == (options.get("samples", 128), options.get("cfg_scale", 0.0))
-        assert bool(asked["answer_prompts"]) is options.get("greedy", True)
+        assert bool(by_function["answer_prompts"]) is options.get("greedy", True)

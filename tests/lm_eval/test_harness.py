@@ -46,15 +46,17 @@ def bound(harness: NaraDLLM, prompt: list[int], answer: list[int], **options: An
 
 def answer_of(harness: NaraDLLM, prompt: list[int], **options: Any) -> list[int]:
     """By the sampler alone, the end and what stands behind it included."""
-    found: Any = generate(harness.model, torch.tensor([prompt]), eos_token_id=harness.ends, **options)
-    return found[0, len(prompt) :].tolist()
+    tokens: Any = generate(harness.model, torch.tensor([prompt]), eos_token_id=harness.ends, **options)
+    return tokens[0, len(prompt) :].tolist()
 
 
 def test_generate_until_answers_as_the_sampler_does(harness: NaraDLLM) -> None:
     settings = {"gen_length": 8, "steps": 4, "block_length": 4, "until": [], "do_sample": False}
     shorter = {"max_gen_toks": 4, "until": "\n"}
-    asked = [(question, settings) for question in QUESTIONS] + [(QUESTIONS[0], shorter)]
-    for (question, how), text in zip(asked, harness.generate_until(requests("generate_until", *asked)), strict=True):
+    questions = [(question, settings) for question in QUESTIONS] + [(QUESTIONS[0], shorter)]
+    for (question, how), text in zip(
+        questions, harness.generate_until(requests("generate_until", *questions)), strict=True
+    ):
         length = how.get("gen_length", 4)
         prompt = encode(harness.tokenizer, question, has_template=False)
         answer = answer_of(harness, prompt, gen_length=length, steps=4, block_length=4)
@@ -65,12 +67,12 @@ def test_generate_until_answers_as_the_sampler_does(harness: NaraDLLM) -> None:
 
 def test_canvas_model_answers_itself_and_has_no_likelihood() -> None:
     harness = NaraDLLM(str(Path(LLADA_TINY).with_name("gemma-tiny")), batch_size=3, device="cpu")
-    asked = []
+    calls = []
     for question in ("reverse: planet", "upper: planet", "sort: zebra"):
         prompt = harness.apply_chat_template([{"role": "user", "content": question}])
-        asked.append((prompt, {"gen_length": 16, "until": []}))
+        calls.append((prompt, {"gen_length": 16, "until": []}))
     torch.manual_seed(0)
-    assert harness.generate_until(requests("generate_until", *asked)) == ["tenalp", "PLANET", "aberz"]
+    assert harness.generate_until(requests("generate_until", *calls)) == ["tenalp", "PLANET", "aberz"]
     with pytest.raises(ValueError, match="random tokens in place of masks"):
         harness.loglikelihood(requests("loglikelihood", ("a", "b")))
 
@@ -108,9 +110,9 @@ def test_loglikelihood_is_the_bound_at_mask_levels(
     pairs = [("reverse: ab", " ba"), ("reverse: ab", " abcd"), ("upper: house", " H"), ("copy: ab ", "cd")]
     actual = harness.loglikelihood(requests("loglikelihood", *pairs))
     for (context, continuation), (value, is_greedy) in zip(pairs, actual, strict=True):
-        whole = encode(harness.tokenizer, context + continuation, has_template=False)
+        text = encode(harness.tokenizer, context + continuation, has_template=False)
         length = len(encode(harness.tokenizer, context.rstrip(), has_template=False))
-        prompt, answer = whole[:length], whole[length:]
+        prompt, answer = text[:length], text[length:]
         assert value == pytest.approx(bound(harness, prompt, answer, cfg_scale=scale), rel=1e-5)
         options = {"gen_length": len(answer), "stop_at_eos": False, "cfg_scale": scale}
         assert is_greedy is (answer_of(harness, prompt, **options) == answer)
@@ -148,21 +150,21 @@ def test_encode_pair_is_the_whole_text_divided() -> None:
 
 
 def test_read_gen_kwargs_takes_lm_evals_names_only() -> None:
-    for given, until, sampling in [
+    for gen_kwargs, until, sampling in [
         ({}, (), {"gen_length": 256}),
         ({"max_gen_toks": 8, "until": "x", "temperature": 0.7, "do_sample": False}, ("x",), {"gen_length": 8}),
         ({"gen_length": 6, "max_gen_toks": 8, "steps": 3.0, "top_k": 9}, (), {"gen_length": 6, "steps": 3}),
         ({"max_tokens": 4, "temperature": 0.5, "top_p": 0.9}, (), {"gen_length": 4, "temperature": 0.5, "top_p": 0.9}),
     ]:
-        assert read_gen_kwargs(given) == (until, sampling)
-    for given, message in [
+        assert read_gen_kwargs(gen_kwargs) == (until, sampling)
+    for gen_kwargs, message in [
         ({"top_k": 9, "temperature": 1}, "gen_kwargs has top_k, but the sampler's settings are"),
         ({"beams": 3}, "gen_kwargs has beams"),
         ({"steps": "many"}, "gen_kwargs: .*'many'"),
         ({"temperature": "hot"}, "gen_kwargs: .*'str'"),
     ]:
         with pytest.raises(ValueError, match=message):
-            read_gen_kwargs(given)
+            read_gen_kwargs(gen_kwargs)
 
 
 def test_impossible_arguments_are_refused_by_name() -> None:
@@ -200,11 +202,11 @@ def test_dream_texts_begin_with_bos_as_in_paper() -> None:
     harness, by_hand = NaraDLLM(DREAM_TINY, device="cpu", batch_size=2, samples=64), DreamByHand()
     log_p = lambda ids, level: by_hand([ids], level)[0].log_softmax(-1)  # noqa: E731
     ids = harness.tokenizer("upper: ab").input_ids
-    asked = [("", "ab"), ("upper: a", "b"), ("<|startoftext|>", "ab")]
+    questions = [("", "ab"), ("upper: a", "b"), ("<|startoftext|>", "ab")]
     pairs = [([DREAM_BOS], ids[-2:]), ([DREAM_BOS, *ids[:3]], ids[3:]), ([DREAM_BOS], ids[-2:])]
-    found = [value for value, _ in harness.loglikelihood(requests("loglikelihood", *asked))]
+    values = [value for value, _ in harness.loglikelihood(requests("loglikelihood", *questions))]
     expected = [float(all_masks(*pair, DREAM_MASK, log_p)) for pair in pairs]
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert values == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="loglikelihood_rolling"):
         harness.loglikelihood_rolling(requests("loglikelihood_rolling", ("upper: ab",)))
     for text, prompt in (("", [DREAM_BOS]), ("upper: ab", [DREAM_BOS, *ids])):

@@ -59,11 +59,11 @@ def by_hand(model: Any) -> tuple[Tensor, list[list[float]]]:
     text = torch.full((2, 16), MASK)
     text[:, :prompt] = PROMPT
     for start in range(prompt // B * B, end, B):
-        own = [i for i in range(start, start + B) if prompt <= i < end]
+        places = [i for i in range(start, start + B) if prompt <= i < end]
         for step in range(2):
             if not (text[:, start : start + B] == MASK).any():
                 break
-            share = (text[:, own] == MASK).double().mean(1)
+            share = (text[:, places] == MASK).double().mean(1)
             level = torch.zeros(2, start // B + 1)
             level[:, -1] = share
             levels.append(share.tolist())
@@ -81,7 +81,7 @@ def test_adapted_pipeline_samples_blocks_at_their_levels(base: Path, tmp_path: P
     model, pipe = adapter(base, tmp_path / "adapter"), pipeline(base)
     pipe.load_nara_weights(tmp_path / "adapter")
     expected, levels = by_hand(model)
-    found: list[list[float]] = []
+    levels_of_calls: list[list[float]] = []
     source = pipe.model.lora_core.finder.block_source
     call = type(source).__call__
 
@@ -89,27 +89,27 @@ def test_adapted_pipeline_samples_blocks_at_their_levels(base: Path, tmp_path: P
         def __call__(self, *args: Any) -> Tensor:
             level = call(self, *args)
             assert not level[:, :-1].any()
-            found.append(level[:, -1].tolist())
+            levels_of_calls.append(level[:, -1].tolist())
             return level
 
     source.__class__ = Watched
     for _ in range(2):  # a second run begins anew
-        found.clear()
+        levels_of_calls.clear()
         assert pipe(input_ids=PROMPT, **RUN).sequences.equal(expected)
         # the pipeline calls the model once more for a block without masks
-        seen = [level for level in found if any(level)]
+        seen = [level for level in levels_of_calls if any(level)]
         assert seen == [pytest.approx(level) for level in levels if any(level)]
-    assert len({tuple(level) for level in found}) > 2
+    assert len({tuple(level) for level in levels_of_calls}) > 2
 
 
 def test_unloaded_pipeline_samples_as_before_loading(base: Path, tmp_path: Path) -> None:
     adapter(base, tmp_path / "adapter")
     pipe = pipeline(base)
-    before = pipe(input_ids=PROMPT, **RUN).sequences
+    original = pipe(input_ids=PROMPT, **RUN).sequences
     pipe.load_nara_weights(tmp_path / "adapter")
-    assert not pipe(input_ids=PROMPT, **RUN).sequences.equal(before)
+    assert not pipe(input_ids=PROMPT, **RUN).sequences.equal(original)
     pipe.unload_nara_weights()
-    assert pipe(input_ids=PROMPT, **RUN).sequences.equal(before)
+    assert pipe(input_ids=PROMPT, **RUN).sequences.equal(original)
 
 
 def test_static_adapter_runs_under_the_block_mask_too(base: Path, tmp_path: Path) -> None:
@@ -129,11 +129,11 @@ def test_model_without_blocks_keeps_its_attention(tiny_llama: Any, tmp_path: Pat
     pipe = LLaDA2Pipeline(model=tiny_llama, scheduler=BlockRefinementScheduler(), tokenizer=None)
     pipe.set_progress_bar_config(disable=True)
     run = {"input_ids": PROMPT.clamp(max=MASK - 1), **RUN, "mask_token_id": 49}
-    before = pipe(**run).sequences
+    original = pipe(**run).sequences
     untrained = get_peft_model(copy.deepcopy(tiny_llama), NaraConfig(target_modules=TARGETS, core_type="identity"))
     untrained.save_pretrained(tmp_path)
     pipe.load_nara_weights(tmp_path)
-    assert pipe(**run).sequences.equal(before)
+    assert pipe(**run).sequences.equal(original)
 
 
 def test_forward_outside_a_run_asks_for_the_level(base: Path, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_adapter_enabled_inside_a_block_has_its_level(base: Path, tmp_path: Path
     adapter(base, tmp_path / "adapter")
     pipe, levels = pipeline(base), []
     pipe.load_nara_weights(tmp_path / "adapter")
-    layers = [each for each in pipe.model.modules() if hasattr(each, "lora_variant")]
+    layers = [adapted_layer for adapted_layer in pipe.model.modules() if hasattr(adapted_layer, "lora_variant")]
     for layer in layers:
         layer.enable_adapters(False)
     make = pipe.model.lora_core.deviations_of
@@ -161,7 +161,7 @@ def test_adapter_enabled_inside_a_block_has_its_level(base: Path, tmp_path: Path
 
     run = RUN | {"gen_length": B, "num_inference_steps": B, "threshold": 2.0}  # a token at each step
     pipe(input_ids=PROMPT[:, :B], callback_on_step_end=enable, **run)
-    expected = [[0, left, 0, left] for left in (0.75, 0.5, 0.25)]
+    expected = [[0, share, 0, share] for share in (0.75, 0.5, 0.25)]
     assert [level.tolist() for level in levels if level is not None and level.any()] == expected
 
 
@@ -185,8 +185,8 @@ def test_pipelines_sharing_a_model_have_their_own_levels(base: Path, tmp_path: P
     model, pipe = adapter(base, tmp_path / "adapter"), pipeline(base)
     other = LLaDA2Pipeline(model=pipe.model, scheduler=BlockRefinementScheduler(), tokenizer=None)
     other.set_progress_bar_config(disable=True)
-    whole = RUN | {"block_length": 2 * B}
-    other(input_ids=PROMPT, **whole)  # a run before the adapter
+    settings = RUN | {"block_length": 2 * B}
+    other(input_ids=PROMPT, **settings)  # a run before the adapter
     pipe.load_nara_weights(tmp_path / "adapter", adapter_name="first")
     other.load_nara_weights(tmp_path / "adapter", adapter_name="second")
     set_adapter(pipe.model, "first")
@@ -194,33 +194,33 @@ def test_pipelines_sharing_a_model_have_their_own_levels(base: Path, tmp_path: P
     of_whole = None
     for _ in range(2):
         assert pipe(input_ids=PROMPT, **RUN).sequences.equal(expected)
-        found = other(input_ids=PROMPT, **whole).sequences
-        assert of_whole is None or found.equal(of_whole)
-        of_whole = found
+        actual = other(input_ids=PROMPT, **settings).sequences
+        assert of_whole is None or actual.equal(of_whole)
+        of_whole = actual
     alone = pipeline(base)
     alone.load_nara_weights(tmp_path / "adapter")
-    assert alone(input_ids=PROMPT, **whole).sequences.equal(of_whole)
+    assert alone(input_ids=PROMPT, **settings).sequences.equal(of_whole)
 
 
 @pytest.mark.parametrize("first_step", [0, 3])  # at step 3 both runs see as many positions
 def test_interleaved_runs_have_their_own_levels(base: Path, tmp_path: Path, first_step: int) -> None:
     adapter(base, tmp_path / "adapter")
-    pipe, whole, inner = pipeline(base), RUN | {"block_length": 2 * B, "gen_length": 10}, []
+    pipe, settings, inner = pipeline(base), RUN | {"block_length": 2 * B, "gen_length": 10}, []
     other = LLaDA2Pipeline(model=pipe.model, scheduler=BlockRefinementScheduler(), tokenizer=None)
     other.set_progress_bar_config(disable=True)
     pipe.load_nara_weights(tmp_path / "adapter", adapter_name="first")
     other.load_nara_weights(tmp_path / "adapter", adapter_name="second")
     set_adapter(pipe.model, "first")
-    alone, of_other = pipe(input_ids=PROMPT, **RUN).sequences, other(input_ids=PROMPT, **whole).sequences
+    alone, of_other = pipe(input_ids=PROMPT, **RUN).sequences, other(input_ids=PROMPT, **settings).sequences
 
     def run_other(_: Any, step: int, *__: Any) -> dict[str, Tensor]:
         if step >= first_step:
-            inner.append(other(input_ids=PROMPT, **whole).sequences)
+            inner.append(other(input_ids=PROMPT, **settings).sequences)
         return {}
 
     assert pipe(input_ids=PROMPT, callback_on_step_end=run_other, **RUN).sequences.equal(alone)
     assert inner
-    assert all(each.equal(of_other) for each in inner)
+    assert all(levels_of_call.equal(of_other) for levels_of_call in inner)
     same = LLaDA2Pipeline(**pipe.components)  # with the same scheduler
     same.load_nara_weights(tmp_path / "adapter", adapter_name="third")
     set_adapter(pipe.model, "third")
@@ -237,11 +237,11 @@ def test_later_forwards_read_no_value_from_device(base: Path) -> None:
     scheduler.set_timesteps(2, block_length=B)
     source = BlockNoise(lambda: [scheduler])
     ids = torch.full((2, B), MASK)
-    given = {"attention_mask": torch.ones_like(ids), "position_ids": ids}
-    source(model, (ids,), given)
+    inputs = {"attention_mask": torch.ones_like(ids), "position_ids": ids}
+    source(model, (ids,), inputs)
     with WithoutReads():
-        level = source(model, (ids.where(torch.arange(B) > 0, 8),), given)
-        assert source.with_block_mask(model, (ids,), given) is not None
+        level = source(model, (ids.where(torch.arange(B) > 0, 8),), inputs)
+        assert source.with_block_mask(model, (ids,), inputs) is not None
     assert level.tolist() == [[0.75], [0.75]]
 
 
@@ -249,8 +249,8 @@ def test_answer_begins_at_first_mask_of_any_row(base: Path) -> None:
     model, scheduler = fresh(base), BlockRefinementScheduler()
     scheduler.set_timesteps(2, block_length=B)
     ids = torch.tensor([[7, 8, 9, MASK], [7, MASK, 9, MASK], [7, 8, 9, MASK]])  # a prompt with a gap
-    given = {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(B).expand(3, -1)}
-    level = BlockNoise(lambda: [scheduler])(model, (ids,), given)
+    inputs = {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(B).expand(3, -1)}
+    level = BlockNoise(lambda: [scheduler])(model, (ids,), inputs)
     assert level.tolist() == [[pytest.approx(1 / 3)], [pytest.approx(2 / 3)], [pytest.approx(1 / 3)]]
 
 
@@ -259,10 +259,10 @@ def test_adapter_of_another_definition_is_refused_at_loading(base: Path, tmp_pat
     file = tmp_path / "adapter/adapter_config.json"
     file.write_text(file.read_text().replace(BLOCK_SHARE, "masked_share"))
     pipe = pipeline(base)
-    before = set(pipe.model.state_dict())
+    keys = set(pipe.model.state_dict())
     with pytest.raises(ValueError, match="'masked_share', but the source of λ gives 'masked_share_of_block'"):
         pipe.load_nara_weights(tmp_path / "adapter")
-    assert set(pipe.model.state_dict()) == before
+    assert set(pipe.model.state_dict()) == keys
     with pytest.raises(ValueError, match="'masked_share_of_block'"):  # nor is it made
         adapter(base, tmp_path / "other", noise_convention="masked_share")
 

@@ -84,7 +84,7 @@ def test_adapters_are_swapped_chosen_deleted_and_loaded_again(tmp_path):
         pipe = pipeline()
         pipe.load_nara_weights(folder)
         alone.append(sampled(pipe))
-    assert len({str(each) for each in alone}) == 3
+    assert len({str(answer) for answer in alone}) == 3
 
     pipe = pipeline()
     pipe.load_nara_weights(folders[0], adapter_name="x")
@@ -149,7 +149,7 @@ def test_levels_of_a_model_in_bfloat16_are_float32(tmp_path, monkeypatch, is_tra
     model = tiny_gemma(**sizes, global_head_dim=16).bfloat16().requires_grad_(False)
     trained = get_peft_model(model, NaraConfig(r=3, target_modules=BOTH, core_scale=1.0))
     disturb(trained)
-    assert {each.dtype for each in trained.parameters() if each.requires_grad} == {torch.float32}
+    assert {tensor.dtype for tensor in trained.parameters() if tensor.requires_grad} == {torch.float32}
     if not is_trained:
         trained.save_pretrained(tmp_path)
         model = trained.unload()
@@ -161,9 +161,9 @@ def test_levels_of_a_model_in_bfloat16_are_float32(tmp_path, monkeypatch, is_tra
 
     def recorded(deviations, names, level):
         levels.append(level)
-        found = make(deviations, names, level)
-        assert {each.dtype for each in found.values()} == {torch.float32}
-        return found
+        by_key = make(deviations, names, level)
+        assert {tensor.dtype for tensor in by_key.values()} == {torch.float32}
+        return by_key
 
     def after_step(pipe, *_):
         shares.append(1 - pipe.scheduler._committed.float().mean(1))

@@ -91,9 +91,9 @@ def by_hand(model, scheduler, budget=STEPS, entropy=None):
     steps = budget - corrected * sweeps
     options = {"block_length": CANVAS} if isinstance(scheduler, BlockRefinementScheduler) else {}
     scheduler.set_timesteps(steps, device="cpu", **options)
-    known = inspect.signature(scheduler.step).parameters
-    given = {"mask_token_id": None, "temperature": 0.0, "generator": generator}
-    given = {name: value for name, value in given.items() if name in known}
+    parameters = inspect.signature(scheduler.step).parameters
+    options_of_step = {"mask_token_id": None, "temperature": 0.0, "generator": generator}
+    options_of_step = {name: value for name, value in options_of_step.items() if name in parameters}
     for _ in range(BLOCKS):
         cache = DynamicCache(config=model.config.get_text_config())
         model.model.encoder(input_ids=ids, **{CACHE: cache})
@@ -107,7 +107,7 @@ def by_hand(model, scheduler, budget=STEPS, entropy=None):
                 return model(decoder_input_ids=canvas, **{CACHE: cache}, self_conditioning_logits=conditioning).logits
 
         for step in range(steps):
-            output = scheduler.step(logits(canvas, conditioning, level), step, canvas, **given)
+            output = scheduler.step(logits(canvas, conditioning, level), step, canvas, **options_of_step)
             canvas, conditioning = output.prev_sample, output.pred_logits
             if isinstance(scheduler, BlockRefinementScheduler):
                 level = (~scheduler._committed).float().mean(1)
@@ -119,10 +119,10 @@ def by_hand(model, scheduler, budget=STEPS, entropy=None):
                 correct = logits(canvas, conditioning, level)
                 canvas = scheduler.step_correct(correct, step, canvas, generator=generator).prev_sample
             if entropy is not None:  # a sample is frozen once it predicts the same tokens twice
-                log_p, before = conditioning.log_softmax(-1), predicted
-                predicted = torch.where(is_frozen[:, None], before, log_p.argmax(-1))
+                log_p, previous = conditioning.log_softmax(-1), predicted
+                predicted = torch.where(is_frozen[:, None], previous, log_p.argmax(-1))
                 is_sure = -(log_p.exp() * log_p).sum(-1).mean(1) < entropy
-                is_frozen = is_frozen | (is_sure & (predicted == before).all(1))
+                is_frozen = is_frozen | (is_sure & (predicted == previous).all(1))
                 canvas = torch.where(is_frozen[:, None], predicted, canvas)
                 if is_frozen.all():
                     break
@@ -152,8 +152,8 @@ def test_pipeline_runs_each_call_at_uncommitted_share(model, levels, name):
     pipe = pipeline(model, SCHEDULERS[name]())
     assert torch.equal(sampled(pipe), expected)
     assert len(levels) == len(by_loop)
-    for level, given in zip(levels, by_loop, strict=True):
-        torch.testing.assert_close(level.expand(3), given)
+    for level, share in zip(levels, by_loop, strict=True):
+        torch.testing.assert_close(level.expand(3), share)
     assert any(0 < level.min() < 1 for level in levels)
     assert torch.equal(sampled(pipe), expected)  # the second run starts at λ = 1 again
 
@@ -212,9 +212,9 @@ def test_generate_runs_each_call_at_unaccepted_share(model, levels, monkeypatch)
 def test_samples_ending_apart_keep_each_others_lambda(model, levels):
     options = GENERATION | {"max_new_tokens": 3 * CANVAS, "pad_token_id": 0, "return_dict_in_generate": False}
     torch.manual_seed(4)
-    whole = model.generate(PROMPTS, **options)[:, PROMPTS.shape[1] :].unflatten(1, (3, CANVAS))
+    full = model.generate(PROMPTS, **options)[:, PROMPTS.shape[1] :].unflatten(1, (3, CANVAS))
     expected = torch.stack([level.expand(3) for level in levels]).unflatten(0, (3, STEPS))
-    first, second, third = ([set(block) for block in row] for row in whole.tolist())
+    first, second, third = ([set(block) for block in row] for row in full.tolist())
     of_first = first[0] - set().union(*second, *third)
     of_second = second[1] - second[0] - set().union(*first, *third)
     assert of_first
@@ -223,12 +223,12 @@ def test_samples_ending_apart_keep_each_others_lambda(model, levels):
     torch.manual_seed(4)
     ended = model.generate(PROMPTS, **options | {"eos_token_id": [of_first.pop(), of_second.pop()]})
     blocks = ended[:, PROMPTS.shape[1] :].unflatten(1, (3, CANVAS))
-    found = torch.stack([level.expand(3) for level in levels]).unflatten(0, (3, STEPS))
+    levels_of_canvases = torch.stack([level.expand(3) for level in levels]).unflatten(0, (3, STEPS))
     for row, running in enumerate([1, 2, 3]):
-        assert torch.equal(found[:running, :, row], expected[:running, :, row])
+        assert torch.equal(levels_of_canvases[:running, :, row], expected[:running, :, row])
         assert not blocks[row, running:].any()
-    assert torch.equal(blocks[2], whole[2])
-    assert not torch.equal(blocks[0], whole[0])
+    assert torch.equal(blocks[2], full[2])
+    assert not torch.equal(blocks[0], full[0])
 
 
 def static_cache(model):

@@ -45,37 +45,37 @@ class Runs:
         self.name = name
         options = {"max_size": (8, 8, 8)} if name.startswith("Cosmos") else {}
         self.model = denoiser(name, num_layers=2, **options)
-        linear = [key for key, each in self.model.named_modules() if isinstance(each, (nn.Linear, nn.Conv3d))]
+        linear = [key for key, module in self.model.named_modules() if isinstance(module, (nn.Linear, nn.Conv3d))]
         inject_adapter_in_model(nara_config(target_modules=linear), self.model)
         disturb(self.model)
-        self.layers = {key: each for key, each in self.model.named_modules() if hasattr(each, "lora_variant")}
+        self.layers = {key: module for key, module in self.model.named_modules() if hasattr(module, "lora_variant")}
         torch.manual_seed(5)
         self.video, self.text = video(name), torch.randn(SAMPLES, LENGTH, 8)
 
     def __call__(
         self, timestep: Tensor, moved: Tensor | None = None, **changes: Any
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        found: dict[str, tuple[Tensor, Tensor]] = {}
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
         handles = [
-            each.register_forward_hook(lambda _, args, output, key=key: found.update({key: (args[0], output)}))
-            for key, each in self.layers.items()
+            layer.register_forward_hook(lambda _, args, output, key=key: seen.update({key: (args[0], output)}))
+            for key, layer in self.layers.items()
         ]
         inputs = {"hidden_states": self.video if moved is None else moved, "encoder_hidden_states": self.text}
         with torch.no_grad():
             self.model(**{**inputs, **TIMES[self.name][1], **changes}, timestep=timestep)
         for handle in handles:
             handle.remove()
-        return found
+        return seen
 
     def layers_of_samples(self, times: Tensor) -> set[str]:
         """The layers with an input that depends neither on the video nor on the timesteps; and the one of patches."""
         for layer in self.layers.values():
             layer.enable_adapters(False)
         changes = {"r_timestep": torch.rand(SAMPLES, FRAMES)} if self.name.startswith("AnyFlow") else {}
-        before, after = self(times), self(times.flip(0), torch.randn_like(self.video), **changes)
+        first, second = self(times), self(times.flip(0), torch.randn_like(self.video), **changes)
         for layer in self.layers.values():
             layer.enable_adapters(True)
-        return {key for key in before if "patch_embedding" in key or torch.equal(before[key][0], after[key][0])}
+        return {key for key in first if "patch_embedding" in key or torch.equal(first[key][0], second[key][0])}
 
 
 @pytest.mark.parametrize("name", TIMES)
@@ -101,12 +101,12 @@ def test_tokens_are_in_frames_order(name: str) -> None:
     """If one frame changes, what the first attention gets changes in that frame's part."""
     runs, timestep = Runs(name), TIMES[name][0](torch.full((SAMPLES, FRAMES), 0.5))
     first = next(key for key in runs.layers if key.endswith("0.attn1.to_q"))
-    before = runs(timestep)[first][0]
+    unmoved = runs(timestep)[first][0]
     axis = 1 if name.startswith("AnyFlow") else 2
     for frame in range(FRAMES):
         moved = runs.video.clone()
         moved.select(axis, frame).add_(1.0)
-        changed = (runs(timestep, moved)[first][0] != before).any(-1)
+        changed = (runs(timestep, moved)[first][0] != unmoved).any(-1)
         part = torch.zeros(SAMPLES, LENGTH, dtype=torch.bool)
         part[:, frame * PATCHES : (frame + 1) * PATCHES] = True
         assert torch.equal(changed, part)
@@ -138,8 +138,8 @@ def test_timesteps_of_frames_and_patches_become_levels() -> None:
     torch.testing.assert_close(shared, LEVELS[:1])  # one row for all samples, by the strides
     for timestep in (torch.tensor(500.0), torch.full((SAMPLES,), 500.0).clone()):
         assert levels_of(source, runs.model, timestep, **inputs).dim() == 1
-    others = torch.rand(SAMPLES, 7) * 1000  # neither frames nor patches
-    torch.testing.assert_close(levels_of(source, runs.model, others, **inputs), others.amax(1) / 1000)
+    other_times = torch.rand(SAMPLES, 7) * 1000  # neither frames nor patches
+    torch.testing.assert_close(levels_of(source, runs.model, other_times, **inputs), other_times.amax(1) / 1000)
     torch.testing.assert_close(levels_of(source, runs.model, 1000 * LEVELS), LEVELS.amax(1))  # no video
 
 

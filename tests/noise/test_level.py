@@ -43,8 +43,8 @@ def test_timestep_outside_range_raises_or_is_nan(timestep: float) -> None:
     source = TimestepNoise("discrete")
     with pytest.raises(ValueError, match=r"timestep is .*gives a λ outside .*'discrete' with N = 1000"):
         source.noise_level(torch.tensor([500.0, timestep]))
-    found = source.noise_level(elsewhere([500.0, timestep, 1000.05, 0.0]))  # a rounding error outside is none
-    assert values_of(found) == pytest.approx([0.5, NAN, 1, 0], nan_ok=True)
+    actual = source.noise_level(elsewhere([500.0, timestep, 1000.05, 0.0]))  # a rounding error outside is none
+    assert values_of(actual) == pytest.approx([0.5, NAN, 1, 0], nan_ok=True)
 
 
 @pytest.mark.parametrize("core_type", [name for name in BUILT_IN if name not in ("constant", "identity")])
@@ -89,12 +89,12 @@ def test_text_without_an_answer_is_nan_elsewhere() -> None:
     source = InputIdsNoise([1, 2], mask_token_id=9)
     with pytest.raises(ValueError, match="none of the 4 tokens in row 1 of input_ids belongs to an answer"):
         source(nn.Identity(), (ids, padding), {})
-    found = source(nn.Identity(), (elsewhere(ids, torch.long), elsewhere(padding, torch.long)), {})
-    assert values_of(found) == pytest.approx([2 / 3, NAN], nan_ok=True)
+    actual = source(nn.Identity(), (elsewhere(ids, torch.long), elsewhere(padding, torch.long)), {})
+    assert values_of(actual) == pytest.approx([2 / 3, NAN], nan_ok=True)
 
 
 def test_model_at_level_outside_range_returns_nan() -> None:
     model = adapted(nn.Sequential(nn.Linear(7, 5)), target_modules=["0"])
     with noise_level(model, elsewhere([0.25, 1.5])):
-        found = model(torch.randn(2, 7))
-    assert found.as_subclass(torch.Tensor).isnan().all(1).tolist() == [False, True]
+        actual = model(torch.randn(2, 7))
+    assert actual.as_subclass(torch.Tensor).isnan().all(1).tolist() == [False, True]

@@ -93,8 +93,8 @@ def test_each_part_runs_at_its_own_level(kind: str, has_dropout: bool) -> None:
         together = model(x)
     expected = one_by_one(model, x, leaves[0])
     assert relative_error(together, expected) < 1e-5
-    found = gradients(model, together, *leaves)
-    for one, other in zip(found, gradients(model, expected, *leaves), strict=True):
+    actual = gradients(model, together, *leaves)
+    for one, other in zip(actual, gradients(model, expected, *leaves), strict=True):
         assert relative_error(one, other) < 2e-5
 
 
@@ -122,11 +122,11 @@ class Kernels(TorchDispatchMode):
 @pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
 @pytest.mark.parametrize("size", [(7, 5), (24, 2400)], ids=["parts", "one function"])
 def test_several_parts_add_no_kernel_to_a_layer(use_dora: bool, size: tuple[int, int]) -> None:
-    found = []
+    kernels = []
     model = adapted(OneLayer(nn.Linear(*size)), target_modules=["layer"], use_dora=use_dora, r=2)
     layer, x = model.base_model.model.layer, torch.randn(SAMPLES, LENGTH, size[0])
     for level in (LEVELS[:, 0], LEVELS[:, :1], LEVELS):
-        with noise_level(model, level), Kernels() as whole, torch.no_grad():
+        with noise_level(model, level), Kernels() as model_kernels, torch.no_grad():
             model(x)
         inner = Kernels()
         handles = [
@@ -137,9 +137,9 @@ def test_several_parts_add_no_kernel_to_a_layer(use_dora: bool, size: tuple[int,
             model(x)
         for handle in handles:
             handle.remove()
-        found.append((whole.names, inner.names))
-    assert found[0] == found[1]
-    assert found[2][1] == found[0][1]
+        kernels.append((model_kernels.names, inner.names))
+    assert kernels[0] == kernels[1]
+    assert kernels[2][1] == kernels[0][1]
 
 
 def test_one_part_equals_one_level_per_sample() -> None:
@@ -197,10 +197,12 @@ def adapted_llama() -> Any:
 def test_language_model_layers_see_their_parts_level() -> None:
     model, ids = adapted_llama(), torch.randint(IDS, (SAMPLES, LENGTH))
     seen: dict[str, tuple[Tensor, Tensor]] = {}
-    layers = {name: each for name, each in model.named_modules() if hasattr(each, "lora_variant")}
+    layers = {
+        name: adapted_layer for name, adapted_layer in model.named_modules() if hasattr(adapted_layer, "lora_variant")
+    }
     handles = [
-        each.register_forward_hook(lambda _, args, output, name=name: seen.update({name: (args[0], output)}))
-        for name, each in layers.items()
+        adapted_layer.register_forward_hook(lambda _, args, output, name=name: seen.update({name: (args[0], output)}))
+        for name, adapted_layer in layers.items()
     ]
     with torch.no_grad(), noise_level(model, LEVELS):
         model(ids)

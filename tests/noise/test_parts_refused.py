@@ -106,8 +106,8 @@ FEATURES = torch.zeros(3, 20, 7)
 @pytest.mark.parametrize("name", ["input_ids", "inputs_embeds", "hidden_states", "x"])
 def test_positions_are_those_of_the_only_sequence(name: str) -> None:
     sequence = IDS_OF if name == "input_ids" else FEATURES
-    before = {} if name == "x" else {"labels": torch.zeros(4, 9, 2)}
-    assert positions_of({**before, name: sequence, "mask": torch.ones(3, 2)}, "Model") == Positions(3, 20)
+    earlier_inputs = {} if name == "x" else {"labels": torch.zeros(4, 9, 2)}
+    assert positions_of({**earlier_inputs, name: sequence, "mask": torch.ones(3, 2)}, "Model") == Positions(3, 20)
 
 
 @pytest.mark.parametrize(

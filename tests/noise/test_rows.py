@@ -27,8 +27,8 @@ def core(samples: int = SAMPLES) -> Tensor:
 def samples_of(rows: int, *, samples: int = SAMPLES, x: Tensor | None = None, **options: Any) -> list[int]:
     """The sample of each row of a layer."""
     options = {"kind": "samples", "sample_major": False, "layer_name": "block.to_q"} | options
-    found = core_of_rows(core(samples), torch.zeros(rows, 5, 7) if x is None else x, **options)
-    return found[:, 0, 0].int().tolist()
+    cores = core_of_rows(core(samples), torch.zeros(rows, 5, 7) if x is None else x, **options)
+    return cores[:, 0, 0].int().tolist()
 
 
 # ---------------------------------------------------------------------- one for all, one a sample, b · k rows

@@ -51,14 +51,14 @@ def test_sdxl_gives_stock_pixels_and_converts_to_tasks(tmp_path: Path) -> None:
     trained.unet.add_adapter(nara_config(target_modules=["to_q", "to_v"]))
     disturb(trained.unet)
     trained.save_nara_weights(tmp_path / "adapter")
-    own, pipe = StableDiffusionXLPipeline.from_pretrained(saved), load(saved, "stable_diffusion_xl_nara.py")
+    stock_pipe, pipe = StableDiffusionXLPipeline.from_pretrained(saved), load(saved, "stable_diffusion_xl_nara.py")
     stock = quiet(diffusers.StableDiffusionXLPipeline.from_pretrained(saved))
-    assert type(own) is StableDiffusionXLPipeline
+    assert type(stock_pipe) is StableDiffusionXLPipeline
     assert type(pipe).__module__.startswith("diffusers_modules.")
     base = pixels(stock)
-    for each in (quiet(own), pipe):
-        assert torch.equal(pixels(each), base)
-        each.save_pretrained(tmp_path / "again")
+    for pipeline in (quiet(stock_pipe), pipe):
+        assert torch.equal(pixels(pipeline), base)
+        pipeline.save_pretrained(tmp_path / "again")
         again = quiet(DiffusionPipeline.from_pretrained(tmp_path / "again"))
         assert type(again) is diffusers.StableDiffusionXLPipeline
         assert torch.equal(pixels(again), base)

@@ -62,10 +62,10 @@ def test_checkpoint_has_a_manifest_of_files_and_digests(run: Path) -> None:
 def test_latest_is_the_one_written_last(run: Path, tmp_path: Path) -> None:
     assert latest_undamaged(run) == run / "checkpoint-4"
     assert resume_hint(run).endswith(f"--resume_from_checkpoint {run / 'checkpoint-4'}")
-    before = read_manifest(run / "checkpoint-3")
-    write_manifest(run / "checkpoint-3", before | {"written": 1e12})
+    manifest = read_manifest(run / "checkpoint-3")
+    write_manifest(run / "checkpoint-3", manifest | {"written": 1e12})
     assert latest_undamaged(run) == run / "checkpoint-3"
-    write_manifest(run / "checkpoint-3", before)
+    write_manifest(run / "checkpoint-3", manifest)
     named = text_arguments(tmp_path, **SHORT, resume_from_checkpoint=str(run / "checkpoint-9"))
     with pytest.raises(ValueError, match=r"is not a checkpoint, .* has checkpoint-3, checkpoint-4"):
         dllm.main(named)
@@ -101,9 +101,9 @@ def test_resume_that_runs_pickles_warns_once(
     folder = Path(shutil.copytree(run.parent, tmp_path / "copy"))
     monkeypatch.setattr("nara_diffusion.training.run.engine_name", lambda accelerator: engine)
     dllm.main(text_arguments(folder, **SHORT, resume_from_checkpoint="latest"))
-    said = [message for message in caplog.messages if "resuming runs the code in them" in message]
-    assert len(said) == ("SHARDED" in engine or "ZeRO" in engine)
-    assert all(f"checkpoint-4: {engine} stores its state in pickles" in message for message in said)
+    warned = [message for message in caplog.messages if "resuming runs the code in them" in message]
+    assert len(warned) == ("SHARDED" in engine or "ZeRO" in engine)
+    assert all(f"checkpoint-4: {engine} stores its state in pickles" in message for message in warned)
 
 
 def test_full_disk_leaves_earlier_checkpoints_only(tmp_path: Path) -> None:
@@ -237,23 +237,23 @@ def test_digests_know_texts_and_weights_again(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"1")
     (tmp_path / "model.fp16.safetensors").write_bytes(b"2")
-    own, half = digest_base({"": tmp_path}), digest_base({"": tmp_path}, "fp16")
-    assert own.keys() == {"base model", "base model configuration config.json"}
-    assert own["base model"] != half["base model"]
+    plain, half = digest_base({"": tmp_path}), digest_base({"": tmp_path}, "fp16")
+    assert plain.keys() == {"base model", "base model configuration config.json"}
+    assert plain["base model"] != half["base model"]
     (tmp_path / "model.safetensors").unlink()
     for number in (1, 2):
         (tmp_path / f"model-0000{number}-of-00002.safetensors").write_bytes(b"3")
-    assert digest_base({"": tmp_path})["base model"] not in (own["base model"], half["base model"])
+    assert digest_base({"": tmp_path})["base model"] not in (plain["base model"], half["base model"])
 
 
 def test_second_ctrl_c_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 3.0])
     monkeypatch.setattr("nara_diffusion.training.command.time.monotonic", lambda: next(clock))
-    before = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(signal.SIGINT)
     with InterruptRequest() as request:
         for _ in range(2):  # the second within a second, which is the launcher's
             signal.raise_signal(signal.SIGINT)
         assert request.signal == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is handler

@@ -37,11 +37,11 @@ def started(folder: Path, **changes: Any) -> Any:
 
 def test_nara_of_same_scales_starts_as_the_file(tmp_path: Path) -> None:
     pattern = {"alpha_pattern": {"first": 11}, "rank_pattern": {"second": 3}}
-    given, model = saved(tmp_path, **pattern), started(tmp_path, **pattern)
-    model.load_state_dict({key: given.state_dict()[key] for key in given.state_dict() if "base" in key}, strict=False)
+    source, model = saved(tmp_path, **pattern), started(tmp_path, **pattern)
+    model.load_state_dict({key: source.state_dict()[key] for key in source.state_dict() if "base" in key}, strict=False)
     x, levels = torch.randn(2, 3, 7), torch.tensor([0.1, 0.8])
-    with noise_level(given, levels), noise_level(model, levels):
-        torch.testing.assert_close(model(x), given(x), rtol=0, atol=0)
+    with noise_level(source, levels), noise_level(model, levels):
+        torch.testing.assert_close(model(x), source(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("make", [nara_config, lora_config])

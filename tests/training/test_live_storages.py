@@ -60,7 +60,7 @@ def test_fake_tensors_count_as_real_without_data():
     model = Tied()
     with LiveStorages(tensors_of(model)) as real:
         step(model)
-    left = real.live
+    live_bytes = real.live
     with torch.device("meta"):
         model = Tied()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -73,6 +73,6 @@ def test_fake_tensors_count_as_real_without_data():
     with mode, LiveStorages(tensors_of(model)) as fake:
         step(model)
     gc.collect()
-    assert (fake.live, fake.peak) == (left, real.peak)
+    assert (fake.live, fake.peak) == (live_bytes, real.peak)
     gradients = nbytes(p.grad for p in model.parameters() if p.grad is not None)
     assert fake.live == gradients > 0

@@ -103,7 +103,7 @@ def test_validation_interval_may_be_a_share_of_run(words: list[str], steps: int,
 
 
 def test_mistake_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    for argv, said in [
+    for argv, message in [
         (["--rnk", "3"], "unrecognized --rnk: did you mean --rank?"),
         (["--zzz", "3"], "unrecognized --zzz: --help_all lists the known ones."),
         (["--rank", "3.5"], "argument --rank is '3.5', expected a whole number"),
@@ -129,7 +129,7 @@ def test_mistake_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None
     ]:
         line = refusal(capsys, "dllm.py", *NEEDED[Arguments], *argv)
         assert line.startswith("error: ")
-        assert said in line
+        assert message in line
     assert list(Path().iterdir()) == []  # nothing was begun
 
 
@@ -142,7 +142,7 @@ def test_file_is_read_as_the_flags_it_replaces(tmp_path: Path, capsys: pytest.Ca
     args = parse("--rank", "2", "--config", str(file), "--no_logits_eos_inf")
     assert (args.rank, args.max_grad_norm, args.complementary, args.target_modules) == (2, None, True, ["q", "k"])
     assert (args.curve_points, args.logits_eos_inf) == (7, False)
-    for content, said in {
+    for content, message in {
         "rank: -1": "rank must be at least 1, got -1.",
         "rank: true": "rank is 'true', expected a whole number",
         "rank: [3, 4]": "rank is '[3, 4]', expected a whole number",
@@ -153,8 +153,8 @@ def test_file_is_read_as_the_flags_it_replaces(tmp_path: Path, capsys: pytest.Ca
         file.write_text(content)
         with pytest.raises(SystemExit):
             parse("--config", str(file))
-        assert f"--config {file}" in (shown := capsys.readouterr().err)
-        assert said in shown
+        assert f"--config {file}" in (printed := capsys.readouterr().err)
+        assert message in printed
 
 
 def test_run_defaults_lie_below_flags_and_files() -> None:
@@ -200,9 +200,9 @@ def test_epochs_replace_steps_from_a_lower_source(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", TEXT_CONFIGS, ids=lambda path: path.stem)
 def test_shipped_settings_for_text_are_read(capsys: pytest.CaptureFixture[str], path: Path) -> None:
     """As far as the file of data, which is downloaded separately."""
-    said = refusal(capsys, "dllm.py", "--config", str(path), "--mixed_precision", "no")  # as there is no GPU
+    message = refusal(capsys, "dllm.py", "--config", str(path), "--mixed_precision", "no")  # as there is no GPU
     settings = yaml.safe_load(path.read_text())
-    assert settings["train_file"] in said
+    assert settings["train_file"] in message
     assert settings["trained_padding"] == "gen_length"  # the canvas of generation
     assert list(Path().iterdir()) == []
 
@@ -229,8 +229,8 @@ def test_shipped_settings_for_images_are_read(
     flags = {"pretrained_model_name_or_path": models[path.stem], "mixed_precision": "no"}
     data = "prompts_file" if path.stem.endswith("4_steps") else "instance_data_dir"
     flags |= {data: "nowhere", "similarity_model": None, "alignment_model": None}
-    said = refusal(capsys, script, "--config", str(path), **flags, instance_prompt="a photo of sks dog")
-    assert "nowhere" in said
+    message = refusal(capsys, script, "--config", str(path), **flags, instance_prompt="a photo of sks dog")
+    assert "nowhere" in message
     assert list(Path().iterdir()) == []
 
 
@@ -240,9 +240,9 @@ def test_run_without_folder_gets_a_new_number(capsys: pytest.CaptureFixture[str]
         run("dllm.py", **flags)
         assert (tmp_path / "outputs" / f"dllm-{number}" / "results.json").is_file()
     first = Path("outputs") / "dllm-1"
-    before = {path: path.read_bytes() for path in first.iterdir()}
+    files = {path: path.read_bytes() for path in first.iterdir()}
     assert str(first) in refusal(capsys, "dllm.py", **flags, output_dir=first)
-    assert {path: path.read_bytes() for path in first.iterdir()} == before
+    assert {path: path.read_bytes() for path in first.iterdir()} == files
 
 
 # ---------------------------------------------------------------- before anything slow is imported
@@ -264,9 +264,9 @@ def test_script_answers_before_slow_imports(tmp_path: Path, script: str, words: 
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
     command = [sys.executable, ROOT / "train_scripts" / script, *words.split()]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    earlier = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
-    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - earlier
     text = ran.stdout if words == "--help" else ran.stderr
     assert said in text
     assert ran.returncode == (0 if words == "--help" else 2)
@@ -300,7 +300,7 @@ def names_in(folder: str, pattern: str) -> set[str]:
 
 
 def test_package_reads_every_option_and_tests_set_it() -> None:
-    by_loop = {f"{what}_field" for what in FIELDS}  # of `load_records`
+    by_loop = {f"{part}_field" for part in FIELDS}  # of `load_records`
     read = names_in("nara_diffusion", r"\.(\w+)|\"(\w+)\"") | by_loop
     tested = names_in("tests", r"\"(\w+)\"|\b(\w+)=|--(?:no_)?(\w+)")
     assert [name for name in OPTIONS if name not in read] == []

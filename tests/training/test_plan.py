@@ -84,9 +84,9 @@ def test_plan_needs_no_data_and_writes_nothing(folders, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     words = ["--pretrained_model_name_or_path", str(folders / "small"), "--resolution", "16", "--train_text_encoder"]
     figures = planned(images, words)
-    shown = capsys.readouterr().out
-    assert "trainable parameters" in shown
-    assert f"{figures['peak'] / 1e9:.2f} GB" in shown
+    printed = capsys.readouterr().out
+    assert "trainable parameters" in printed
+    assert f"{figures['peak'] / 1e9:.2f} GB" in printed
     assert figures["trainable"] > planned(images, words[:-1])["trainable"]
     assert list(tmp_path.iterdir()) == []
 
@@ -143,8 +143,8 @@ def test_other_families_are_planned_with_their_prompts_shapes(name, tmp_path):
     family = run_family(args, pipe)
     expected = family.encode(pipe, ["one two three " * 60])
     expected = placed(expected, torch.device("cpu"))
-    found = PlannedPrompts(pipeline_on_meta(args), family).get(["one"])
-    assert [getattr(part, "shape", part) for part in found] == [getattr(part, "shape", part) for part in expected]
+    actual = PlannedPrompts(pipeline_on_meta(args), family).get(["one"])
+    assert [getattr(part, "shape", part) for part in actual] == [getattr(part, "shape", part) for part in expected]
     assert images.main(args)["flops"] > 0
 
 
@@ -200,9 +200,9 @@ def test_optimizer_bytes_are_those_of_its_states(name):
     model(torch.randn(5, 40)).square().sum().backward()
     optimizer.step()
     states = [value for state in optimizer.state.values() for value in state.values()]
-    held = sum(value.nbytes for value in states if isinstance(value, torch.Tensor) and value.dim())
+    state_bytes = sum(value.nbytes for value in states if isinstance(value, torch.Tensor) and value.dim())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert optimizer_bytes(trained, name) == held
+    assert optimizer_bytes(trained, name) == state_bytes
 
 
 def needs_of_a_layer(*flags):

@@ -102,12 +102,12 @@ def test_uploaded_files_name_no_folders_of_this_disk(tmp_path: Path, monkeypatch
     folder = tmp_path / "run"
     assert yaml.safe_load((folder / "config.yaml").read_text()) == vars(args)  # by which it resumes
     assert "config.yaml" in hub.folders[0]["ignore_patterns"]
-    shown = [(folder / name).read_text() for name in ("README.md", "results.json")]
-    shown.append(hub.files["config.yaml"].decode())
-    for text in shown:
+    published = [(folder / name).read_text() for name in ("README.md", "results.json")]
+    published.append(hub.files["config.yaml"].decode())
+    for text in published:
         assert str(tmp_path) not in text
         assert str(ASSETS) not in text
-    assert yaml.safe_load(shown[-1])["train_file"] == "train.jsonl"
+    assert yaml.safe_load(published[-1])["train_file"] == "train.jsonl"
     assert all(
-        part in shown[0] for part in ("load_backbone('llada-tiny')", "'someone/words'", "trained on `train.jsonl`")
+        part in published[0] for part in ("load_backbone('llada-tiny')", "'someone/words'", "trained on `train.jsonl`")
     )

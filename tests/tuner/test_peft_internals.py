@@ -69,17 +69,17 @@ def test_layers_of_the_installed_peft_have_the_attributes() -> None:
 
 
 def test_every_overridden_private_method_is_listed() -> None:
-    own = {name for name, value in vars(NaraModel).items() if isinstance(value, (FunctionType, classmethod))}
-    assert {name for name in own if name.startswith("_") and not name.startswith("__")} == set(OVERRIDDEN)
+    methods = {name for name, value in vars(NaraModel).items() if isinstance(value, (FunctionType, classmethod))}
+    assert {name for name in methods if name.startswith("_") and not name.startswith("__")} == set(OVERRIDDEN)
 
 
 def test_nothing_private_is_imported_from_peft() -> None:
-    found = []
+    private = []
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "peft":
-                found += [f"{path.name}: {alias.name}" for alias in node.names if alias.name.startswith("_")]
-    assert found == []
+                private += [f"{path.name}: {alias.name}" for alias in node.names if alias.name.startswith("_")]
+    assert private == []
 
 
 def test_each_private_attribute_of_pefts_layers_is_listed() -> None:

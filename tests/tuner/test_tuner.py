@@ -60,15 +60,15 @@ MODELS: dict[str, tuple[Any, Tensor, list[str], str]] = {
 
 def output(model: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
-        found = model(x)
-    return found if isinstance(found, Tensor) else found[0]
+        actual = model(x)
+    return actual if isinstance(actual, Tensor) else actual[0]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_rows_known_as_no_samples_refuse_several_levels(name: str) -> None:
-    make, x, targets, said = MODELS[name]
+    make, x, targets, message = MODELS[name]
     model = adapted(make(), target_modules=targets)
-    with noise_level(model, LEVELS), pytest.raises(ValueError, match=said):
+    with noise_level(model, LEVELS), pytest.raises(ValueError, match=message):
         output(model, x)
     with noise_level(model, 0.3):
         shared = output(model, x)
@@ -172,15 +172,15 @@ WRAPPED: list[tuple[Any, str]] = [
 
 
 def of(owner: Any, name: str) -> Any:
-    found = vars(owner)[name]
-    return getattr(found, "__func__", found)
+    function = vars(owner)[name]
+    return getattr(function, "__func__", function)
 
 
 def test_wraps_are_these_five_once() -> None:
-    before = [of(*each) for each in WRAPPED]
-    assert all(function.knows_cores and not hasattr(function.__wrapped__, "knows_cores") for function in before)
+    functions = [of(*place) for place in WRAPPED]
+    assert all(function.knows_cores and not hasattr(function.__wrapped__, "knows_cores") for function in functions)
     wraps.wrap_other_libraries()
-    assert [of(*each) for each in WRAPPED] == before
+    assert [of(*place) for place in WRAPPED] == functions
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
@@ -210,9 +210,9 @@ def test_on_models_without_nara_each_calls_its_own(tmp_path: Path, tiny_llama: A
     pipe.unet.load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors", adapter_name="c")
     for weights in (None, 0.5, [0.5, {"unet": {"down": 0.2}}]):
         pipe.set_adapters(["a", "b"], weights)
-    found = predict(pipe)
+    actual = predict(pipe)
     lora_base.LoraBaseMixin.set_adapters.__wrapped__(pipe, ["a", "b"], weights)  # type: ignore[attr-defined]
-    assert torch.equal(predict(pipe), found)
+    assert torch.equal(predict(pipe), actual)
     pipe.unet.save_lora_adapter(tmp_path / "out", adapter_name="a")
     assert list((tmp_path / "out").iterdir())
 

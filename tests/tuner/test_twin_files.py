@@ -42,11 +42,11 @@ def logits(model: Any, level: Any = (0.9, 0.2, 0.6)) -> Tensor:
 @pytest.mark.parametrize("targets", [BOTH, DECODER])
 def test_hotswap_writes_into_the_same_twins(targets: str) -> None:
     model, other = adapted(targets, seed=1).get_base_model(), adapted(targets, seed=2).get_base_model()
-    before, part = logits(model), part_of(other, "default")
+    original, part = logits(model), part_of(other, "default")
     check_swappable(model, "model", "default", part)
     prepare_swap(model, "default", part)()
     assert torch.equal(logits(model), logits(other))
-    assert_far(logits(model), before)
+    assert_far(logits(model), original)
 
 
 @pytest.mark.parametrize(("there", "given"), OTHERS)
@@ -58,10 +58,10 @@ def test_hotswap_into_other_twins_is_refused(there: str, given: str) -> None:
 
 @pytest.mark.parametrize("targets", [BOTH, DECODER])
 def test_run_starts_from_file_of_same_twins(targets: str, tmp_path: Path) -> None:
-    given, model = adapted(targets, seed=1), adapted(targets)
-    given.save_pretrained(tmp_path)
+    source, model = adapted(targets, seed=1), adapted(targets)
+    source.save_pretrained(tmp_path)
     start_from({"": model.get_base_model()}, str(tmp_path), model)
-    assert torch.equal(logits(model), logits(given))
+    assert torch.equal(logits(model), logits(source))
 
 
 @pytest.mark.parametrize(("there", "given"), OTHERS)
@@ -74,15 +74,15 @@ def test_run_does_not_start_from_other_twins(there: str, given: str, kind: Any, 
 
 
 def test_file_with_other_encoder_factors_does_not_load(tmp_path: Path) -> None:
-    given = adapted(seed=1)
-    given.save_pretrained(tmp_path)
+    source = adapted(seed=1)
+    source.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     encoder = {key.replace(".decoder.", ".encoder.language_model."): tensor for key, tensor in tensors.items()}
     key = next(key for key in encoder if "encoder" in key and "lora_A" in key)
     for factor, fits in ((encoder[key].clone(), True), (encoder[key] + 0.1, False)):
         save_file({**tensors, key: factor}, tmp_path / "adapter_model.safetensors", {"format": "pt"})
         if fits:
-            assert torch.equal(logits(PeftModel.from_pretrained(tiny_gemma(), tmp_path).eval()), logits(given))
+            assert torch.equal(logits(PeftModel.from_pretrained(tiny_gemma(), tmp_path).eval()), logits(source))
             continue
         with pytest.raises(ValueError, match=r"of the encoder differs from the decoder's"):
             PeftModel.from_pretrained(tiny_gemma(), tmp_path)

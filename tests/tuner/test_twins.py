@@ -50,17 +50,17 @@ def batch_of(**options):
 
 def test_encoder_runs_at_zero_and_decoder_at_canvas():
     model = adapted()
-    base, given, levels = model.get_base_model(), inputs(), torch.tensor([0.9, 0.2, 0.6])
+    base, batch, levels = model.get_base_model(), inputs(), torch.tensor([0.9, 0.2, 0.6])
     with torch.no_grad():
         with noise_level(model, levels):
-            logits = model(**given).logits
+            logits = model(**batch).logits
         holder = holder_of(base)
         for row in range(3):
-            one = {name: value[row : row + 1] for name, value in given.items()}
+            one = {name: value[row : row + 1] for name, value in batch.items()}
             expected = _with_matrices(base, holder, one, float(levels[row]))
             assert_near(logits[row : row + 1], expected, base)
         with noise_level(model, levels.flip(0)):
-            assert_far(model(**given).logits[[0, 2]], logits[[0, 2]])
+            assert_far(model(**batch).logits[[0, 2]], logits[[0, 2]])
 
 
 def _with_matrices(base, holder, given, level):
@@ -97,10 +97,10 @@ def _update_of_parts(base, layer, levels, is_encoder):
 
     def hook(module, args, output):
         inner = args[0] @ A.T
-        each = zero.expand(*inner.shape[:2], -1, -1)
+        cores = zero.expand(*inner.shape[:2], -1, -1)
         if not is_encoder:
-            each = C.unflatten(0, levels.shape).repeat_interleave(CANVAS // levels.shape[1], 1)  # (b, c, r, r)
-        return output + 7 / 3 * torch.einsum("blij,blj->bli", each, inner) @ B.T
+            cores = C.unflatten(0, levels.shape).repeat_interleave(CANVAS // levels.shape[1], 1)  # (b, c, r, r)
+        return output + 7 / 3 * torch.einsum("blij,blj->bli", cores, inner) @ B.T
 
     return hook
 
@@ -159,11 +159,11 @@ def test_tying_again_keeps_separate_adapters_apart():
     model = adapted(DECODER)
     base = model.get_base_model()
     model.add_adapter("plain", NaraConfig(r=3, target_modules=BOTH, core_type="identity"))
-    before = {name: value.clone() for name, value in model.state_dict().items() if "lora_" in name}
+    original = {name: value.clone() for name, value in model.state_dict().items() if "lora_" in name}
     base.tie_weights()
     for name, value in model.state_dict().items():
         if "lora_" in name:
-            assert torch.equal(value, before[name]), name
+            assert torch.equal(value, original[name]), name
     model.unload()
     assert "_tied_weights_keys" not in vars(base.model)
 
@@ -308,6 +308,6 @@ def test_decoder_mask_takes_cache_under_both_names(name):
     plain.model.decoder.create_diffusion_decoder_attention_mask = make_mask
     model = get_peft_model(plain, NaraConfig(r=3, target_modules=DECODER))
     make_mask = model.get_base_model().model.decoder.create_diffusion_decoder_attention_mask
-    for given in {name, "past_key_values"}:
-        make_mask(config=None, inputs_embeds=None, **{given: given})
+    for key in {name, "past_key_values"}:
+        make_mask(config=None, inputs_embeds=None, **{key: key})
     assert set(calls) == {name, "past_key_values"}

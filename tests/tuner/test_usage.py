@@ -39,7 +39,7 @@ def messages(usage: Usage) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         usage.warn_of_sampling(["fast"])
-    return [str(each.message) for each in caught]
+    return [str(warning.message) for warning in caught]
 
 
 def test_each_wrong_sampler_setting_warns_once() -> None:

@@ -42,7 +42,7 @@ def test_atomic_write_that_fails_leaves_what_was_there(
     place = tmp_path / "place"
     if is_there:
         fill(place, "old")
-    before = content(tmp_path)
+    original = content(tmp_path)
 
     def write_half() -> None:
         with write(place) as partial:
@@ -51,7 +51,7 @@ def test_atomic_write_that_fails_leaves_what_was_there(
 
     with pytest.raises(OSError, match=f"No space left on device: '{place}'"):
         write_half()
-    assert content(tmp_path) == before
+    assert content(tmp_path) == original
     assert place.exists() == is_there
 
 
