@@ -56,7 +56,7 @@ def spiral(n: int) -> torch.Tensor:
 
 
 def velocity(model: nn.Module, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-    """The model's prediction. An adapted model is told λ, one value a sample; the bare one takes none."""
+    """The model's prediction. An adapted model gets λ, one value a sample; the bare one takes none."""
     if not isinstance(model, PeftModel):
         return model(x, time)
     with noise_level(model, time):
@@ -106,7 +106,7 @@ def main(steps: int = 2000, output_dir: str | Path = "outputs/examples") -> dict
     torch.manual_seed(0)
     base = PointDenoiser()
     train(base, ring, torch.optim.AdamW(base.parameters(), lr=3e-3), steps)
-    before = sample(base)
+    base_sample = sample(base)
 
     # PEFT's own call; r, lora_alpha, target_modules and the rest mean what they mean for LoRA.
     # The core's default widths are meant for large models: a network of 128 channels gets a smaller one.
@@ -117,7 +117,7 @@ def main(steps: int = 2000, output_dir: str | Path = "outputs/examples") -> dict
     factors = [p for name, p in model.named_parameters() if "lora_A." in name or "lora_B." in name]
     groups = [{"params": factors, "lr": 1e-2}, {"params": core, "lr": 1e-3}]  # the core wants a smaller step
     train(model, spiral, torch.optim.AdamW(groups), steps)
-    after = sample(model)
+    adapted_sample = sample(model)
 
     folder = Path(output_dir) / "01_first_nara_adapter"
     model.save_pretrained(folder)
@@ -129,11 +129,11 @@ def main(steps: int = 2000, output_dir: str | Path = "outputs/examples") -> dict
     levels = torch.linspace(0, 1, 101)
     deviation = (core_matrix(loaded, levels) - torch.eye(8)).flatten(1).norm(dim=1).detach()  # (101,)
     target = spiral(1000)
-    results = {"before": distance(before, target), "after": distance(after, target)}
+    results = {"before": distance(base_sample, target), "after": distance(adapted_sample, target)}
     print(f"distance to the spiral: {results['before']:.3f} before, {results['after']:.3f} with the adapter")
-    print(f"switched off, it gives the ring again: {torch.equal(before, restored)}")
-    print(f"saved and loaded, it gives the same points: {torch.allclose(after, again, atol=1e-5)}")
-    clouds = {"base model": before, "with NaRA": after, "the data": target}
+    print(f"switched off, it gives the ring again: {torch.equal(base_sample, restored)}")
+    print(f"saved and loaded, it gives the same points: {torch.allclose(adapted_sample, again, atol=1e-5)}")
+    clouds = {"base model": base_sample, "with NaRA": adapted_sample, "the data": target}
     draw(folder.with_suffix(".png"), clouds, levels, deviation)
     print(f"drawn in {folder.with_suffix('.png')}")
     return results

@@ -36,14 +36,14 @@ def show_steps(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, quest
         prompt_text(tokenizer, question), add_special_tokens=False, return_tensors="pt"
     ).input_ids  # (1, p)
 
-    shown = {token: "·" for token in tokenizer.get_vocab() if token.startswith("<|")}  # the end and its padding
-    shown[tokenizer.mask_token] = "▒"
+    symbols = {token: "·" for token in tokenizer.get_vocab() if token.startswith("<|")}  # the end and its padding
+    symbols[tokenizer.mask_token] = "▒"
 
     def show(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         answer = args[0][0, prompt.shape[1] :]  # (g,)
         share = (answer == model.config.mask_token_id).float().mean()
         tokens = tokenizer.convert_ids_to_tokens(answer.tolist())
-        print(f"   λ = {share:.2f}   {' '.join(shown.get(token, token) for token in tokens)}")
+        print(f"   λ = {share:.2f}   {' '.join(symbols.get(token, token) for token in tokens)}")
 
     print(question)
     hook = model.register_forward_pre_hook(show)
@@ -69,14 +69,14 @@ def letters_to_sort(n: int) -> Dataset:
 def compare_ways(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int) -> dict[str, tuple[float, int]]:
     """Share of right answers and forwards of the model for each way to place tokens, on n questions in one batch."""
     rows = encode_records(letters_to_sort(n), tokenizer, max_length=64).rows
-    found = {}
+    statistics = {}
     for name, sampling in WAYS.items():
         result = exact_match(
             model, tokenizer, rows, gen_length=GEN_LENGTH, batch_size=n, stop_at_eos=False, progress=False, **sampling
         )
-        found[name] = (result.score, result.forwards)
+        statistics[name] = (result.score, result.forwards)
         print(f"{name:24s} {result.score:7.1%} right, {result.forwards:2d} forwards")
-    return found
+    return statistics
 
 
 def main(n: int = 200) -> dict[str, tuple[float, int]]:

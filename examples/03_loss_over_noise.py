@@ -38,18 +38,18 @@ def main(steps: int = 300, n: int = 100, output_dir: str | Path = "outputs/examp
         right = exact_match(model, tokenizer, test_rows, gen_length=GEN_LENGTH, batch_size=n)
         return right.score, noise_level_curve(model, test_rows, NOISE_LEVELS, collator=collator, batch_size=n)
 
-    before, base_curve = evaluate()  # a fresh adapter changes nothing: this is the base model
+    base_loss, base_curve = evaluate()  # a fresh adapter changes nothing: this is the base model
     fine_tune(model, train_rows, collator, steps)
-    after, adapted_curve = evaluate()
+    adapted_loss, adapted_curve = evaluate()
 
-    print(f"right answers: {before:.0%} before, {after:.0%} after")
+    print(f"right answers: {base_loss:.0%} before, {adapted_loss:.0%} after")
     picture = Path(output_dir) / "03_loss_over_noise.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     plot_noise_level_curves(
         picture, NOISE_LEVELS, base_curve, adapted_curve, title="two-step questions, llada-tiny", unit="nats a token"
     )
     print(f"drawn in {picture}")
-    return {"before": before, "after": after}
+    return {"before": base_loss, "after": adapted_loss}
 
 
 if __name__ == "__main__":

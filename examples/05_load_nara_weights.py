@@ -94,7 +94,9 @@ def main(
         columns[strength] = sample(pipe, PROMPTS, sample_steps, guidance=4.0)
     pipe.unload_nara_weights()
     unloaded = sample(pipe, PROMPTS, sample_steps, guidance=4.0)
-    same = all(before.tobytes() == after.tobytes() for before, after in zip(base, unloaded, strict=True))
+    same = all(
+        image.tobytes() == unloaded_image.tobytes() for image, unloaded_image in zip(base, unloaded, strict=True)
+    )
     print(f"unloaded, it gives the base's pixels again: {same}")
 
     picture = folder.with_suffix(".png")

@@ -43,10 +43,10 @@ def encode(tokenizer, pairs, which: str) -> dict[str, torch.Tensor]:
 
 def preference_loss(model, chosen, rejected, seed: int) -> torch.Tensor:
     # the same masks for both and for the base, so that their differences vary less
-    own = [log_likelihood(model, **batch, **SAMPLES, seed=seed, differentiable=True) for batch in (chosen, rejected)]
+    log_p = [log_likelihood(model, **batch, **SAMPLES, seed=seed, differentiable=True) for batch in (chosen, rejected)]
     with model.disable_adapter():
         base = [log_likelihood(model, **batch, **SAMPLES, seed=seed) for batch in (chosen, rejected)]
-    return -F.logsigmoid(BETA * (own[0] - own[1] - base[0] + base[1])).mean()
+    return -F.logsigmoid(BETA * (log_p[0] - log_p[1] - base[0] + base[1])).mean()
 
 
 def main(steps: int = 80, n: int = 200, batch_size: int = 16) -> dict[str, tuple[float, float]]:

@@ -65,7 +65,7 @@ def about(adapters: Sequence[Adapter]) -> str:
 
 def rows_of(points: Sequence[Points]) -> list[Row]:
     """The table of these strengths, one for each adapter."""
-    return [[number, *point] for number, own in enumerate(points, start=1) for point in own]
+    return [[number, *point] for number, curve in enumerate(points, start=1) for point in curve]
 
 
 def with_a_point(rows: Sequence[Row]) -> list[Row]:
@@ -82,17 +82,17 @@ def points_of(rows: Sequence[Row], adapters: Sequence[Adapter]) -> list[Points]:
     Raises:
         ValueError: a row without its numbers, or of an adapter that isn't named; or see `StrengthSchedule`.
     """
-    found: list[list[tuple[float, float]]] = [[] for _ in adapters]
+    curves: list[list[tuple[float, float]]] = [[] for _ in adapters]
     for place, row in enumerate(rows, start=1):
         if any(cell not in (None, "") for cell in row):
             try:
                 number, level, strength = map(float, row)
-                found[range(1, len(adapters) + 1).index(int(number))].append((level, strength))
+                curves[range(1, len(adapters) + 1).index(int(number))].append((level, strength))
             except (TypeError, ValueError):
                 expected = f"adapter (1 to {len(adapters)}), λ, strength"
                 raise ValueError(f"Row {place} of the strengths is {list(row)}, expected {expected}.") from None
-    ordered = [sorted(own, key=lambda point: point[0]) for own in found]
-    return [StrengthSchedule(own or adapter.points).points for own, adapter in zip(ordered, adapters, strict=True)]
+    ordered = [sorted(curve, key=lambda point: point[0]) for curve in curves]
+    return [StrengthSchedule(curve or adapter.points).points for curve, adapter in zip(ordered, adapters, strict=True)]
 
 
 def build(model: str = str(MODEL), adapters: Sequence[str] = (str(ADAPTER),), prompt: str = PROMPT) -> gr.Blocks:
@@ -105,18 +105,27 @@ def build(model: str = str(MODEL), adapters: Sequence[str] = (str(ADAPTER),), pr
     def on_adapters(model: str, sources: str, constant: float, before: Any) -> Any:
         if [model, sources] == before:  # a field that was left as it was
             return gr.skip()
-        found = load(model, sources)
-        own = [one.points for one in found]
-        return about(found), rows_of(own), draw_curves(found, own, constant), [model, sources], OWN, None, None, None
+        loaded_adapters = load(model, sources)
+        own = [one.points for one in loaded_adapters]
+        return (
+            about(loaded_adapters),
+            rows_of(own),
+            draw_curves(loaded_adapters, own, constant),
+            [model, sources],
+            OWN,
+            None,
+            None,
+            None,
+        )
 
     def on_preset(model: str, sources: str, constant: float, preset: str) -> tuple[Any, ...]:
-        found = load(model, sources)
-        points = [PRESETS.get(preset, one.points) for one in found]
-        return about(found), rows_of(points), draw_curves(found, points, constant)
+        loaded_adapters = load(model, sources)
+        points = [PRESETS.get(preset, one.points) for one in loaded_adapters]
+        return about(loaded_adapters), rows_of(points), draw_curves(loaded_adapters, points, constant)
 
     def on_strengths(model: str, sources: str, constant: float, rows: list[Row]) -> tuple[Any, ...]:
-        found = load(model, sources)
-        return about(found), draw_curves(found, points_of(rows, found), constant)
+        loaded_adapters = load(model, sources)
+        return about(loaded_adapters), draw_curves(loaded_adapters, points_of(rows, loaded_adapters), constant)
 
     def on_sample(
         model,
@@ -132,9 +141,11 @@ def build(model: str = str(MODEL), adapters: Sequence[str] = (str(ADAPTER),), pr
     ):
         call = {"seed": int(seed), "num_inference_steps": int(steps), "guidance_scale": float(guidance)}
         call |= {"negative_prompt": negative} if negative.strip() else {}
-        found = load(model, sources)
+        loaded_adapters = load(model, sources)
         show = lambda share, what: progress(share, desc=what)  # noqa: E731
-        return about(found), *session.sample(prompt, points_of(rows, found), float(constant), show, **call)
+        return about(loaded_adapters), *session.sample(
+            prompt, points_of(rows, loaded_adapters), float(constant), show, **call
+        )
 
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.Markdown(ABOUT)
@@ -180,9 +191,9 @@ def build(model: str = str(MODEL), adapters: Sequence[str] = (str(ADAPTER),), pr
             changed(on_strengths, [*source, table], [state, curves], api_visibility="private", **hidden)
         added = add.click(with_a_point, table, table, api_visibility="private")
         added.then(on_strengths, [*source, table], [state, curves], api_visibility="private", **hidden)
-        given = [*source, table, text, negative, seed, steps, guidance]
+        components = [*source, table, text, negative, seed, steps, guidance]
         sample = or_blank(on_sample, [None] * 3)
-        button.click(sample, given, [state, *images], api_name="sample", show_progress_on=images)
+        button.click(sample, components, [state, *images], api_name="sample", show_progress_on=images)
     return page
 
 

@@ -74,15 +74,15 @@ class Session:
             if [adapter.source for adapter in self._adapters] != list(sources):
                 self._adapters = []
                 self._pipe.unload_lora_weights()
-                found: list[Adapter] = []
+                adapters: list[Adapter] = []
                 try:
                     for number, source in enumerate(sources, start=1):
                         add_it = lambda place, n=number: add(self._pipe, place, f"adapter_{n}")  # noqa: E731
-                        found.append(_attempt(add_it, source, "an adapter of this pipeline"))
+                        adapters.append(_attempt(add_it, source, "an adapter of this pipeline"))
                 except BaseException:
                     self._pipe.unload_lora_weights()
                     raise
-                self._adapters = found
+                self._adapters = adapters
             return self._adapters
 
     def sample(
@@ -103,11 +103,11 @@ class Session:
                 finally:
                     self._pipe.enable_lora()
             names = [adapter.name for adapter in self._adapters]
-            self._pipe.set_adapters(names, adapter_weights=[weight(own) for own in points])
+            self._pipe.set_adapters(names, adapter_weights=[weight(curve) for curve in points])
             model = denoiser(self._pipe)
             with noise_level(model, constant) if find_holders(model) else nullcontext():
-                held = self._draw(prompt, progress, f"adapter held at λ = {constant:g}", **call)
-            return [self._base[1], held, self._draw(prompt, progress, "adapter with λ", **call)]
+                at_one_level = self._draw(prompt, progress, f"adapter held at λ = {constant:g}", **call)
+            return [self._base[1], at_one_level, self._draw(prompt, progress, "adapter with λ", **call)]
 
     def _draw(self, prompt: str, progress: Progress, what: str, seed: int, **call: Any) -> Image.Image:
         def step_done(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -182,10 +182,10 @@ def draw_curves(adapters: Sequence[Adapter], points: Sequence[Points], constant:
         above.plot(*zip(*shape, strict=True), ":", color="0.6", linewidth=1)
         on = [level for level, strength in shape if strength]
         above.text((min(on) + max(on)) / 2, 1.04, name, color="0.45", fontsize=9, ha="center")
-    for adapter, own in zip(adapters, points, strict=True):
+    for adapter, curve in zip(adapters, points, strict=True):
         label = Path(adapter.source).name
-        (line,) = above.plot(LEVELS, StrengthSchedule(own).at(LEVELS), label=label, linewidth=2)
-        above.plot(*zip(*own, strict=True), "o", color=line.get_color(), markersize=4, clip_on=False)
+        (line,) = above.plot(LEVELS, StrengthSchedule(curve).at(LEVELS), label=label, linewidth=2)
+        above.plot(*zip(*curve, strict=True), "o", color=line.get_color(), markersize=4, clip_on=False)
         below.plot(LEVELS, adapter.distance, color=line.get_color(), linewidth=2)
     for axes in (above, below):
         axes.axvline(constant, color="0.3", linestyle="--", linewidth=1)

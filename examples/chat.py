@@ -109,8 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if line == "/clear":
             turns = list(opening)
             continue
-        asked = [*turns, {"role": "user", "content": line}]
-        fitting = that_fit(model, tokenizer, asked, len(opening), sampling["gen_length"])
+        conversation = [*turns, {"role": "user", "content": line}]
+        fitting = that_fit(model, tokenizer, conversation, len(opening), sampling["gen_length"])
         try:
             text = answer(model, tokenizer, fitting, **sampling)
         except ValueError as error:
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise
             print(f"error: {error}", file=sys.stderr, flush=True)
             continue
-        if len(fitting) < len(asked):
+        if len(fitting) < len(conversation):
             print("(the conversation is too long: its oldest turns were dropped)", file=sys.stderr, flush=True)
         print(text, flush=True)
         turns = [*fitting, {"role": "assistant", "content": text}]

@@ -162,8 +162,8 @@ def sampled_calls(nodes: Any, patcher: Any) -> list[tuple[dict[str, Tensor], Ten
     calls = []
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        given = dict(zip(("x", "timesteps", "context", "y"), args, strict=False)) | kwargs
-        calls.append(({name: given[name].clone() for name in ("x", "timesteps", "context", "y")}, output.clone()))
+        arguments = dict(zip(("x", "timesteps", "context", "y"), args, strict=False)) | kwargs
+        calls.append(({name: arguments[name].clone() for name in ("x", "timesteps", "context", "y")}, output.clone()))
 
     draw = torch.Generator().manual_seed(1)
     positive, negative = (
@@ -192,13 +192,15 @@ def compare(
     from nara_diffusion import noise_level
 
     worst = 0.0
-    for given, output in calls:
-        rows = len(given["x"])
-        added = {"text_embeds": given["y"][:, :40], "time_ids": torch.tensor([TIME_IDS]).expand(rows, -1)}
+    for arguments, output in calls:
+        rows = len(arguments["x"])
+        added = {"text_embeds": arguments["y"][:, :40], "time_ids": torch.tensor([TIME_IDS]).expand(rows, -1)}
         with torch.no_grad(), noise_level(unet, level) if level is not None else nullcontext():
-            own = unet(given["x"], given["timesteps"], given["context"], added_cond_kwargs=added).sample
-        worst = max(worst, float((own - output).abs().max() / output.abs().max()))
-    timesteps = [round(float(given["timesteps"][0])) for given, _ in calls]
+            expected = unet(
+                arguments["x"], arguments["timesteps"], arguments["context"], added_cond_kwargs=added
+            ).sample
+        worst = max(worst, float((expected - output).abs().max() / output.abs().max()))
+    timesteps = [round(float(arguments["timesteps"][0])) for arguments, _ in calls]
     print(f"{title}: {len(calls)} calls of {rows} rows at t = {timesteps}, largest relative difference {worst:.1e}")
     if not worst < 1e-5:
         raise SystemExit(f"{title}: ComfyUI and Diffusers differ.")

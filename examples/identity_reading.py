@@ -61,10 +61,10 @@ class IdentityReading:
         angles = torch.atan2(base.q, base.p)  # (N,)
         if self.kind == "epsilon":
             angles = angles[base.p > 0]
-        wanted = torch.atan2(objective.q, objective.p)
-        self.angles = wanted.clamp(angles[0], angles[-1])
+        target_angle = torch.atan2(objective.q, objective.p)
+        self.angles = target_angle.clamp(angles[0], angles[-1])
         self.timesteps = (self.angles[:, None] - angles).abs().argmin(1)
-        self.clamped = (wanted - self.angles).abs() > 1e-6
+        self.clamped = (target_angle - self.angles).abs() > 1e-6
         self._scale = torch.hypot(objective.p, objective.q).reciprocal()
 
     def base_inputs(self, model_input: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

@@ -114,9 +114,9 @@ def commands(args: argparse.Namespace, run: Run) -> Iterator[list[str]]:
 def evaluated(folder: Path, domain: str) -> dict[str, Any] | None:
     """nara-eval's results in `folder` with a score of each set of the domain; None if there are none."""
     for path in sorted(folder.glob("**/results_*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if set(TASKS[domain]) <= found["results"].keys():
-            return found
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if set(TASKS[domain]) <= content["results"].keys():
+            return content
     return None
 
 
@@ -127,9 +127,9 @@ def document(output_dir: Path) -> str:
         scores: dict[str, Scores] = {}
         limited: dict[str, None] = {}
         for method, folder in ((m, f) for m in METHODS for f in sorted((output_dir / domain / m).glob("seed-*"))):
-            if found := evaluated(folder / "evaluation", domain):
-                scores.setdefault(method, {})[int(folder.name.removeprefix("seed-"))] = percents(found, tasks)
-                limited |= dict.fromkeys(limits(found, tasks))
+            if evaluation := evaluated(folder / "evaluation", domain):
+                scores.setdefault(method, {})[int(folder.name.removeprefix("seed-"))] = percents(evaluation, tasks)
+                limited |= dict.fromkeys(limits(evaluation, tasks))
         if scores:
             warning = f"**Not the paper's figures: asked were only {', '.join(limited)}.**\n\n" if limited else ""
             parts.append(f"## {domain}\n\n{warning}{table(scores)}\n")
@@ -146,8 +146,8 @@ def percents(found: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, float]
 
 def limits(found: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
     """The tasks of which not all questions were asked, in words."""
-    asked = [(task, n) for task, n in found.get("n-samples", {}).items() if task in tasks]
-    return [f"{n['effective']} of {n['original']} of {task}" for task, n in asked if n["effective"] < n["original"]]
+    counts = [(task, n) for task, n in found.get("n-samples", {}).items() if task in tasks]
+    return [f"{n['effective']} of {n['original']} of {task}" for task, n in counts if n["effective"] < n["original"]]
 
 
 def table(scores: Mapping[str, Scores]) -> str:
@@ -168,8 +168,8 @@ def cell(values: Sequence[float], mean: str, spread: str) -> str:
     """The mean of the values, and their spread from two on: {0} mean, {1} deviation, {2} to {3} the interval."""
     if not values:
         return ""
-    found = interval(values)
-    return mean.format(*found) + ("" if math.isnan(found.std) else spread.format(*found))
+    mean_interval = interval(values)
+    return mean.format(*mean_interval) + ("" if math.isnan(mean_interval.std) else spread.format(*mean_interval))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -81,17 +81,17 @@ class Recorder:
         self.made = 0
 
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
-        others = [item for item in items if not self._may_count(item)]
+        deselected = [item for item in items if not self._may_count(item)]
         items[:] = [item for item in items if self._may_count(item)]
-        config.hook.pytest_deselected(items=others)
+        config.hook.pytest_deselected(items=deselected)
 
     def _may_count(self, item: Any) -> bool:
-        given = getattr(item, "callspec", None)
-        return given is None or given.params.get("config_cls", self.config_class) is self.config_class
+        parameters = getattr(item, "callspec", None)
+        return parameters is None or parameters.params.get("config_cls", self.config_class) is self.config_class
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: Any) -> Any:
-        before, init = self.made, self.config_class.__post_init__  # type: ignore[attr-defined]
+        made_before, init = self.made, self.config_class.__post_init__  # type: ignore[attr-defined]
 
         def counted(config: Any) -> None:
             self.made += 1
@@ -99,7 +99,7 @@ class Recorder:
 
         with patch.object(self.config_class, "__post_init__", counted):
             result = yield
-        if self.made == before:
+        if self.made == made_before:
             self.outcomes.pop(item.nodeid, None)
         return result
 
@@ -169,13 +169,13 @@ def run_tests(folder: Path, config_class: type, tests: Sequence[str], options: S
     quiet = ["-q", "-c", os.devnull, "-p", "no:cacheprovider", "--rootdir", str(folder), "--tb=no", "--no-header"]
     quiet += ["--no-summary", "-W", "ignore"]
     token = present.set(Entry(None, AnyModel(), as_level(LEVEL)))  # type: ignore[arg-type]
-    before = Path.cwd()
+    earlier_folder = Path.cwd()
     os.chdir(folder)
     try:
         with patch.object(peft, "LoraConfig", config_class):
             pytest.main([*quiet, *options, *tests], plugins=[recorder])
     finally:
-        os.chdir(before)
+        os.chdir(earlier_folder)
         present.reset(token)
     return recorder
 

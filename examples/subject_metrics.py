@@ -67,12 +67,12 @@ def evaluate(
         ValueError: a folder without images, prompts of some images only, or an encoder without a text tower for them.
     """
     encoders = {key: e for key, e in (("dino_similarity", dino), ("clip_similarity", clip)) if e is not None}
-    own = {key: encoder.images(image_files(reference)) for key, encoder in encoders.items()}  # (m, d) each
+    references = {key: encoder.images(image_files(reference)) for key, encoder in encoders.items()}  # (m, d) each
     seeds = []
     for folder in generated:
         images = image_files(folder)
         figures: dict[str, Any] = {"folder": str(folder), "images": len(images)}
-        figures |= {key: (e.images(images) @ own[key].T).mean().item() for key, e in encoders.items()}
+        figures |= {key: (e.images(images) @ references[key].T).mean().item() for key, e in encoders.items()}
         prompts = own_captions(images)
         if clip is not None and any(prompts):
             if not all(prompts):
@@ -81,7 +81,7 @@ def evaluate(
         seeds.append(figures)
     measured = [key for key in MEASURES if all(key in seed for seed in seeds)]
     over_seeds = {key: _interval([seed[key] for seed in seeds]) for key in measured}
-    among = {key: _among_themselves(vectors) for key, vectors in own.items() if len(vectors) > 1}
+    among = {key: _among_themselves(vectors) for key, vectors in references.items() if len(vectors) > 1}
     return {**over_seeds, "seeds": seeds, "reference": among}
 
 
@@ -100,14 +100,23 @@ def table(figures: Mapping[str, Any]) -> str:
     """Format the findings of `evaluate` as lines for a terminal."""
     lines = []
     for key in [key for key in MEASURES if key in figures]:
-        found = figures[key]
+        figure = figures[key]
         spread = "one seed, no interval"
-        if found["std"] is not None:
-            spread = f"± {found['std']:.4f}, 95 % interval {found['low']:.4f} to {found['high']:.4f}"
-        each = " ".join(f"{value:.3f}" for value in found["values"])
-        lines.append(f"{MEASURES[key]:21s} {found['mean']:7.4f} ({spread}); each seed {each}")
-    own = [f"{MEASURES[key]} {value:.3f}" for key, value in figures["reference"].items()]
-    return "\n".join([*lines, *([f"The subject's own images among themselves: {', '.join(own)}."] if own else [])])
+        if figure["std"] is not None:
+            spread = f"± {figure['std']:.4f}, 95 % interval {figure['low']:.4f} to {figure['high']:.4f}"
+        values = " ".join(f"{value:.3f}" for value in figure["values"])
+        lines.append(f"{MEASURES[key]:21s} {figure['mean']:7.4f} ({spread}); each seed {values}")
+    reference_figures = [f"{MEASURES[key]} {value:.3f}" for key, value in figures["reference"].items()]
+    return "\n".join(
+        [
+            *lines,
+            *(
+                [f"The subject's own images among themselves: {', '.join(reference_figures)}."]
+                if reference_figures
+                else []
+            ),
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

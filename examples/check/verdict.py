@@ -91,14 +91,14 @@ def judge(repeats: Sequence[Repeat], measured: str = HELD_OUT, no_cheap: str = N
         remedy = "lower --learning_rate." if change > 0 else "raise --learning_rate."
         learnt = f"the lowest loss is {percent(change)} from the base's"
         return Verdict(UNKNOWN, f"too little was learnt, {learnt}: {remedy}")
-    found = differences(repeats)
-    answer, advice, way = _decision(found)
+    by_arm = differences(repeats)
+    answer, advice, way = _decision(by_arm)
     compared = []
-    for arm, others in found.items():
-        for other, difference in others.items():
+    for arm, by_other in by_arm.items():
+        for other, difference in by_other.items():
             compared.append(f"{TITLES[arm]} against {TITLES[other]} {described(difference)}")
     reason = f"{advice}. {measured} in {len(repeats)} repeats: {'; '.join(compared)}."
-    if not set(WAYS) & set(found):
+    if not set(WAYS) & set(by_arm):
         reason += f" No cheap way to give the model λ was tried: {no_cheap}."
     return Verdict(answer, reason, way)
 
@@ -165,10 +165,10 @@ def differences(repeats: Sequence[Repeat]) -> dict[str, dict[str, Interval]]:
     pairs = {"nara": ["lora", "untold", *cheap]}
     for arm in cheap:
         pairs[arm] = ["lora"]
-    found: dict[str, dict[str, Interval]] = {}
-    for arm, others in pairs.items():
-        found[arm] = {other: relative_difference(means[arm], means[other]) for other in others}
-    return found
+    by_arm: dict[str, dict[str, Interval]] = {}
+    for arm, by_other in pairs.items():
+        by_arm[arm] = {other: relative_difference(means[arm], means[other]) for other in by_other}
+    return by_arm
 
 
 def relative_difference(means: Tensor, others: Tensor) -> Interval:
@@ -222,8 +222,8 @@ def check_training(task: CheckTask, run: Run) -> dict[str, Any]:
     run.open({"check": task.measured})
     repeats, verdict = decide(task, run.is_main, RepeatFile(run.folder / "repeats.jsonl", run.digests))
     compared: dict[str, dict[str, Any]] = {}
-    for arm, others in differences(repeats).items():
-        compared[arm] = {other: found._asdict() for other, found in others.items()}
+    for arm, by_other in differences(repeats).items():
+        compared[arm] = {other: interval_of._asdict() for other, interval_of in by_other.items()}
     cheap = core_holders(task.model)[0].configs.get(CHEAP)
     losses = _losses_over_level(repeats)
     content = {
@@ -257,5 +257,5 @@ def _losses_over_level(repeats: Sequence[Repeat]) -> dict[str, dict[str, float]]
     for number in range(BINS):
         if not means["base"][number].isnan():
             row = f"{number / BINS:.1f} to {(number + 1) / BINS:.1f}"
-            losses[row] = {arm: each[number].item() for arm, each in means.items()}
+            losses[row] = {arm: mean[number].item() for arm, mean in means.items()}
     return losses | {"all": mean_losses(repeats)}

@@ -38,7 +38,6 @@ from .adapted_layer import (
 )
 from .channel import CoreChannel
 from .functional import (
-    has_beta,
     linear_in_one,
     mixed,
     mixed_channels,
@@ -184,13 +183,13 @@ class NaraLinear(NaraVariant):
         self, module: AdaptedLayer, active_adapter: str, x: Tensor, result: Tensor
     ) -> Tensor:
         A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        D, scaling = self.deviation(module.r[active_adapter], x), module.scaling[active_adapter]
         is_dropped = not is_dropout_free(module, active_adapter)
-        is_fused = not has_beta(D) and fits_one_function(A, B, x, result)
+        is_fused = fits_one_function(A, B, x, result)
         base = frozen_base(module, result) if is_fused and not is_dropped else None
+        D, scaling = self.deviation(module.r[active_adapter], x), module.scaling[active_adapter]
         if is_dropped:
             x = module.lora_dropout[active_adapter](x)
-        if not is_fused:
+        if not is_fused or D.shape[-1] > D.shape[-2]:  # film's β is not in the one function
             return torch.add(result, B(mixed(D, A(x))), alpha=scaling)
         operand = self.channel.operand(self.key, D, result)
         return linear_in_one(x, result, base, A.weight, D, operand, B.weight, scaling)

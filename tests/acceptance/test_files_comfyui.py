@@ -288,9 +288,9 @@ def test_node_plays_a_tlora_as_the_pipeline_does(kind: str, comfy) -> None:
     base = _bases.unet()
     patched, _ = comfy.load(sdxl(base), "tlora.safetensors", "sdxl", 1.0)
     pipe.load_nara_weights(comfy.folder / "tlora.safetensors")
-    wanted = _bases.sdxl_outputs(pipe)["unet"]
-    _files.assert_near(sampled(patched), wanted, base)
-    assert relative_error(sampled(patched), wanted) <= 1e-5
+    expected = _bases.sdxl_outputs(pipe)["unet"]
+    _files.assert_near(sampled(patched), expected, base)
+    assert relative_error(sampled(patched), expected) <= 1e-5
 
 
 @torch.no_grad()
@@ -300,7 +300,12 @@ def test_node_splits_a_matrix_of_flux_for_factors(comfy) -> None:
     names = [f"{block}.attn.to_k", f"{block}.proj_mlp"]
     save_file(tlora_files.lycoris_file(pipe.transformer, names), comfy.folder / "flux.safetensors")
     parts = parts_of({f"{block}.attn.to_q", f"{block}.attn.to_k", f"{block}.attn.to_v", f"{block}.proj_mlp"}, "flux")
-    model = named({o: joined(*(pipe.transformer.get_submodule(str(part)) for part in own)) for o, own in parts.items()})
+    model = named(
+        {
+            o: joined(*(pipe.transformer.get_submodule(str(part)) for part in joined_parts))
+            for o, joined_parts in parts.items()
+        }
+    )
     (linear1,) = (model.get_submodule(name) for name in parts)
     patcher = Patcher(model, sampling(Flow, CONST), lambda x, sigma: linear1(x))
     weight = linear1.weight
@@ -308,14 +313,14 @@ def test_node_splits_a_matrix_of_flux_for_factors(comfy) -> None:
     patcher.get_key_patches = lambda prefix: original  # type: ignore[method-assign]
     weight.data += 0.5  # as with a LoRA of ComfyUI's own
     patched, _ = comfy.load(patcher, "flux.safetensors", "flux", 1.0)
-    found = patched.sample(x, _bases.LEVELS) - linear1(x)
+    actual = patched.sample(x, _bases.LEVELS) - linear1(x)
     pipe.load_nara_weights(comfy.folder / "flux.safetensors")
     block = pipe.transformer.single_transformer_blocks[0]
     with noise_level(pipe.transformer, _bases.LEVELS):
         k, mlp = (layer(x) - layer.base_layer(x) for layer in (block.attn.to_k, block.proj_mlp))
     zero = torch.zeros_like(k)
-    wanted = torch.cat([zero, k, zero, mlp], dim=-1)
-    assert relative_error(found, wanted) <= 1e-5
+    expected = torch.cat([zero, k, zero, mlp], dim=-1)
+    assert relative_error(actual, expected) <= 1e-5
 
 
 def test_node_refuses_a_lycoris_file_of_another_base(comfy) -> None:

@@ -80,8 +80,8 @@ def test_unet_equals_lycoris_forward_at_each_timestep(tmp_path, tlora) -> None:
         set_mask(tlora, t)
         rows[t] = output(reference, torch.tensor(t))
         assert relative_error(output(pipe.unet, torch.tensor(t)), rows[t]) <= 1e-4
-    wanted = torch.stack([rows[t][index] for index, t in enumerate((999, 333, 0))])
-    assert relative_error(output(pipe.unet, torch.tensor([999, 333, 0])), wanted) <= 1e-4
+    expected = torch.stack([rows[t][index] for index, t in enumerate((999, 333, 0))])
+    assert relative_error(output(pipe.unet, torch.tensor([999, 333, 0])), expected) <= 1e-4
     assert relative_error(rows[999], rows[0]) > 1e-2
 
 

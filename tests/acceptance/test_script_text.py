@@ -116,7 +116,7 @@ def test_card_code_runs_on_the_measured_model(
 
 def test_figures_that_training_does_not_improve_get_advice() -> None:
     good = {"validation_loss_before": 1.0, "validation_loss_after": 0.5}
-    for changed, said in [
+    for changed, sentence in [
         ({}, []),
         ({"validation_loss_after": 1.0}, ["validation loss"]),
         ({"validation_loss_after": float("nan")}, ["validation loss"]),
@@ -127,8 +127,8 @@ def test_figures_that_training_does_not_improve_get_advice() -> None:
         ({"similarity_before": None, "similarity_after": None}, []),
     ]:
         lines = advice({**good, **changed})
-        assert len(lines) == len(said)
-        assert all(word in line for word, line in zip(said, lines, strict=True))
+        assert len(lines) == len(sentence)
+        assert all(word in line for word, line in zip(sentence, lines, strict=True))
 
 
 NO_CORE: dict[str, Any] = {"core_learning_rate": None, "adapter_options": {}}

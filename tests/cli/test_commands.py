@@ -135,17 +135,17 @@ def pipeline_file(tmp_path: Path) -> Path:
 def test_convert_there_and_back_keeps_every_tensor(component: str, pipeline_file: Path, tmp_path: Path) -> None:
     run("convert", pipeline_file, tmp_path / "peft", "--to", "peft", "--component", component)
     run("convert", tmp_path / "peft", tmp_path / "back", "--to", "pipeline", "--component", component)
-    wanted = load_file(pipeline_file / PIPELINE_WEIGHTS)
-    found = load_file(tmp_path / "back" / PIPELINE_WEIGHTS)
-    assert found.keys() == {key for key in wanted if key.startswith(f"{component}.")}
-    for key, tensor in found.items():
-        assert torch.equal(tensor, wanted[key]), key
+    expected = load_file(pipeline_file / PIPELINE_WEIGHTS)
+    actual = load_file(tmp_path / "back" / PIPELINE_WEIGHTS)
+    assert actual.keys() == {key for key in expected if key.startswith(f"{component}.")}
+    for key, tensor in actual.items():
+        assert torch.equal(tensor, expected[key]), key
     assert (tmp_path / "peft" / CONFIG).is_file()
 
 
 def test_convert_refuses_ambiguity_and_keeps_existing_files(pipeline_file: Path, tmp_path: Path) -> None:
     run("convert", pipeline_file, tmp_path / "peft", "--to", "peft", "--component", "unet")
-    before = (tmp_path / "peft" / WEIGHTS).read_bytes()
+    original = (tmp_path / "peft" / WEIGHTS).read_bytes()
     other = ["--to", "peft", "--component", "text_encoder"]
     for words, message in [
         ([pipeline_file, tmp_path / "out", "--to", "peft"], r"text_encoder, unet\. Choose one"),
@@ -158,9 +158,9 @@ def test_convert_refuses_ambiguity_and_keeps_existing_files(pipeline_file: Path,
         with pytest.raises(SystemExit, match=message):
             run("convert", *words)
     assert not (tmp_path / "out").exists()
-    assert (tmp_path / "peft" / WEIGHTS).read_bytes() == before
+    assert (tmp_path / "peft" / WEIGHTS).read_bytes() == original
     run("convert", pipeline_file, tmp_path / "peft", *other, "--overwrite")
-    assert (tmp_path / "peft" / WEIGHTS).read_bytes() != before
+    assert (tmp_path / "peft" / WEIGHTS).read_bytes() != original
 
 
 # ---------------------------------------------------------------- a T-LoRA of another project
@@ -191,11 +191,11 @@ def test_convert_writes_a_tlora_as_the_pipeline_does(lycoris, tmp_path) -> None:
     pipe: Any = small_sd()
     pipe.load_nara_weights(source)
     pipe.save_nara_weights(tmp_path / "wanted")
-    wanted = load_file(tmp_path / "wanted" / PIPELINE_WEIGHTS)
-    found = load_file(tmp_path / "pipeline" / PIPELINE_WEIGHTS)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    expected = load_file(tmp_path / "wanted" / PIPELINE_WEIGHTS)
+    actual = load_file(tmp_path / "pipeline" / PIPELINE_WEIGHTS)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     peft = load_file(tmp_path / "peft" / WEIGHTS)
-    torch.testing.assert_close({f"unet.{key.removeprefix('base_model.model.')}": peft[key] for key in peft}, wanted)
+    torch.testing.assert_close({f"unet.{key.removeprefix('base_model.model.')}": peft[key] for key in peft}, expected)
     run("fold", tmp_path / "pipeline", tmp_path / "lora.safetensors", "--noise_level", "0.5")
 
 
@@ -214,7 +214,9 @@ def test_convert_of_the_authors_file_needs_no_base(tmp_path) -> None:
     tensors = repository_file(pipe.unet, SDXL)
     source = saved(tmp_path / "file", tensors, SETTINGS)
     run("convert", source, tmp_path / "out", "--to", "pipeline", "--component", "unet")
-    found = load_file(tmp_path / "out" / PIPELINE_WEIGHTS)
+    actual = load_file(tmp_path / "out" / PIPELINE_WEIGHTS)
     name = "mid_block.attentions.0.transformer_blocks.0.attn2"
-    assert torch.equal(found[f"unet.{name}.to_out.0.lora_B.weight"], tensors[f"{name}.processor.to_out_lora.up.weight"])
-    assert len(found) == len(tensors)
+    assert torch.equal(
+        actual[f"unet.{name}.to_out.0.lora_B.weight"], tensors[f"{name}.processor.to_out_lora.up.weight"]
+    )
+    assert len(actual) == len(tensors)

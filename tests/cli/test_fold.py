@@ -73,8 +73,8 @@ def test_rank_mask_folds_in_pairs_by_its_exponent(level, tmp_path: Path, capsys)
         layer: Any = model.base_model.model.get_submodule(module)
         A, B = (factors["default"].weight.detach().double() for factors in (layer.lora_A, layer.lora_B))
         tolerance = 1 / 256 if level == "best" else 1e-6
-        wanted = layer.scaling["default"] * (B * C) @ A
-        torch.testing.assert_close(update_of(folded, module), wanted, rtol=0, atol=2 * tolerance)
+        expected = layer.scaling["default"] * (B * C) @ A
+        torch.testing.assert_close(update_of(folded, module), expected, rtol=0, atol=2 * tolerance)
     assert ("the largest relative error of ΔW is" in capsys.readouterr().out) == (level == "best")
 
 

@@ -66,11 +66,11 @@ def test_each_pass_draws_one_answer_of_each_conversation(conversations: Dataset)
 @pytest.mark.parametrize("grouped", [False, True])
 def test_stream_begun_anywhere_gives_the_same_rows(conversations: Dataset, grouped: bool) -> None:
     lengths = COLLATOR.row_lengths(conversations) if grouped else None
-    whole = [GlobalBatchStream(conversations, 3, 4, lengths)[position] for position in range(60)]
+    full = [GlobalBatchStream(conversations, 3, 4, lengths)[position] for position in range(60)]
     resumed = GlobalBatchStream(conversations, 3, 4, lengths)
-    assert [resumed[position] for position in range(29, 60, 2)] == whole[29::2]
+    assert [resumed[position] for position in range(29, 60, 2)] == full[29::2]
     other = GlobalBatchStream(conversations, 4, 4, lengths)
-    assert [other[position]["input_ids"] for position in range(60)] != [row["input_ids"] for row in whole]
+    assert [other[position]["input_ids"] for position in range(60)] != [row["input_ids"] for row in full]
 
 
 def test_stream_without_lengths_has_torch_s_order(conversations: Dataset) -> None:

@@ -74,10 +74,10 @@ def reference(model: Any, batch: MaskedBatch, row: int) -> Tensor:
     for ids, begin, end, level, masked in single_blocks(batch, row):
         levels = torch.zeros(1, begin // B + 1)
         levels[0, -1] = level
-        whole = F.pad(ids, (0, begin + B - end))
+        padded = F.pad(ids, (0, begin + B - end))
         seen = block_seen(begin + B, B) & (torch.arange(begin + B) < end) | torch.eye(begin + B, dtype=torch.bool)
         with noise_level(model, levels):
-            logits = model(whole[None], attention_mask=seen[None, None]).logits[0, begin:end]
+            logits = model(padded[None], attention_mask=seen[None, None]).logits[0, begin:end]
         losses = F.cross_entropy(logits, IDS[row, begin:end], reduction="none")
         total = total + (losses * masked).sum() / np.float64(np.float32(level))
     return total / SIZES[row]
@@ -108,8 +108,8 @@ def test_mask_answers_holds_noisy_then_clean_blocks(one_level: bool) -> None:
             )
             assert bool(levels[row, place // B] > 0) == has_level
             for key, other in enumerate(positions):
-                own, before = position // B == other // B, position // B > other // B
-                sees = (own and is_noisy == (key < n)) or (before and key >= n)
+                same_block, earlier_block = position // B == other // B, position // B > other // B
+                sees = (same_block and is_noisy == (key < n)) or (earlier_block and key >= n)
                 expected = (sees and other < start + size) or key == place
                 assert bool(batch.attention_mask[row, 0, place, key]) == expected
     assert batch.noise_level.shape == ((3,) if one_level else (3, 4))
@@ -185,16 +185,16 @@ def test_loss_and_gradients_equal_sums_of_single_blocks(tmp_path: Path, use_dora
 def test_loss_of_a_block_ignores_all_later_blocks(tmp_path: Path) -> None:
     model = nara(tiny(tmp_path))
     row = row_of(0)
-    before = masked_diffusion_loss(model, **row)
+    first = masked_diffusion_loss(model, **row)
     ids = row["input_ids"].clone()
     ids[0, 12:] = (ids[0, 12:] - 5) % (MASK - 6) + 6
-    after = masked_diffusion_loss(model, **row | {"input_ids": ids})
+    second = masked_diffusion_loss(model, **row | {"input_ids": ids})
     shorter = masked_diffusion_loss(model, **row | {"input_ids": ids[:, :12], "answer_lengths": [7]})
     start = 12 - B  # the noisy half begins at position 4
-    assert after.token_loss[0, :start].equal(before.token_loss[0, :start])
-    torch.testing.assert_close(shorter.token_loss[0, :start], before.token_loss[0, :start], rtol=1e-6, atol=1e-6)
-    assert not after.token_loss[0, start:].equal(before.token_loss[0, start:])
-    assert before.token_loss[0, :start].any()
+    assert second.token_loss[0, :start].equal(first.token_loss[0, :start])
+    torch.testing.assert_close(shorter.token_loss[0, :start], first.token_loss[0, :start], rtol=1e-6, atol=1e-6)
+    assert not second.token_loss[0, start:].equal(first.token_loss[0, start:])
+    assert first.token_loss[0, :start].any()
 
 
 class ScalarCore(nn.Module):

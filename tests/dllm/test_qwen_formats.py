@@ -121,17 +121,28 @@ def test_rnd1_is_a_bidirectional_qwen3_moe(tmp_path: Path) -> None:
     fields = LLADA_MOE | {"head_dim": 6, "moe_layer_freq": [1, 1, 1]}
     by_hand = ByHand(fields, write_checkpoint(tmp_path, fields))
     by_hand.chosen = lambda logits, at: _normalised(logits)  # type: ignore[method-assign]
-    own = {key: value for key, value in SDAR.items() if key in RND1_SHARES}
-    own |= {"model_type": "rnd1", "moe_backend": "hf", "num_diffusion_steps": 256, "rms_norm_eps": 1e-5}
-    own |= {"num_hidden_layers": 3, "num_key_value_heads": 4, "head_dim": 6, "num_experts": 8, "num_experts_per_tok": 3}
-    own |= {"moe_intermediate_size": 12, "norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1}
-    own |= {
+    rnd1_fields = {key: value for key, value in SDAR.items() if key in RND1_SHARES}
+    rnd1_fields |= {"model_type": "rnd1", "moe_backend": "hf", "num_diffusion_steps": 256, "rms_norm_eps": 1e-5}
+    rnd1_fields |= {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "head_dim": 6,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+    }
+    rnd1_fields |= {
+        "moe_intermediate_size": 12,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [],
+        "decoder_sparse_step": 1,
+    }
+    rnd1_fields |= {
         "rope_scaling": False,
         "sliding_window": False,
         "output_router_logits": False,
         "router_aux_loss_coef": 0.001,
     }
-    (tmp_path / "config.json").write_text(json.dumps(own))
+    (tmp_path / "config.json").write_text(json.dumps(rnd1_fields))
     model, _ = load_backbone(str(tmp_path), dtype=torch.float64, experts_implementation="eager")
     assert type(model) is Qwen3MoeForCausalLM
     with torch.no_grad():

@@ -108,8 +108,8 @@ def test_evaluation_has_each_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         sizes.append(len(input_ids))
         return SimpleNamespace(per_sample=input_ids[:, 0], noise_level=input_ids[:, 0])
 
-    def collate(rows: list[Any]) -> dict[str, Tensor]:
-        return {"input_ids": torch.full((len(rows), 1), 0.5)}
+    def collate(rows: list[Any]) -> dict[str, Any]:
+        return {"input_ids": torch.full((len(rows), 1), 0.5), "sample_indices": [row["position"] for row in rows]}
 
     monkeypatch.setattr(text_report, "exact_match", compared)
     kind = replace(MASKED, curve=curve, loss=loss)

@@ -88,11 +88,11 @@ def test_film_layers_equal_formula_with_gradients(use_dora: bool) -> None:
     expected, tensors = by_hand(model, X, LEVELS, torch.ones(3))
     assert relative_error(output, expected) < 1e-5
     expected.square().sum().backward()
-    found = gradients(model)
+    actual = gradients(model)
     trained = {key for key, tensor in tensors.items() if tensor.requires_grad}
-    assert found.keys() == trained
+    assert actual.keys() == trained
     for key in trained:
-        assert relative_error(found[key], tensors[key].grad) < 1e-5, key
+        assert relative_error(actual[key], tensors[key].grad) < 1e-5, key
     with noise_level(model, 0.333):
         assert relative_error(model(X), by_hand(model, X, torch.full((3,), 0.333), torch.ones(3))[0]) < 1e-5
 
@@ -120,9 +120,9 @@ def test_film_equals_formula_in_half_parts_and_compiled(use_dora: bool) -> None:
         assert relative_error(half(X.bfloat16()), expected) < 0.02
     levels = torch.tensor([[0.1, 0.7], [0.2, 0.9], [0.5, 0.3]])
     with noise_level(model, levels):  # two λ a sample, for two positions each
-        found = model(X)
+        actual = model(X)
     of_parts = by_hand(model, X.reshape(6, 2, 7), levels.flatten(), torch.ones(6))[0]
-    assert relative_error(found, of_parts.reshape(3, 4, 5)) < 1e-5
+    assert relative_error(actual, of_parts.reshape(3, 4, 5)) < 1e-5
 
 
 class Checkpointed(TwoLayers):

@@ -96,14 +96,14 @@ def test_tc_lora_on_flux_equals_formula_per_sample(transformer: Any, tmp_path: P
     pipe.load_nara_weights(tmp_path / "adapter_model.safetensors", "tc")
     base = run(transformer, inputs_of(KIND), torch.tensor(LEVELS[0]))
     for timestep in map(torch.tensor, LEVELS):
-        found = run(pipe.transformer, inputs_of(KIND), timestep)
+        actual = run(pipe.transformer, inputs_of(KIND), timestep)
         expected = run(by_hand(tensors, timestep), inputs_in(torch.float64), timestep.double())
-        assert relative_error(found, expected) < 1e-5
+        assert relative_error(actual, expected) < 1e-5
         assert relative_error(base, expected) > 1e-2
     pipe.save_nara_weights(tmp_path / "saved", "tc")
     again: Any = PipelineComponents(transformer=denoiser(KIND, scale=0.1))
     again.load_nara_weights(tmp_path / "saved")
-    torch.testing.assert_close(run(again.transformer, inputs_of(KIND), timestep), found, rtol=0, atol=0)
+    torch.testing.assert_close(run(again.transformer, inputs_of(KIND), timestep), actual, rtol=0, atol=0)
 
 
 def test_tc_lora_in_a_window_runs_only_there(transformer: Any, tmp_path: Path) -> None:

@@ -50,14 +50,14 @@ def assert_unet_equals(
     base, dtype = _bases.unet(), pipe.unet.dtype
     inputs = tuple(tensor.to(dtype) for tensor in _bases.unet_inputs())
     exact = tuple(tensor.double() for tensor in inputs)
-    changed = {kept: in_float64(base, updates(base, kept)) for kept in range(1, 5)}
+    changed = {active_rank: in_float64(base, updates(base, active_rank)) for active_rank in range(1, 5)}
     rows = {}
     for t in TIMESTEPS:
         rows[t] = rows_at(changed[active(t, 4, 1, 2.0)], torch.tensor(t), exact)
         assert relative_error(rows_at(pipe.unet, torch.tensor(t), inputs), rows[t]) <= bound
     mixed = rows_at(pipe.unet, torch.tensor([999, 250, 1]), inputs)
-    wanted = torch.stack([rows[t][index] for index, t in enumerate((999, 250, 1))])
-    assert relative_error(mixed, wanted) <= bound
+    expected = torch.stack([rows[t][index] for index, t in enumerate((999, 250, 1))])
+    assert relative_error(mixed, expected) <= bound
     assert relative_error(rows_at(pipe.unet, torch.tensor(999), inputs), rows[0]) > 1e-2
 
 
@@ -90,7 +90,7 @@ def test_lycoris_file_plays_with_guidance_in_each_sampler(scheduler) -> None:
         if is_reference:
             weights = {name: pipe.unet.get_submodule(name).weight for name in NAMES}
             base = {name: weight.detach().clone() for name, weight in weights.items()}
-            by_rank = {kept: lycoris_updates(pipe.unet, tensors, kept) for kept in range(1, 5)}
+            by_rank = {rank: lycoris_updates(pipe.unet, tensors, rank) for rank in range(1, 5)}
 
             def follow(
                 unet: Any, args: tuple[Any, ...], weights: Any = weights, base: Any = base, by_rank: Any = by_rank
@@ -151,9 +151,9 @@ def test_kernel_without_padding_is_played_others_refused() -> None:
     (part,) = AdapterFile.read(tensors, base=lambda: model, for_model=True, rank_mask=MASK).parts.values()
     A, B = part.tensors["near.lora_A.weight"], part.tensors["near.lora_B.weight"]
     x = torch.randn(1, 3, 6, 4, generator=torch.Generator().manual_seed(0))
-    found = nn.functional.conv2d(nn.functional.conv2d(x, A, stride=2), B) * 3 / 2
+    actual = nn.functional.conv2d(nn.functional.conv2d(x, A, stride=2), B) * 3 / 2
     update = lycoris_updates(model, tensors, 2)["near"].float()
-    torch.testing.assert_close(found, nn.functional.conv2d(x, update[..., None, None], stride=2))
+    torch.testing.assert_close(actual, nn.functional.conv2d(x, update[..., None, None], stride=2))
     with pytest.raises(ValueError, match=r"'lycoris_far' is for a convolution with kernel \(3, 3\)"):
         AdapterFile.read(lycoris_file(model, ["far"], 2), base=lambda: model, rank_mask=MASK)
 

@@ -143,9 +143,9 @@ def test_base_with_another_adapter_gives_the_same_factors() -> None:
     tensors = lycoris_file(pipe.unet, NAMES)
     other.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "style")
     disturb(other.unet, "style")
-    for each in (pipe, other):
-        each.load_nara_weights(tensors, "mine", rank_mask=MASK)
-        each.set_adapters("mine")
+    for pipeline in (pipe, other):
+        pipeline.load_nara_weights(tensors, "mine", rank_mask=MASK)
+        pipeline.set_adapters("mine")
     assert torch.equal(_bases.sdxl_outputs(pipe)["unet"], _bases.sdxl_outputs(other)["unet"])
 
 
@@ -163,17 +163,17 @@ def test_start_factors_are_computed_once_for_each_base(tmp_path, monkeypatch) ->
         pipe.load_nara_weights(folder)
         return _bases.sdxl_outputs(pipe)["unet"]
 
-    wanted = output(pipe)
+    expected = output(pipe)
     (cache,) = folder.glob("*.base_factors")
-    assert torch.equal(output(_bases.sdxl()), wanted)
+    assert torch.equal(output(_bases.sdxl()), expected)
     assert len(calls) == len(NAMES)
     content = bytearray(cache.read_bytes())
     for change in (lambda content: content[:-9], lambda content: content[:-9] + b"\x17" + content[-8:], lambda _: b""):
         cache.write_bytes(change(content))
         calls.clear()
-        assert torch.equal(output(_bases.sdxl()), wanted)
+        assert torch.equal(output(_bases.sdxl()), expected)
         assert len(calls) == len(NAMES)
-    assert torch.equal(output(_bases.sdxl()), wanted)
+    assert torch.equal(output(_bases.sdxl()), expected)
     assert len(calls) == len(NAMES)  # they were written again
     other = _bases.sdxl()
     other.unet.get_submodule(NAMES[2]).weight.data[0, 0] += 1
@@ -251,14 +251,14 @@ def test_saved_tlora_reloads_with_the_same_pixels(tmp_path) -> None:
 
 
 def test_hotswap_replaces_a_tlora_in_place(tmp_path) -> None:
-    pipe, wanted = small_sdxl(), small_sdxl()
+    pipe, expected = small_sdxl(), small_sdxl()
     first, second = (lycoris_file(pipe.unet, NAMES, seed=seed) for seed in (1, 2))
     pipe.load_nara_weights(first, "mask", rank_mask=MASK)
     layer = pipe.unet.get_submodule(NAMES[0])
     pipe.load_nara_weights(second, "mask", hotswap=True, rank_mask=MASK)
     assert pipe.unet.get_submodule(NAMES[0]) is layer
-    wanted.load_nara_weights(second, rank_mask=MASK)
-    assert torch.equal(pixels(pipe), pixels(wanted))
+    expected.load_nara_weights(second, rank_mask=MASK)
+    assert torch.equal(pixels(pipe), pixels(expected))
     with pytest.raises(ValueError, match="rank_mask_exponent"):
         pipe.load_nara_weights(second, "mask", hotswap=True, rank_mask={"min": 1})
 
@@ -297,18 +297,18 @@ def changed_tensors(tensors: dict[str, Tensor], generator: torch.Generator) -> d
     key = sorted(tensors)[int(torch.randint(len(tensors), (1,), generator=generator))]
     kind = int(torch.randint(6, (1,), generator=generator))
     tensor = tensors[key]
-    others = {name: other for name, other in tensors.items() if name != key}
+    rest_of_file = {name: other for name, other in tensors.items() if name != key}
     if kind == 0:
-        return others
+        return rest_of_file
     if kind == 1:
-        return others | {f"{key}.more": tensor}
+        return rest_of_file | {f"{key}.more": tensor}
     if kind == 2:
-        return others | {key: torch.cat([tensor.reshape(-1)] * 2)}
+        return rest_of_file | {key: torch.cat([tensor.reshape(-1)] * 2)}
     if kind == 3:
-        return others | {key: torch.full_like(tensor, torch.inf)}
+        return rest_of_file | {key: torch.full_like(tensor, torch.inf)}
     if kind == 4:
-        return others | {key: tensor.to(torch.complex64)}
-    return others | {key.replace("block", "clock"): tensor}
+        return rest_of_file | {key: tensor.to(torch.complex64)}
+    return rest_of_file | {key.replace("block", "clock"): tensor}
 
 
 @pytest.mark.parametrize("kind", ["lycoris", "vanilla", "ortho", "flux"])

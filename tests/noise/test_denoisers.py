@@ -48,23 +48,23 @@ LEVELS: dict[str, dict[float, float]] = {
 
 def declared() -> dict[str, tuple[str, dict[float, float], list[str], str]]:
     """Class → (convention, {t: λ}, arguments, rows a sample), from the tables of docs/denoisers.md."""
-    found = {}
+    meanings = {}
     for section in PAGE.split("\n### λ = ")[1:]:
         formula, convention = re.match(r"(.*) \(convention `(\w+)`\)", section).groups()  # type: ignore[union-attr]
         formula, _, meaning = formula.partition(": ")
         for name, arguments, rows in re.findall(r"^\| `(\w+)` \| (.*?)\| (.*?) \|", section, re.MULTILINE):
             level_of = LEVELS[meaning if "EDM" in meaning else formula]
-            found[name] = convention, level_of, re.findall(r"\w+", arguments) or ["timestep"], rows.strip()
-    return found
+            meanings[name] = convention, level_of, re.findall(r"\w+", arguments) or ["timestep"], rows.strip()
+    return meanings
 
 
 def test_diffusers_timed_classes_are_declared_or_known() -> None:
     """If this fails after an update of Diffusers: read what the new class's pipelines pass, and put it on the page."""
-    known = set(re.findall(r"`(\w+)`", PAGE))
+    on_page = set(re.findall(r"`(\w+)`", PAGE))
     adapted = {name for name in classes() if "PeftAdapterMixin" in lineage(name) and name != "PeftAdapterMixin"}
     read_time = {name for name in classes() if "ModelMixin" in lineage(name) and reads_the_time(name)}
     assert len(adapted) > 60
-    assert sorted((adapted | read_time) - known) == []
+    assert sorted((adapted | read_time) - on_page) == []
     if Version(diffusers.__version__) >= Version("0.42"):  # 0.41 lacks seven of them
         assert sorted(_DENOISERS.keys() - classes().keys()) == []
 
@@ -97,9 +97,9 @@ def test_discrete_denoiser_follows_the_adapters_convention() -> None:
 def model(name: str, **config: Any) -> nn.Module:
     """A model of a class of this name, or of one derived from it."""
     kind = type(name, (nn.Module,), {})
-    found = type("Derived", (kind,), {})()
-    found.config = SimpleNamespace(**config)
-    return found
+    derived = type("Derived", (kind,), {})()
+    derived.config = SimpleNamespace(**config)
+    return derived
 
 
 def test_configuration_tells_apart_what_one_class_serves() -> None:
@@ -186,8 +186,8 @@ def test_each_sample_has_the_level_of_its_timestep(name: str) -> None:
     timesteps, levels = unit * torch.tensor(list(expected)[:BATCH]).float(), list(expected.values())[:BATCH]
     model, inputs = adapted_denoiser(name), inputs_of(name)
     frames = 2 if name == "AnyFlowTransformer3DModel" else 0  # one λ a frame, then the samples' largest
-    each = [level for level in levels for _ in range(frames)] + levels
-    assert levels_of_core(model, lambda: run(model, inputs, timesteps, argument)) == pytest.approx(each, abs=1e-6)
+    per_row = [level for level in levels for _ in range(frames)] + levels
+    assert levels_of_core(model, lambda: run(model, inputs, timesteps, argument)) == pytest.approx(per_row, abs=1e-6)
     together = run(model, inputs, timesteps, argument)
     for i, row in enumerate(together):  # where all have one λ, no row can get that of another
         assert relative_error(row, run(model, inputs, timesteps[i].expand(BATCH), argument)[i]) < 2e-4

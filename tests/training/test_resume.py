@@ -128,8 +128,8 @@ def test_other_data_start_in_a_fresh_order(
     options |= LATEST | {"max_train_steps": None, "num_train_epochs": 1}
     train(tmp_path, **options)  # 8 records in steps of 4
     assert seen[:8] == seen[8:]
-    said = f"{run / 'checkpoint-2'} was written with other training data, so their order starts again at step 2"
-    assert caplog.messages.count(said) == 1
+    message = f"{run / 'checkpoint-2'} was written with other training data, so their order starts again at step 2"
+    assert caplog.messages.count(message) == 1
     manifest = json.loads((run / "checkpoint-4" / "checkpoint.json").read_text())
     assert (manifest["step"], manifest["total_steps"], manifest["data_start"]) == (4, 4, 2)
     train(tmp_path, **options)
@@ -137,13 +137,35 @@ def test_other_data_start_in_a_fresh_order(
 
 
 def test_changeable_names_are_arguments_that_train_nothing() -> None:
-    known = {field.name for cls in (Arguments, DreamBoothArguments) for field in dataclasses.fields(cls)}
-    assert known >= MAY_CHANGE
-    kept = {"seed", "adapter", "rank", "learning_rate", "lr_scheduler", "train_batch_size", "global_batch_size"}
-    kept |= {"max_length", "gen_length", "trained_padding", "complementary", "min_noise_level", "mixed_precision"}
-    kept |= {"group_by_length"}
-    kept |= {"resolution", "weighting_scheme", "snr_gamma", "noise_offset", "class_prompt", "prior_loss_weight"}
-    assert not kept & MAY_CHANGE
+    arguments = {field.name for cls in (Arguments, DreamBoothArguments) for field in dataclasses.fields(cls)}
+    assert arguments >= MAY_CHANGE
+    training_names = {
+        "seed",
+        "adapter",
+        "rank",
+        "learning_rate",
+        "lr_scheduler",
+        "train_batch_size",
+        "global_batch_size",
+    }
+    training_names |= {
+        "max_length",
+        "gen_length",
+        "trained_padding",
+        "complementary",
+        "min_noise_level",
+        "mixed_precision",
+    }
+    training_names |= {"group_by_length"}
+    training_names |= {
+        "resolution",
+        "weighting_scheme",
+        "snr_gamma",
+        "noise_offset",
+        "class_prompt",
+        "prior_loss_weight",
+    }
+    assert not training_names & MAY_CHANGE
 
 
 def test_arguments_of_an_earlier_version_are_compared(tmp_path: Path) -> None:
@@ -199,12 +221,12 @@ def test_latest_begins_anew_without_a_checkpoint(
 def test_latest_refuses_other_files_and_ended_runs(ended: Path, tmp_path: Path) -> None:
     run = train(tmp_path, checkpointing_steps=None)
     assert not [name for name in names(run) if "checkpoint" in name]
-    before = {path: path.read_bytes() for path in run.iterdir()}
+    files = {path: path.read_bytes() for path in run.iterdir()}
     with pytest.raises(ValueError, match=r"already holds another run .* It has no checkpoint to continue from: give"):
         train(tmp_path, **LATEST, checkpointing_steps=None)
     with pytest.raises(ValueError, match="already holds another run"):
         train(tmp_path, resume_from_checkpoint=str(ended / "checkpoint-1"))
-    assert {path: path.read_bytes() for path in run.iterdir()} == before
+    assert {path: path.read_bytes() for path in run.iterdir()} == files
     (tmp_path / "others" / "run").mkdir(parents=True)
     for name, content in {"thesis.txt": "", "config.yaml": "[rank"}.items():
         (tmp_path / "others" / "run" / name).write_text(content)
@@ -227,8 +249,10 @@ def test_latest_skips_a_damaged_checkpoint(
     log.write_text('{"step": 1, \0\0}\n[1]\n{"loss": 1}\n' + log.read_text() + '{"step": 2, "lo')
     train(tmp_path, **LATEST)
     assert not [line for line in log.read_bytes().splitlines() if line.endswith((b"\0}", b"[1]", b'"lo'))]
-    (said,) = [record.message for record in caplog.records if "Resuming from the previous checkpoint" in record.message]
-    assert "checkpoint-2" in said
+    (message,) = [
+        record.message for record in caplog.records if "Resuming from the previous checkpoint" in record.message
+    ]
+    assert "checkpoint-2" in message
     assert f"continues from {run / 'checkpoint-1'}" in caplog.messages
     assert_same_bits(run, ended)
     for checkpoint in run.glob("checkpoint-*"):

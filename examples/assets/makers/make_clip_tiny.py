@@ -162,17 +162,17 @@ def build_processor() -> CLIPProcessor:
 def contrastive_loss(training: Training, processor: CLIPProcessor) -> dict[str, Tensor]:
     """CLIP's loss on the scenes of the present step."""
     batch = training.plan.batch
-    shown = scenes(SPLIT, training.seed, batch, start=training.step * batch)
+    batch_of_scenes = scenes(SPLIT, training.seed, batch, start=training.step * batch)
     inputs = processor(
-        text=[training_caption(scene) for scene in shown],
-        images=[render(scene) for scene in shown],
+        text=[training_caption(scene) for scene in batch_of_scenes],
+        images=[render(scene) for scene in batch_of_scenes],
         padding=True,
         return_tensors="pt",
     ).to(training.device)
     with training.autocast():
         logits = training.model(**inputs).logits_per_image.float()
-    own = torch.arange(batch, device=logits.device)
-    loss = (nn.functional.cross_entropy(logits, own) + nn.functional.cross_entropy(logits.T, own)) / 2
+    indices = torch.arange(batch, device=logits.device)
+    loss = (nn.functional.cross_entropy(logits, indices) + nn.functional.cross_entropy(logits.T, indices)) / 2
     return {"loss": loss}
 
 
@@ -190,17 +190,17 @@ def save_clip(model: CLIPModel, processor: CLIPProcessor, folder: Path) -> None:
 def retrieval(model: CLIPModel, processor: CLIPProcessor, batches: int = 8) -> dict[str, float]:
     """Share of pictures whose own caption is the nearest among 64, and of captions whose own picture is; and the mean
     cosine of a picture with its own caption and with another's."""
-    shown = distinct_scenes(RETRIEVAL_SPLIT, RETRIEVAL_SEED, RETRIEVAL_SIZE * batches)
+    scenes_to_find = distinct_scenes(RETRIEVAL_SPLIT, RETRIEVAL_SEED, RETRIEVAL_SIZE * batches)
     sums = torch.zeros(4)
-    for first in range(0, len(shown), RETRIEVAL_SIZE):
-        chosen = shown[first : first + RETRIEVAL_SIZE]
+    for first in range(0, len(scenes_to_find), RETRIEVAL_SIZE):
+        chosen = scenes_to_find[first : first + RETRIEVAL_SIZE]
         captions, images = [scene.caption for scene in chosen], [render(scene) for scene in chosen]
         output = model(**processor(text=captions, images=images, padding=True, return_tensors="pt").to(model.device))
         cosines = output.image_embeds.float() @ output.text_embeds.float().T  # (pictures, captions)
-        own = torch.arange(len(cosines), device=cosines.device)
-        others = cosines[~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)]
-        found = [(cosines.argmax(dim) == own).float().mean() for dim in (1, 0)]
-        sums += torch.stack([*found, cosines.diagonal().mean(), others.mean()]).cpu()
+        indices = torch.arange(len(cosines), device=cosines.device)
+        wrong = cosines[~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)]
+        hits = [(cosines.argmax(dim) == indices).float().mean() for dim in (1, 0)]
+        sums += torch.stack([*hits, cosines.diagonal().mean(), wrong.mean()]).cpu()
     names = ("image_to_text", "text_to_image", "cosine_own", "cosine_other")
     return dict(zip(names, (sums / batches).tolist(), strict=True))
 

@@ -83,10 +83,10 @@ def main(args: Arguments) -> dict:
     tokenizer = build_tokenizer()
     model = build_gemma(tokenizer)
     fast_norms(model)
-    done = PreTraining(args, model, tokenizer, canvas_losses, lambda: save_gemma(model, tokenizer, args.output_dir))
-    results = {**done.results(), "losses": {str(level): done.validation_loss(level) for level in LEVELS}}
-    results["exact_match"] = exact_match_by_family(model, tokenizer, done.held_out, gen_length=CANVAS)
-    return write_results(args.output_dir, results, training=done.training.curve)
+    training = PreTraining(args, model, tokenizer, canvas_losses, lambda: save_gemma(model, tokenizer, args.output_dir))
+    results = {**training.results(), "losses": {str(level): training.validation_loss(level) for level in LEVELS}}
+    results["exact_match"] = exact_match_by_family(model, tokenizer, training.held_out, gen_length=CANVAS)
+    return write_results(args.output_dir, results, training=training.training.curve)
 
 
 if __name__ == "__main__":

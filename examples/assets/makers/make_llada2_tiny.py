@@ -72,10 +72,10 @@ def main(args: Arguments) -> dict:
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     model = build_llada2(tokenizer)
-    done = PreTraining(args, model, tokenizer, block_losses, lambda: save_llada2(model, tokenizer, args.output_dir))
-    results = {**done.results(), "losses": {str(level): done.validation_loss(level) for level in LEVELS}}
-    results["exact_match"] = exact_match_by_family(model, tokenizer, done.held_out, gen_length=BLOCK)
-    return write_results(args.output_dir, results, training=done.training.curve)
+    training = PreTraining(args, model, tokenizer, block_losses, lambda: save_llada2(model, tokenizer, args.output_dir))
+    results = {**training.results(), "losses": {str(level): training.validation_loss(level) for level in LEVELS}}
+    results["exact_match"] = exact_match_by_family(model, tokenizer, training.held_out, gen_length=BLOCK)
+    return write_results(args.output_dir, results, training=training.training.curve)
 
 
 if __name__ == "__main__":

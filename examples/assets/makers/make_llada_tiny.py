@@ -136,11 +136,13 @@ def main(args: Arguments) -> dict:
     tokenizer, backbone = build_tokenizer(), BACKBONES[args.family]
     model = backbone.build(len(tokenizer))
     model.config.mask_token_id = tokenizer.mask_token_id
-    done = PreTraining(args, model, tokenizer, masked_losses, lambda: backbone.save(model, tokenizer, args.output_dir))
-    exact = exact_match_by_family(model, tokenizer, done.held_out)
-    sizes = {"rows": len(done.rows.ends), "max_tokens": MAX_TOKENS}
-    results = {**done.results(), **sizes, "exact_match": exact}
-    return write_results(args.output_dir, results, training=done.training.curve)
+    training = PreTraining(
+        args, model, tokenizer, masked_losses, lambda: backbone.save(model, tokenizer, args.output_dir)
+    )
+    exact = exact_match_by_family(model, tokenizer, training.held_out)
+    sizes = {"rows": len(training.rows.ends), "max_tokens": MAX_TOKENS}
+    results = {**training.results(), **sizes, "exact_match": exact}
+    return write_results(args.output_dir, results, training=training.training.curve)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def main(args: Arguments) -> dict:
     pipe = assemble(args)
     training = train_transformer(args, pipe)
     save_pipeline(pipe, args.output_dir)
-    absent = {"text_encoder_3": None, "tokenizer_3": None}  # Diffusers has to be told that there is no T5
+    absent = {"text_encoder_3": None, "tokenizer_3": None}  # or Diffusers looks for a T5
     shipped = StableDiffusion3Pipeline.from_pretrained(args.output_dir, **absent).to(args.device)
     shipped.set_progress_bar_config(disable=True)
     results = {

@@ -116,13 +116,13 @@ def cached_scenes(
     kind: type, encode: Callable[..., Any], pipe: Any, seed: int, sizes: dict[str, int], folder: Path
 ) -> list[Any]:
     """Scenes of each split, as ``encode`` makes them, kept in ``folder`` for a run that goes on later."""
-    found = []
+    latents = []
     for split, count in sizes.items():
         path = folder / f"latents-{split}-{seed}-{count}.pt"
         if not path.exists():
             torch.save(vars(encode(pipe, split, seed, count)), path)
-        found.append(kind(**torch.load(path, weights_only=True)))
-    return found
+        latents.append(kind(**torch.load(path, weights_only=True)))
+    return latents
 
 
 def save_pipeline(pipe: Any, folder: Path, **options: Any) -> None:

@@ -40,13 +40,13 @@ def story_words() -> list[str]:
 def splits(seed: int = SEED, sizes: dict[str, int] | None = None) -> dict[str, list[dict[str, str]]]:
     """All records by split; the compositions take turns, a subject is an English word or random letters."""
     rng, words, seen = random.Random(f"two-step-{seed}"), story_words(), set()
-    made: dict[str, list[dict[str, str]]] = {}
+    records: dict[str, list[dict[str, str]]] = {}
     for name, size in (sizes or SPLITS).items():
-        made[name] = []
+        records[name] = []
         for index in range(size):
-            made[name].append(record(*COMPOSITIONS[index % len(COMPOSITIONS)], _unseen_letters(rng, words, seen)))
-        rng.shuffle(made[name])
-    return made
+            records[name].append(record(*COMPOSITIONS[index % len(COMPOSITIONS)], _unseen_letters(rng, words, seen)))
+        rng.shuffle(records[name])
+    return records
 
 
 def _unseen_letters(rng: random.Random, words: list[str], seen: set[str]) -> str:

@@ -56,9 +56,11 @@ def main(args: Arguments) -> dict:
     def losses(model: PreTrainedModel, input_ids: Tensor, prompt_lengths: Tensor, **key: Any) -> Tensor:
         return uniform_loss(model, uniform_corruption(input_ids, prompt_lengths, tokens, **key))
 
-    done = PreTraining(args, model, tokenizer, losses, lambda: save_llada_checkpoint(model, tokenizer, args.output_dir))
-    results = {**done.results(), "losses": {str(level): done.validation_loss(level) for level in LEVELS}}
-    return write_results(args.output_dir, results, training=done.training.curve)
+    training = PreTraining(
+        args, model, tokenizer, losses, lambda: save_llada_checkpoint(model, tokenizer, args.output_dir)
+    )
+    results = {**training.results(), "losses": {str(level): training.validation_loss(level) for level in LEVELS}}
+    return write_results(args.output_dir, results, training=training.training.curve)
 
 
 if __name__ == "__main__":

@@ -82,8 +82,8 @@ class Training:
         if changed:
             raise ValueError(f"{self.state_file} is the state of another run: {', '.join(changed)}")
         self.model.load_state_dict(state["model"])
-        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
+        for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state)
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
@@ -168,8 +168,10 @@ def optimizers_of(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
     named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     inside = ("blocks.", "model.layers.")
     by_muon = {name for name, w in named if plan.muon and w.ndim == 2 and any(part in name for part in inside)}
-    rest = [weight for name, weight in named if name not in by_muon]
-    adamw = torch.optim.AdamW(rest, plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay, fused=True)
+    by_adamw = [weight for name, weight in named if name not in by_muon]
+    adamw = torch.optim.AdamW(
+        by_adamw, plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay, fused=True
+    )
     if not by_muon:
         return [adamw]
     matrices = [weight for name, weight in named if name in by_muon]
@@ -225,11 +227,11 @@ def parse(arguments: type, description: str | None, argv: list[str] | None = Non
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    for each in fields(arguments):
-        flag, text = f"--{each.name}", each.metadata["help"]
-        if each.default is False:
+    for option in fields(arguments):
+        flag, text = f"--{option.name}", option.metadata["help"]
+        if option.default is False:
             parser.add_argument(flag, action="store_true", help=text)
         else:
-            kind = type(each.default)
-            parser.add_argument(flag, type=kind, default=each.default, help=f"{text} (default: {each.default})")
+            kind = type(option.default)
+            parser.add_argument(flag, type=kind, default=option.default, help=f"{text} (default: {option.default})")
     return arguments(**vars(parser.parse_args(argv)))

@@ -111,4 +111,17 @@ class BlockQwen2ForCausalLM(BlockCausalLM, Qwen2ForCausalLM):
 
 
 class ShiftedBlockQwen2ForCausalLM(BlockCausalLM, ShiftedQwen2ForCausalLM):
-    """Fast-dLLM v2."""
+    """Fast-dLLM v2.
+
+    In training, [noisy | clean] blocks stand in one row. As in sampling, the first token of a block
+    is predicted by the clean block before it.
+    """
+
+    def places_before(self, hidden: Tensor, position_ids: Tensor | None) -> Tensor:
+        places = super().places_before(hidden, position_ids)
+        if position_ids is None or len(position_ids) != 1:
+            return places
+        positions = position_ids[0]
+        first_clean = len(positions) - 1 - positions[-1]  # the clean half begins at position 0
+        is_start = (positions % self.config.block_length == 0) & (positions > 0)
+        return torch.where(is_start, first_clean + positions - 1, places).clamp(min=0)

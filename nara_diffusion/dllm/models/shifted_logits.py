@@ -48,9 +48,15 @@ class ShiftedQwen2ForCausalLM(Qwen2ForCausalLM):
             **kwargs,
         )
         hidden = outputs.last_hidden_state  # (b, l, d)
-        shifted = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
+        shifted = hidden[:, self.places_before(hidden, position_ids)]
         return CausalLMOutputWithPast(
             logits=self.lm_head(shifted[:, -logits_to_keep:]),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def places_before(
+        self, hidden: torch.Tensor, position_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return, for each place of `hidden` (b, l, d), the place (l,) of the position before it."""
+        return torch.arange(hidden.shape[1], device=hidden.device).sub(1).clamp(min=0)

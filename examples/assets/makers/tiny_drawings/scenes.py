@@ -84,13 +84,13 @@ def scenes(split: str, seed: int, count: int, start: int = 0) -> list[Scene]:
 
 def distinct_scenes(split: str, seed: int, count: int) -> list[Scene]:
     """The first ``count`` scenes whose full captions all differ: what retrieval can be measured on."""
-    found: dict[str, Scene] = {}
+    by_caption: dict[str, Scene] = {}
     index = 0
-    while len(found) < count:
+    while len(by_caption) < count:
         drawn = scene(split, seed, index)
-        found.setdefault(drawn.caption, drawn)
+        by_caption.setdefault(drawn.caption, drawn)
         index += 1
-    return list(found.values())
+    return list(by_caption.values())
 
 
 def render(shown: Scene, size: int = SIZE) -> Image.Image:

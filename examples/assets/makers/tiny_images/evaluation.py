@@ -26,18 +26,18 @@ def evaluate(pipe: Any, clip_folder: Path, batches: int, steps: int, **options: 
     images = []
     options |= {"num_inference_steps": steps, "guidance_scale": GUIDANCE}
     for number in range(batches):
-        generators = [torch.Generator().manual_seed(number * 1000 + each) for each in range(BATCH)]
+        generators = [torch.Generator().manual_seed(number * 1000 + index) for index in range(BATCH)]
         images += pipe(captions[number * BATCH : (number + 1) * BATCH], generator=generators, **options).images
     sampled = _cosines(model, processor, images, captions)
     rendered = _cosines(model, processor, [render(scene) for scene in scenes], captions)
-    own = torch.arange(len(scenes))
+    indices = torch.arange(len(scenes))
     return {
         "prompts": len(scenes),
         "text_alignment": sampled.diagonal().mean().item(),
         "text_alignment_of_renderings": rendered.diagonal().mean().item(),
-        "text_alignment_with_other_prompts": sampled[~torch.eye(len(own), dtype=torch.bool)].mean().item(),
-        "own_prompt_is_nearest": (sampled.argmax(1) == own).float().mean().item(),
-        "own_prompt_is_nearest_of_renderings": (rendered.argmax(1) == own).float().mean().item(),
+        "text_alignment_with_other_prompts": sampled[~torch.eye(len(indices), dtype=torch.bool)].mean().item(),
+        "own_prompt_is_nearest": (sampled.argmax(1) == indices).float().mean().item(),
+        "own_prompt_is_nearest_of_renderings": (rendered.argmax(1) == indices).float().mean().item(),
     }
 
 

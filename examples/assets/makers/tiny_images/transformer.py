@@ -3,7 +3,7 @@
     z_σ = (1 − σ) z + σ ε;   loss = mean over (σ, ε, z) of |v_θ(z_σ, 1000 σ, prompt) − (ε − z)|²,  logit σ ~ N(0, 1.2²)
 
 A tenth of the prompts is replaced by "", which is what SD3's pipeline gives for an absent negative prompt. The pipeline
-pads a prompt with `max_sequence_length` zero vectors where the T5 encoder is absent, 256 unless told otherwise; so
+pads a prompt with `max_sequence_length` zero vectors where the T5 encoder is absent, 256 by default; so
 the steps differ in how many zeros follow the CLIPs' tokens, and the model draws the same with any number of them. The
 scenes' latents and prompt embeddings are computed once and kept in memory.
 """
@@ -57,11 +57,11 @@ def encode_flow_scenes(pipe: StableDiffusion3Pipeline, split: str, seed: int, co
     """The scenes of that split and seed through the pipeline's autoencoder and text encoders."""
     config, parts = pipe.vae.config, []
     for start in tqdm(range(0, count, CHUNK), desc="latents"):
-        shown = scenes(split, seed, min(CHUNK, count - start), start)
+        chunk = scenes(split, seed, min(CHUNK, count - start), start)
         with torch.autocast(pipe.device.type, torch.bfloat16):
-            posterior = pipe.vae.encode(pixels([render(scene) for scene in shown]).to(pipe.device)).latent_dist
+            posterior = pipe.vae.encode(pixels([render(scene) for scene in chunk]).to(pipe.device)).latent_dist
         mean = (posterior.mean - config.shift_factor) * config.scaling_factor
-        parts.append((mean, posterior.std * config.scaling_factor, *_encoded(pipe, map(training_caption, shown))))
+        parts.append((mean, posterior.std * config.scaling_factor, *_encoded(pipe, map(training_caption, chunk))))
     prompt, pooled = _encoded(pipe, [""])
     columns = [torch.cat(column) for column in zip(*parts, strict=True)]
     return FlowLatents(*(tensor.cpu().half() for tensor in (*columns, prompt[0], pooled[0])))
@@ -123,8 +123,8 @@ class FlowMatching:
         """The loss on held-out scenes, always at the same noise levels and noise, without padding."""
         generator = torch.Generator().manual_seed(0)
         indices = torch.arange(len(self.held_out))
-        kept = torch.zeros(len(indices), dtype=torch.bool)
-        return {"validation_loss": self._loss(training, self.held_out, indices, kept, 0, generator).item()}
+        dropped = torch.zeros(len(indices), dtype=torch.bool)
+        return {"validation_loss": self._loss(training, self.held_out, indices, dropped, 0, generator).item()}
 
     def _loss(
         self,

@@ -55,16 +55,16 @@ def encode_scenes(pipe: StableDiffusionXLPipeline, split: str, seed: int, count:
     """The scenes of that split and seed through the pipeline's autoencoder and text encoders."""
     parts: list[tuple[Tensor, ...]] = []
     for start in tqdm(range(0, count, CHUNK), desc="latents"):
-        shown = scenes(split, seed, min(CHUNK, count - start), start)
-        cuts = [_cut(scene.details) for scene in shown]
+        chunk = scenes(split, seed, min(CHUNK, count - start), start)
+        cuts = [_cut(scene.details) for scene in chunk]
         images = [
             render(scene, size).crop((left, top, left + SIZE, top + SIZE))
-            for scene, (size, top, left) in zip(shown, cuts, strict=True)
+            for scene, (size, top, left) in zip(chunk, cuts, strict=True)
         ]
         with torch.autocast(pipe.device.type, torch.bfloat16):
             posterior = pipe.vae.encode(pixels(images).to(pipe.device)).latent_dist
         prompts, _, pooled, _ = pipe.encode_prompt(
-            [training_caption(scene) for scene in shown], do_classifier_free_guidance=False
+            [training_caption(scene) for scene in chunk], do_classifier_free_guidance=False
         )
         scale = pipe.vae.config.scaling_factor
         parts.append(
@@ -141,8 +141,8 @@ class NoisePrediction:
         """The loss on held-out scenes, always at the same timesteps and noise."""
         generator = torch.Generator().manual_seed(0)
         indices = torch.arange(len(self.held_out))
-        kept = torch.zeros(len(indices), dtype=torch.bool)
-        return {"validation_loss": self._loss(training, self.held_out, indices, kept, generator).item()}
+        dropped = torch.zeros(len(indices), dtype=torch.bool)
+        return {"validation_loss": self._loss(training, self.held_out, indices, dropped, generator).item()}
 
     def _loss(
         self, training: Training, latents: Latents, indices: Tensor, dropped: Tensor, generator: torch.Generator

@@ -55,15 +55,15 @@ def encoding_once(model: DiffusionGemmaForBlockDiffusion) -> Iterator[None]:
 
     Its run has a gradient if this context does, even inside the first pass, which has none.
     """
-    encoder, kept, learns = model.model.encoder, [], torch.is_grad_enabled()
+    encoder, outputs, learns = model.model.encoder, [], torch.is_grad_enabled()
     read = encoder.forward
 
     def reading(**given: Any) -> Any:
-        if not kept:
+        if not outputs:
             with torch.set_grad_enabled(learns):
-                kept.append(read(**given))
-        given["cache"].layers = kept[0].cache.layers
-        return kept[0]
+                outputs.append(read(**given))
+        given["cache"].layers = outputs[0].cache.layers
+        return outputs[0]
 
     encoder.forward = reading
     try:
