@@ -108,7 +108,7 @@ def cheaper(args: Args) -> Iterator[tuple[str, Args]]:
         changes.append((flags, fields))
     if not args.gradient_checkpointing:
         changes.append(("--gradient_checkpointing", {"gradient_checkpointing": True}))
-    if hasattr(args, "load_in_4bit") and not args.is_quantised and args.adapter != "full":
+    if not args.is_quantised and args.adapter != "full":
         changes.append(("--load_in_4bit", {"load_in_4bit": True}))
     for code in range(1, 2 ** len(changes)):
         chosen = [change for place, change in enumerate(changes) if code >> place & 1]

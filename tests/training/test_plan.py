@@ -19,13 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nara_diffusion.dllm import load_backbone
 from nara_diffusion.dllm import train as text
-from nara_diffusion.dllm.models.quantised import prepare_quantised
 from nara_diffusion.dreambooth import train as images
 from nara_diffusion.dreambooth.families import placed
 from nara_diffusion.dreambooth.image_arguments import run_family
 from nara_diffusion.dreambooth.image_plan import PlannedPrompts, pipeline_on_meta
 from nara_diffusion.training.optimization import build_optimizer
 from nara_diffusion.training.planned_step import PlannedStep, StepCounter, measure, optimizer_bytes
+from nara_diffusion.utils.quantised import prepare_quantised
 from nara_flags.parser import parse_arguments
 from nara_flags.training import OPTIMIZERS
 from tests.helpers.pipelines.families import FAMILY_PIPELINES
