@@ -25,6 +25,7 @@ from .image_arguments import DreamBoothArguments, run_family
 from .image_records import ImageRecord, class_records, records_from_folder, trained_on
 from .image_report import figures, forgetting, subject_card
 from .pipelines import load_base, sharing_pipeline, training_sizes
+from .placement import take_turns
 from .reconstruction import reconstruct
 from .samples import SampleSettings, sample_call
 from .task import Task
@@ -87,7 +88,6 @@ def load_subject(args: DreamBoothArguments, run: Run) -> Subject:
     if args.class_prompt is not None:
         class_images = _class_images(args, run, pipe, family)
     run.record_data_digest("training data", digested([*instances, *class_images]))
-    pipe.to(device)
 
     cut: Any = {"batch_size": args.train_batch_size, "seed": args.seed}
     dataset = DreamBoothDataset(
@@ -134,9 +134,11 @@ def subject_task(subject: Subject) -> Task:
     """Return the task of teaching `subject`, with an evaluation of the base model's pipeline."""
     args, run, dataset = subject.args, subject.run, subject.dataset
     instances, size = dataset.instances, dataset.sample_size
+    sampling = sharing_pipeline(subject.pipe, run.dtype)
+    _place(subject, sampling)
     evaluation = Evaluation(
         run,
-        sharing_pipeline(subject.pipe, run.dtype),
+        sampling,
         SampleSettings(
             args.prompts or list(dict.fromkeys(record.prompt for record in instances))[:4],
             args.num_validation_images,
@@ -152,6 +154,7 @@ def subject_task(subject: Subject) -> Task:
             args.seed,
             args.curve_points,
             args.train_batch_size,
+            subject.step.prompts,
         ),
         [record.load() for record in instances],
         **subject.encoders,
@@ -182,6 +185,20 @@ def subject_task(subject: Subject) -> Task:
         },
         report=partial(_report, evaluation, data),
     )
+
+
+def _place(subject: Subject, sampling: DiffusionPipeline) -> None:
+    """Encode all prompts, then put the denoiser on the device."""
+    args, family, device = subject.args, subject.family, subject.run.accelerator.device
+    staying = family.text_encoders if args.train_text_encoder else ()
+    for pipe in (subject.pipe, sampling):
+        take_turns(pipe, family, device, staying, is_tight=args.is_quantised)
+    if subject.step.prompts is not None:
+        images = [*subject.dataset.instances, *subject.dataset.class_images]
+        dropped = [""] if args.caption_dropout else []
+        prompts = [image.prompt for image in [*images, *subject.measured_on.instances]]
+        subject.step.prompts.fill(dict.fromkeys([*dropped, *prompts]))
+    getattr(subject.pipe, family.denoiser).to(device)
 
 
 def _report(
