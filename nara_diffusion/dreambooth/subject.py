@@ -15,6 +15,7 @@ from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.run import Run
 from nara_diffusion.utils.wording import counted
 
+from .block_swap import BlockSwap
 from .class_images import generate_class_images
 from .cut_prompts import prompt_sources, warn_of_cut_prompts
 from .dataset import DreamBoothDataset, collate_samples
@@ -192,13 +193,18 @@ def _place(subject: Subject, sampling: DiffusionPipeline) -> None:
     args, family, device = subject.args, subject.family, subject.run.accelerator.device
     staying = family.text_encoders if args.train_text_encoder else ()
     for pipe in (subject.pipe, sampling):
-        take_turns(pipe, family, device, staying, is_tight=args.is_quantised)
+        take_turns(pipe, family, device, staying, is_tight=args.is_quantised or args.block_swap > 0)
     if subject.step.prompts is not None:
         images = [*subject.dataset.instances, *subject.dataset.class_images]
         dropped = [""] if args.caption_dropout else []
         prompts = [image.prompt for image in [*images, *subject.measured_on.instances]]
         subject.step.prompts.fill(dict.fromkeys([*dropped, *prompts]))
-    getattr(subject.pipe, family.denoiser).to(device)
+    denoiser = getattr(subject.pipe, family.denoiser)
+    if args.block_swap:
+        swap = BlockSwap(denoiser.to("cpu"), args.block_swap, device)
+        for pipe in (subject.pipe, sampling):
+            swap.attach(getattr(pipe, family.denoiser))
+    denoiser.to(device)
 
 
 def _report(
