@@ -98,6 +98,10 @@ class BlockSwap:
     def _enter(self, number: int, *_: Any) -> None:
         self.load(number)
         self.load(number + (1 if self.differentiated is None else -1))
+        self.wait(number)
+
+    def wait(self, number: int) -> None:
+        """Let the present stream wait for the copy of a loaded block."""
         if self.stream is not None:
             present = torch.accelerator.current_stream()
             present.wait_event(self.copied[number])
@@ -163,6 +167,7 @@ def resident(denoiser: nn.Module) -> Iterator[None]:
         return
     for number in range(swap.count):
         swap.load(number)
+        swap.wait(number)
     try:
         yield
     finally:
