@@ -77,8 +77,8 @@ class BlockSwap:
         """Swap the blocks of `denoiser`, which has the weights of this object."""
         _SWAPS[denoiser] = self
         for number, block in enumerate(chosen_blocks(denoiser, self.count)):
-            block.register_forward_pre_hook(partial(self._enter, number))
-            block.register_forward_hook(partial(self._leave, number), always_call=True)
+            block.register_forward_pre_hook(partial(self.enter, number))
+            block.register_forward_hook(partial(self.leave, number), always_call=True)
 
     def load(self, number: int) -> None:
         """Start to copy a block to the device, unless it is there or there is no such block."""
@@ -95,7 +95,7 @@ class BlockSwap:
         for parameter, host in self.weights[number]:
             parameter.data = torch.empty(0, dtype=host.dtype, device=self.device)
 
-    def _enter(self, number: int, *_: Any) -> None:
+    def enter(self, number: int, *_: Any) -> None:
         self.load(number)
         self.load(number + (1 if self.differentiated is None else -1))
         self.wait(number)
@@ -108,7 +108,7 @@ class BlockSwap:
             for parameter, _host in self.weights[number]:
                 parameter.data.record_stream(present)
 
-    def _leave(self, number: int, *_: Any) -> None:
+    def leave(self, number: int, *_: Any) -> None:
         if self.differentiated is None:
             self.drop(number)
         else:

@@ -128,7 +128,9 @@ def load_pipeline(
         kind: type[DiffusionPipeline] = getattr(diffusers, index["_class_name"])
         parts: dict[str, Any] = {"vae": vae}
         for part in quantised_parts(index) if bits else ():  # one at a time on the device
-            parts[part] = _quantised(index[part], name, bits, dtype, device, subfolder=part, **hub)
+            parts[part] = quantised_model(
+                index[part], name, bits, dtype, device, subfolder=part, **hub
+            )
         pipe = kind.from_pretrained(name, **parts, dtype=dtype, **hub, **absent)
         family.fit(pipe, family)
         is_flow = prediction_type(pipe.scheduler) == FLOW
@@ -168,7 +170,7 @@ def quantised_parts(index: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def _quantised(
+def quantised_model(
     described: Sequence[str],
     name: str,
     bits: int | None,

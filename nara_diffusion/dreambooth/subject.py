@@ -136,7 +136,7 @@ def subject_task(subject: Subject) -> Task:
     args, run, dataset = subject.args, subject.run, subject.dataset
     instances, size = dataset.instances, dataset.sample_size
     sampling = sharing_pipeline(subject.pipe, run.dtype)
-    _place(subject, sampling)
+    place_models(subject, sampling)
     evaluation = Evaluation(
         run,
         sampling,
@@ -188,7 +188,7 @@ def subject_task(subject: Subject) -> Task:
     )
 
 
-def _place(subject: Subject, sampling: DiffusionPipeline) -> None:
+def place_models(subject: Subject, sampling: DiffusionPipeline) -> None:
     """Encode all prompts, then put the denoiser on the device."""
     args, family, device = subject.args, subject.family, subject.run.accelerator.device
     staying = family.text_encoders if args.train_text_encoder else ()

@@ -40,7 +40,7 @@ ADAPTERS = {
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is loaded and run, in order; copies are poisoned as they are dropped."""
     events: list[str] = []
-    load, drop, enter = BlockSwap.load, BlockSwap.drop, BlockSwap._enter
+    load, drop, enter = BlockSwap.load, BlockSwap.drop, BlockSwap.enter
 
     def logged_load(swap: BlockSwap, number: int) -> None:
         if number not in swap.copied and 0 <= number < swap.count:
@@ -60,7 +60,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(BlockSwap, "load", logged_load)
     monkeypatch.setattr(BlockSwap, "drop", poisoned_drop)
-    monkeypatch.setattr(BlockSwap, "_enter", logged_enter)
+    monkeypatch.setattr(BlockSwap, "enter", logged_enter)
     return events
 
 
