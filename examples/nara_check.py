@@ -124,7 +124,9 @@ def check(model: str, data: str, flags: Sequence[str]) -> dict[str, Any]:
     if isinstance(args, DreamBoothArguments):
         args.class_prompt = args.class_data_dir = None
         with start_run(args, "dreambooth", write_checkpoint) as run:
-            return check_images(load_subject(args, run))
+            subject = load_subject(args, run)
+            subject.pipe.to(run.accelerator.device)
+            return check_images(subject)
     with start_run(args, "dllm", adapter_weights.write_checkpoint) as run:
         return check_text(dllm_train.prepare(args, run))
 

@@ -42,6 +42,12 @@ class ModelArguments:
     )
     revision: str | None = option(None, "Branch, tag or commit of the model on the Hub.", rare=True)
     variant: str | None = option(None, "Variant of the weight files, such as fp16.", rare=True)
+    block_swap: NotNegativeInt = option(
+        0,
+        "Frozen blocks of the denoiser that are on the host while others run; needs --gradient_checkpointing.",
+        unit="blocks",
+        rare=True,
+    )
     max_sequence_length: NotNegativeInt | None = option(
         None,
         "Length of a prompt, if the model has a choice; none means what its pipeline does.",
@@ -288,6 +294,11 @@ def _check_combinations(args: ImageFlags) -> None:
         raise ValueError(
             "text_encoder_lr is set, but the text encoders aren't trained: add train_text_encoder."
         )
+    if args.block_swap and (args.load_in_8bit or not args.gradient_checkpointing):
+        raise ValueError(
+            f"block_swap is {args.block_swap}: it needs gradient_checkpointing, and can't be used with load_in_8bit, "
+            "whose weights bitsandbytes keeps on the device. load_in_4bit is allowed."
+        )
     if args.snr_gamma is not None and args.weighting_scheme in WEIGHTING:
         raise ValueError(
             f"weighting_scheme {args.weighting_scheme!r} weights the errors, and so does snr_gamma: "
@@ -300,7 +311,7 @@ _NO_PART = (
     "train_text_encoder", "min_noise_level", "max_noise_level", "stratified_timesteps", "curve_points",
     "snr_gamma", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "noise_offset", "caption_dropout",
     "random_flip", "center_crop", "aspect_ratio_buckets", "num_class_images", "prior_loss_weight",
-    "flow_shift",
+    "flow_shift", "block_swap",
 )  # fmt: skip
 """Arguments that concern images, or levels that a distillation sets itself."""
 

@@ -21,14 +21,6 @@ class ModelArguments:
     pretrained_model_name_or_path: str = option(
         "", "Folder or Hub id of the model to adapt; none runs the shipped one."
     )
-    load_in_4bit: bool = option(
-        False,
-        "Round the frozen weights to 4 bits, NF4 with double quantisation, by bitsandbytes.",
-        rare=True,
-    )
-    load_in_8bit: bool = option(
-        False, "Round the frozen weights to 8 bits, by bitsandbytes.", rare=True
-    )
     revision: str | None = option(None, "Branch, tag or commit of the model on the Hub.", rare=True)
     mask_token: str | None = option(
         None, "Text of the mask token, if the checkpoint doesn't name it.", rare=True
@@ -241,19 +233,8 @@ class TextFlags(
                 "training data come from either train_file or dataset_name: give exactly one, "
                 f"not {got}."
             )
-        is_both = self.load_in_4bit and self.load_in_8bit
-        if self.is_quantised and (self.adapter == "full" or is_both):
-            raise ValueError(
-                "load_in_4bit and load_in_8bit quantise the weights that an adapter leaves frozen: "
-                f"give one of them, and an adapter, not {self.adapter}."
-            )
         padding = self.trained_padding
         if padding not in ("gen_length", "longest") and not padding.isdecimal():
             raise ValueError(
                 f"trained_padding is {padding!r}, expected gen_length, longest or a number."
             )
-
-    @property
-    def is_quantised(self) -> bool:
-        """True if the frozen weights are loaded in 4 or 8 bits."""
-        return self.load_in_4bit or self.load_in_8bit

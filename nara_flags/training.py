@@ -134,8 +134,22 @@ class OptimizationArguments:
         "Precision of the forward; none means what `accelerate config` says. fp16 is refused under DeepSpeed.",
         choices=("no", "fp16", "bf16"),
     )
+
+
+@dataclass
+class MemoryArguments:
+    """Memory"""
+
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward: less memory, more time."
+    )
+    load_in_4bit: bool = option(
+        False,
+        "Round the frozen weights to 4 bits, NF4 with double quantisation, by bitsandbytes.",
+        rare=True,
+    )
+    load_in_8bit: bool = option(
+        False, "Round the frozen weights to 8 bits, by bitsandbytes.", rare=True
     )
 
 
@@ -209,7 +223,9 @@ class RunArguments:
 
 
 @dataclass
-class TrainingArguments(AdapterArguments, OptimizationArguments, WindowArguments, RunArguments):
+class TrainingArguments(
+    AdapterArguments, OptimizationArguments, MemoryArguments, WindowArguments, RunArguments
+):
     """The arguments that all training runs share."""
 
     pretrained_model_name_or_path: str = option("", "Folder or Hub id of the model to adapt.")
@@ -228,8 +244,21 @@ class TrainingArguments(AdapterArguments, OptimizationArguments, WindowArguments
                 f"lr_scheduler 'constant' has no warm-up, but lr_warmup_steps is {self.lr_warmup_steps:g}: use "
                 "constant_with_warmup."
             )
+        is_both = self.load_in_4bit and self.load_in_8bit
+        if self.is_quantised and (self.adapter == "full" or is_both):
+            raise ValueError(
+                "load_in_4bit and load_in_8bit quantise the weights that an adapter leaves frozen: "
+                f"give one of them, and an adapter, not {self.adapter}."
+            )
+
+    @property
+    def bits(self) -> int | None:
+        """The bits of the frozen weights if they are quantised."""
+        if self.load_in_4bit:
+            return 4
+        return 8 if self.load_in_8bit else None
 
     @property
     def is_quantised(self) -> bool:
         """True if the frozen weights are loaded in 4 or 8 bits."""
-        return False
+        return self.load_in_4bit or self.load_in_8bit

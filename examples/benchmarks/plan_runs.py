@@ -1,10 +1,12 @@
 """Print docs/runs.md's table of what each file of train_scripts/configs needs: computed by --plan, not measured.
 
     python examples/benchmarks/plan_runs.py
+    python examples/benchmarks/plan_runs.py --cards
     python examples/benchmarks/plan_runs.py --measure
 
 The models' configurations are those of examples/assets/true_size; nothing is loaded. It takes some minutes. The second
-command takes one step of a random LLaDA of 154 million parameters, and prints its resident memory beside the plan's.
+command prints the table of cards in docs/dreambooth.md. The third takes one step of a random LLaDA of 154 million
+parameters, and prints its resident memory beside the plan's.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from nara_diffusion.dllm import train as text
 from nara_diffusion.dllm.models.pretrained import backbone_on_meta
@@ -33,7 +36,19 @@ TEXT = {"diffusiongemma": "diffusiongemma-26b", "dream": "dream-7b", "llada": "l
 MODELS = {**TEXT, "flux": "flux.1-dev", "sd3": "sd3.5-medium", "sdxl": "sdxl"}
 COLUMNS = ("weights", "adapter", "optimizer", "activations", "peak")
 HEAD = "| file | trained, M | weights, GB | adapter | optimizer | activations | peak | TFLOP per forward and backward |"
-FILES = [f.stem for f in sorted(CONFIGS.glob("*.yaml")) if not {"tiny", "4"} & {*f.stem.split("_")}]
+CARDS = [f.stem for f in sorted(CONFIGS.glob("*gb.yaml"))]
+"""Files for cards of 12, 16 and 24 GB."""
+TRUE_SIZE = {
+    "black-forest-labs/FLUX.1-dev": "flux.1-dev",
+    "black-forest-labs/FLUX.2-dev": "flux.2-dev",
+    "black-forest-labs/FLUX.2-klein-base-4B": "flux.2-klein-4b",
+    "Qwen/Qwen-Image": "qwen-image",
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan2.1-14b",
+}
+"""{model of a file for a card: folder of its configurations}."""
+FILES = [
+    f.stem for f in sorted(CONFIGS.glob("*.yaml")) if not {"tiny", "4"} & {*f.stem.split("_")} and f.stem not in CARDS
+]
 RUNS = [
     *FILES,
     "llada_instruct_math14k --load_in_8bit",
@@ -65,6 +80,20 @@ def row(run: str) -> str:
     figures = planned(module, words)
     sizes = " | ".join(f"{figures[name] / 1e9:.2f}" for name in COLUMNS)
     return f"| {run} | {figures['trainable'] / 1e6:.2f} | {sizes} | {figures['flops'] / 1e12:.3g} |"
+
+
+def card_row(file: str) -> str:
+    """Return the row of a file for a card: its model, flags that save memory, and the planned peak."""
+    settings = yaml.safe_load((CONFIGS / f"{file}.yaml").read_text())
+    model = settings["pretrained_model_name_or_path"]
+    words = ["--config", str(CONFIGS / f"{file}.yaml")]
+    words += ["--pretrained_model_name_or_path", str(ASSETS / "true_size" / TRUE_SIZE[model])]
+    flags = [
+        f"{flag} {settings[flag]}" for flag in ("block_swap", "train_batch_size", "resolution") if flag in settings
+    ]
+    flags = [f"load_in_{bits}bit" for bits in (4, 8) if settings.get(f"load_in_{bits}bit")] + flags
+    peak = planned(images, words)["peak"] / 1e9
+    return f"| {file} | {model} | {', '.join(flags)} | {peak:.1f} |"
 
 
 # ---------------------------------------------------------------- a real run
@@ -125,6 +154,10 @@ if __name__ == "__main__":
         with tempfile.TemporaryDirectory() as place:
             plan, real = measure(Path(place))
         print(f"planned {plan / 1e9:.2f} GB, resident {real / 1e9:.2f} GB, ratio {plan / real:.2f}")
+        raise SystemExit
+    if "--cards" in sys.argv:
+        for each in CARDS:
+            print(card_row(each), flush=True)
         raise SystemExit
     print(HEAD)
     print("|---|" + "---:|" * (HEAD.count("|") - 2), flush=True)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nara_diffusion.training.engine_models import loading_in
 from nara_diffusion.training.engines import check_whole
 from nara_diffusion.training.run import Run
+from nara_diffusion.utils.quantised import prepare_quantised
 from nara_diffusion.utils.repositories import local_folder
 
 from .decoding import Sampling
@@ -18,7 +19,6 @@ from .kinds import kind_of
 from .kinds.text_kind import TextKind
 from .models.backbone import Backbone
 from .models.pretrained import load_backbone
-from .models.quantised import prepare_quantised
 from .text_arguments import Arguments
 
 

@@ -21,16 +21,14 @@ from nara_diffusion.training.adapters import build_adapter
 from nara_diffusion.training.engine_models import recompute_activations
 from nara_diffusion.training.methods import method_of
 from nara_diffusion.training.planned_step import PlannedStep, dtype_of
+from nara_diffusion.utils.quantised import INT8, NF4, check_roundable
 
 from .kinds import kind_of
 from .models.backbone import Backbone
 from .models.pretrained import backbone_on_meta
-from .models.quantised import check_roundable
 from .text_arguments import Arguments, adapter_options
 from .text_lengths import checked_lengths
 
-_NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # a constant for 64 numbers, in 8 bits with a scale for 256
-_INT8 = 1.0  # and a scale for each row
 _END = 1
 
 
@@ -48,7 +46,7 @@ def planned_text_step(args: Arguments) -> PlannedStep:
     packed = {}
     if args.is_quantised:
         check_roundable(model.config)
-        size = _NF4 if args.load_in_4bit else _INT8
+        size = NF4 if args.load_in_4bit else INT8
         packed = dict.fromkeys(_quantised_weights(model), size)
         for parameter in model.parameters():
             if parameter not in packed:

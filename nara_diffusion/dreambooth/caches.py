@@ -24,6 +24,7 @@ from .dataset import TrainingSample
 from .draws import seeded_normal
 from .families import Embeddings, Family, stack_padded
 from .pipelines import family_of
+from .placement import device_of
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class LatentCache:
 
     def _encode(self, sample: TrainingSample) -> tuple[Tensor, Tensor]:
         weight = next(self.vae.parameters())
-        pixels = sample.pixel_values()[None].to(weight.device, weight.dtype)
+        pixels = sample.pixel_values()[None].to(device_of(self.vae), weight.dtype)
         mean, std = posterior_of(self.vae, pixels)
         return mean[0], std[0]
 
@@ -122,7 +123,13 @@ class PromptCache:
     def __init__(self, pipe: DiffusionPipeline, family: Family | None = None) -> None:
         self.pipe = pipe
         self.family = family or family_of(pipe)
-        self.cache = TensorCache()
+        self.cache = TensorCache(memory_mib=8192.0)  # FLUX.1's take 4 MiB each
+
+    def fill(self, prompts: Iterable[str]) -> None:
+        """Encode prompts until the cache is full."""
+        for prompt in prompts:
+            if not self.cache.full:
+                self.get([prompt])
 
     def get(self, prompts: Sequence[str]) -> Embeddings:
         """Return the embeddings of b prompts: parts (b, …), on the CPU, in the encoders' dtype."""

@@ -28,6 +28,7 @@ from nara_diffusion.noise.context import find_holders
 from nara_diffusion.training.adapters import CORE_FIELDS, check_target_modules
 from nara_diffusion.training.engine_models import recompute_activations
 
+from .block_swap import checkpoint_of, resident
 from .families import Family, Placed
 from .pipelines import family_of
 
@@ -72,8 +73,9 @@ class AdaptedDenoiser(nn.Module):
         self.config = config
         base = getattr(pipe, self.family.denoiser)
         if gradient_checkpointing:
-            base.enable_gradient_checkpointing()
-        setattr(self, self.family.denoiser, adapt(base, config))
+            base.enable_gradient_checkpointing(checkpoint_of(base))
+        with resident(base):
+            setattr(self, self.family.denoiser, adapt(base, config))
         if beside is not None:
             base.set_adapters([beside, ADAPTER])
             set_requires_grad(base, beside, requires_grad=False)  # PEFT trains what is active

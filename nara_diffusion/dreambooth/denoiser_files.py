@@ -29,6 +29,7 @@ from nara_diffusion.loaders.tensor_files import load_peft_adapter
 from nara_diffusion.strict import check_loaded, check_tensors
 from nara_diffusion.training.adapter_weights import TRAINABLE
 
+from .block_swap import resident
 from .denoiser import ADAPTER, AdaptedDenoiser
 from .pipelines import family_of
 
@@ -123,13 +124,14 @@ def adapter_loaded(pipe: Any, folder: Path | None, beside: str | None = None) ->
     family = family_of(pipe)
     with ExitStack() as stack:
         stack.callback(_unload, pipe, beside)
-        if (folder / LORA_WEIGHTS).is_file():
-            _load_lora(pipe, folder)
-        elif not (folder / family.denoiser).is_dir():
-            pipe.load_nara_weights(folder, adapter_name=ADAPTER)
-        for name in (family.denoiser, *family.text_encoders):
-            if (folder / name).is_dir():
-                stack.callback(load_peft_adapter(getattr(pipe, name), folder / name).unload)
+        with resident(getattr(pipe, family.denoiser)):
+            if (folder / LORA_WEIGHTS).is_file():
+                _load_lora(pipe, folder)
+            elif not (folder / family.denoiser).is_dir():
+                pipe.load_nara_weights(folder, adapter_name=ADAPTER)
+            for name in (family.denoiser, *family.text_encoders):
+                if (folder / name).is_dir():
+                    stack.callback(load_peft_adapter(getattr(pipe, name), folder / name).unload)
         if beside is not None:
             pipe.set_adapters([beside, ADAPTER])
         yield

@@ -129,7 +129,10 @@ def _tokens(mask: Tensor) -> list[int]:
 
 
 def _computing_dtype(denoiser: nn.Module) -> torch.dtype:
-    """Return `denoiser.dtype`, without that property's walk over all modules."""
+    """Return the dtype that `denoiser` computes in, without a walk over all modules."""
+    quantizer = getattr(denoiser, "hf_quantizer", None)
+    if quantizer is not None:
+        return quantizer.quantization_config.bnb_4bit_compute_dtype
     in_float32: Any = getattr(denoiser, "_keep_in_fp32_modules", None) or ()
     for name, parameter in denoiser.named_parameters():
         if not any(part in name for part in in_float32):

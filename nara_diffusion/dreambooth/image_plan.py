@@ -1,13 +1,14 @@
 """The step of `dreambooth.py --plan`, with the run's own pipeline and loss, but without images.
 
 The batch has the largest size of the run. As in a run, an image is encoded first, so the work of
-the autoencoder counts. Only the weights of the text encoders count, unless they are trained.
+the autoencoder counts. Text encoders that aren't trained are on the device one at a time, before
+the denoiser; only their weights count.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,18 +16,20 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from nara_diffusion.training.adapters import adapter_config
 from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.planned_step import PlannedStep, dtype_of
+from nara_diffusion.utils.quantised import INT8, NF4
 
+from .block_swap import chosen_blocks, swappable
 from .dataset import TrainingSample, collate_samples
 from .denoiser import AdaptedDenoiser
 from .families import Family, Placed
 from .image_arguments import DreamBoothArguments, run_family
 from .image_records import ImageRecord
-from .pipelines import family_named, model_index, modules_of, training_sizes
+from .pipelines import family_named, model_index, modules_of, quantised_parts, training_sizes
 from .training_step import training_step
 
 _WIDTHS = ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim", "text_dim")
@@ -46,6 +49,19 @@ def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
     size = max(training_sizes(args, family, pipe), key=lambda size: size[0] * size[1])
     convention = step.objective.source.convention
     config: Any = adapter_config(args, noise_convention=convention, strength=schedule_of(args))
+    models = modules_of(pipe)
+    denoiser = models.pop(family.denoiser)
+    packed: dict[Tensor, float] = {}
+    if args.bits:
+        index = model_index(args.pretrained_model_name_or_path, revision=args.revision)
+        for name in quantised_parts(index):
+            weights = rounded_weights(getattr(pipe, name))
+            packed |= dict.fromkeys(weights, NF4 if args.load_in_4bit else INT8)
+    swapped = [list(block.parameters()) for block in chosen_blocks(denoiser, args.block_swap)]
+    blocks = len(swappable(denoiser))
+    if args.train_text_encoder:
+        for name in family.text_encoders:
+            models.pop(name)
     with torch.device("meta"):
         model = AdaptedDenoiser(
             pipe,
@@ -68,9 +84,24 @@ def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
         model=model,
         loss=lambda: step(batch).loss,
         forward=f"{len(batch['samples'])} x {size[0]} x {size[1]} pixels",
-        frozen=list(modules_of(pipe).values()),
+        parts={family.denoiser: denoiser, **models},
+        beside="vae",
+        packed=packed,
+        swapped=swapped,
+        swappable=blocks,
         encode=lambda: step.latents.sample(batch["samples"], seed=args.seed),
     )
+
+
+def rounded_weights(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the weights that Diffusers or Transformers quantises: those of linear layers.
+
+    Heads stay as they are, and so do layers that the class keeps in float32.
+    """
+    in_float32: Any = getattr(model, "_keep_in_fp32_modules", None) or ()
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and not {*name.split("."), name} & {"lm_head", *in_float32}:
+            yield layer.weight
 
 
 def pipeline_on_meta(args: DreamBoothArguments) -> Any:
@@ -89,7 +120,7 @@ def pipeline_on_meta(args: DreamBoothArguments) -> Any:
             fields[part] = described
         elif described[1] is None or part == "safety_checker":
             fields[part] = None
-        elif "Tokenizer" in described[1]:
+        elif "Tokenizer" in described[1] or "Processor" in described[1]:
             fields[part] = PlannedTokenizer()
         elif part == "vae" and vae is not None:
             fields[part] = _component(described, vae, torch.float32)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.training_utils import generate_aspect_ratio_buckets, parse_buckets_string
 from safetensors import SafetensorError
@@ -23,6 +24,7 @@ from torch import nn
 
 from nara_diffusion.noise.timesteps import FLOW, prediction_type
 from nara_diffusion.training.run import Run
+from nara_diffusion.utils.quantised import keep_order, quantization
 from nara_diffusion.utils.repositories import (
     is_out_of_reach,
     local_folder,
@@ -92,6 +94,8 @@ def load_pipeline(
     vae_name: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    bits: int | None = None,
+    device: torch.device | None = None,
 ) -> DiffusionPipeline:
     """Load a frozen pipeline onto the CPU, with the class that its `model_index.json` names.
 
@@ -100,6 +104,8 @@ def load_pipeline(
         dtype: the dtype of all components except the autoencoder, which is in float32.
         vae_name: the folder or id of another autoencoder; None means the pipeline's own.
         revision, variant: the revision and the variant of the pipeline and of its own autoencoder.
+        bits: 4 or 8 to quantise the `quantised_parts`.
+        device: the device to quantise on.
 
     Raises:
         ValueError: the pipeline, the autoencoder or the variant doesn't exist, or the family can't
@@ -120,7 +126,12 @@ def load_pipeline(
             vae_name or name, dtype=torch.float32, **vae_source
         )
         kind: type[DiffusionPipeline] = getattr(diffusers, index["_class_name"])
-        pipe = kind.from_pretrained(name, vae=vae, dtype=dtype, **hub, **absent)
+        parts: dict[str, Any] = {"vae": vae}
+        for part in quantised_parts(index) if bits else ():  # one at a time on the device
+            parts[part] = quantised_model(
+                index[part], name, bits, dtype, device, subfolder=part, **hub
+            )
+        pipe = kind.from_pretrained(name, **parts, dtype=dtype, **hub, **absent)
         family.fit(pipe, family)
         is_flow = prediction_type(pipe.scheduler) == FLOW
         if not (is_flow if family.is_flow else hasattr(pipe.scheduler, "scale_model_input")):
@@ -128,12 +139,57 @@ def load_pipeline(
                 f"it has a {type(pipe.scheduler).__name__}, which can't train this model. Restore the scheduler that "
                 "the model came with."
             )
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
+    except _LOADING_ERRORS as error:
         raise _not_loaded(name, vae_name, variant, family, error) from error
     for module in modules_of(pipe).values():
         module.requires_grad_(False).eval()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    SafetensorError,
+    RuntimeError,  # of a quantiser without a GPU
+)
+
+
+def quantised_parts(index: Mapping[str, Any]) -> list[str]:
+    """Return the models of a `model_index.json` that are quantised: denoiser and language models.
+
+    CLIP's text encoders are small and stay as they are.
+    """
+    parts = [family_named(str(index["_class_name"])).denoiser]
+    for part, described in index.items():
+        if part.startswith("text_encoder") and described[1] and "CLIP" not in described[1]:
+            parts.append(part)
+    return parts
+
+
+def quantised_model(
+    described: Sequence[str],
+    name: str,
+    bits: int | None,
+    dtype: torch.dtype,
+    device: torch.device | None,
+    **source: Any,
+) -> Any:
+    """Return a model of (library, class) on the CPU, quantised on `device`."""
+    library: Any = transformers if described[0] == "transformers" else diffusers
+    config = quantization(bits == 4, bits == 8, dtype, library.BitsAndBytesConfig)
+    model = getattr(library, described[1]).from_pretrained(
+        name,
+        dtype=dtype,
+        quantization_config=config,
+        device_map={"": str(device or "cpu")},
+        **source,
+    )
+    keep_order(model)
+    return model.to("cpu")
 
 
 def _not_loaded(
@@ -164,7 +220,10 @@ def load_base(args: Any, run: Run) -> DiffusionPipeline:
     """Load the pipeline that a run with `args` trains, and record the digests of its files."""
     name, vae_name = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
     files = {"revision": args.revision, "variant": args.variant}
-    pipe = load_pipeline(name, dtype=run.dtype, vae_name=vae_name, **files)
+    device = run.accelerator.device
+    pipe = load_pipeline(
+        name, dtype=run.dtype, vae_name=vae_name, bits=args.bits, device=device, **files
+    )
     root = local_folder(name, revision=args.revision)
     folders = {part: root / part for part in (*modules_of(pipe), "scheduler")}
     if vae_name is not None:
@@ -183,6 +242,10 @@ def sharing_pipeline(pipe: DiffusionPipeline, dtype: torch.dtype) -> DiffusionPi
     for module in models.values():
         for tensor in (*module.parameters(), *module.buffers()):
             memo[id(tensor)] = tensor  # deepcopy takes it as copied already
+        for layer in module.modules():  # so do the scales of quantised weights
+            for name in ("quant_state", "state"):
+                scales = vars(layer).get(name)
+                memo[id(scales)] = scales
     modules = {name: copy.deepcopy(module, memo) for name, module in models.items()}
     if pipe.vae.dtype != dtype:
         modules["vae"] = copy.deepcopy(pipe.vae).to(dtype)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .caches import posterior_of, reads_videos
 from .dataset import TrainingSample
+from .placement import device_of
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def reconstruct(vae: ModelMixin, samples: Sequence[TrainingSample]) -> Reconstru
 def decoded_pixels(vae: ModelMixin, pixels: Tensor) -> Tensor:
     """Return x̂ (3, h, w), float32 on the CPU in [−1, 1], the reconstruction of x (3, h, w)."""
     weight = next(vae.parameters())
-    mean, _ = posterior_of(vae, pixels[None].to(weight.device, weight.dtype))
+    mean, _ = posterior_of(vae, pixels[None].to(device_of(vae), weight.dtype))
     if reads_videos(vae):  # a video of one frame
         return vae.decode(mean[:, :, None]).sample[0, :, 0].clamp(-1, 1).float().cpu()
     return vae.decode(mean).sample[0].clamp(-1, 1).float().cpu()

@@ -15,6 +15,7 @@ from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.run import Run
 from nara_diffusion.utils.wording import counted
 
+from .block_swap import BlockSwap
 from .class_images import generate_class_images
 from .cut_prompts import prompt_sources, warn_of_cut_prompts
 from .dataset import DreamBoothDataset, collate_samples
@@ -25,6 +26,7 @@ from .image_arguments import DreamBoothArguments, run_family
 from .image_records import ImageRecord, class_records, records_from_folder, trained_on
 from .image_report import figures, forgetting, subject_card
 from .pipelines import load_base, sharing_pipeline, training_sizes
+from .placement import take_turns
 from .reconstruction import reconstruct
 from .samples import SampleSettings, sample_call
 from .task import Task
@@ -87,7 +89,6 @@ def load_subject(args: DreamBoothArguments, run: Run) -> Subject:
     if args.class_prompt is not None:
         class_images = _class_images(args, run, pipe, family)
     run.record_data_digest("training data", digested([*instances, *class_images]))
-    pipe.to(device)
 
     cut: Any = {"batch_size": args.train_batch_size, "seed": args.seed}
     dataset = DreamBoothDataset(
@@ -134,9 +135,11 @@ def subject_task(subject: Subject) -> Task:
     """Return the task of teaching `subject`, with an evaluation of the base model's pipeline."""
     args, run, dataset = subject.args, subject.run, subject.dataset
     instances, size = dataset.instances, dataset.sample_size
+    sampling = sharing_pipeline(subject.pipe, run.dtype)
+    place_models(subject, sampling)
     evaluation = Evaluation(
         run,
-        sharing_pipeline(subject.pipe, run.dtype),
+        sampling,
         SampleSettings(
             args.prompts or list(dict.fromkeys(record.prompt for record in instances))[:4],
             args.num_validation_images,
@@ -152,6 +155,7 @@ def subject_task(subject: Subject) -> Task:
             args.seed,
             args.curve_points,
             args.train_batch_size,
+            subject.step.prompts,
         ),
         [record.load() for record in instances],
         **subject.encoders,
@@ -182,6 +186,25 @@ def subject_task(subject: Subject) -> Task:
         },
         report=partial(_report, evaluation, data),
     )
+
+
+def place_models(subject: Subject, sampling: DiffusionPipeline) -> None:
+    """Encode all prompts, then put the denoiser on the device."""
+    args, family, device = subject.args, subject.family, subject.run.accelerator.device
+    staying = family.text_encoders if args.train_text_encoder else ()
+    for pipe in (subject.pipe, sampling):
+        take_turns(pipe, family, device, staying, is_tight=args.is_quantised or args.block_swap > 0)
+    if subject.step.prompts is not None:
+        images = [*subject.dataset.instances, *subject.dataset.class_images]
+        dropped = [""] if args.caption_dropout else []
+        prompts = [image.prompt for image in [*images, *subject.measured_on.instances]]
+        subject.step.prompts.fill(dict.fromkeys([*dropped, *prompts]))
+    denoiser = getattr(subject.pipe, family.denoiser)
+    if args.block_swap:
+        swap = BlockSwap(denoiser.to("cpu"), args.block_swap, device)
+        for pipe in (subject.pipe, sampling):
+            swap.attach(getattr(pipe, family.denoiser))
+    denoiser.to(device)
 
 
 def _report(

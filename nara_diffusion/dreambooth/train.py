@@ -83,8 +83,9 @@ def teach(task: Task, args: DreamBoothArguments, run: Run) -> dict[str, Any]:
 
     # training
     parts = prepare_training(run, model, task.samples, task.collate)
+    rounded = f", in {args.bits} bits" if args.bits else ""
     facts = {
-        "base": f"{args.pretrained_model_name_or_path} at {args.resolution} pixels",
+        "base": f"{args.pretrained_model_name_or_path} at {args.resolution} pixels{rounded}",
         "adapter": title_of(args),
         **task.facts,
         "optimizer steps": f"{steps} of {counted(run.global_batch, 'sample')}",

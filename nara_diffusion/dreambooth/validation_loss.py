@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nara_diffusion.training.engines import split_across_processes
 
-from .caches import LatentCache
+from .caches import LatentCache, PromptCache
 from .dataset import TrainingSample
 from .draws import draw_noise
 from .families import Family, placed
@@ -30,6 +30,7 @@ class ValidationLoss:
     seed: int  # of the noise
     points: int  # noise levels
     batch_size: int
+    prompts: PromptCache | None = None  # None encodes them by the measured pipeline
 
     @property
     def indices(self) -> list[int]:
@@ -65,7 +66,10 @@ class ValidationLoss:
             noise = draw_noise(positions, latents.shape[1:], seed=self.seed, role="validation")
             indices = torch.full((len(batch),), index)
             corrupted = self.objective.corrupt(latents.to(device), noise.to(device), indices)
-            states = self.family.encode(pipe, [sample.prompt for sample in batch])
+            texts = [sample.prompt for sample in batch]
+            states = (
+                self.family.encode(pipe, texts) if self.prompts is None else self.prompts.get(texts)
+            )
             embeddings = placed(states, device)
             time_ids = torch.tensor([sample.time_ids for sample in batch], device=device)
             inputs = (corrupted.model_input, corrupted.timestep)

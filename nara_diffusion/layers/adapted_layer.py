@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, LoraLayer
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
@@ -129,6 +129,8 @@ def base_weight(base_layer: nn.Module) -> Tensor:
         state: Any = weight if is_before_forward else base_layer.state
         return state.CB.float() * (state.SCB.float()[:, None] / 127)
     if not _is_packed(base_layer):
+        if type(weight).__name__ == "Params4bit":  # on a CPU, the other would replace the parameter
+            return dequantize_bnb_weight(cast(nn.Parameter, weight))
         return dequantize_module_weight(base_layer)
     linear = cast(nn.Linear, base_layer)
     identity = torch.eye(linear.in_features, dtype=torch.float32, device=linear.weight.device)

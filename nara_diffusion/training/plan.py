@@ -49,13 +49,16 @@ def show_plan(args: Args, describe: Callable[[Args], PlannedStep]) -> dict[str, 
 
 def _table(args: TrainingArguments, needs: Needs) -> Iterator[str]:
     """Yield the lines of a plan, with memory in GB."""
+    for name, size in needs.parts.items():
+        yield f"  {size / GB:20.2f} GB  {name}"
     notes = {
-        "weights": f"{needs.frozen:,} frozen parameters",
+        "weights": f"on the device in a step, of {needs.frozen:,} frozen parameters",
         "adapter": f"{needs.trainable:,} trainable parameters",
         "gradients": "after the backward",
         "optimizer": args.optimizer,
         "activations": "the most in a step, with the gradients that exist by then",
-        "peak": "of all tensors of a training step; the driver and gaps take 1 to 2 GB more",
+        "caching": "the most before a step: a model alone, or an autoencoder beside the denoiser",
+        "peak": "of all tensors; the driver and gaps take 1 to 2 GB more",
     }
     for name, note in notes.items():
         yield f"  {name:<12}{getattr(needs, name) / GB:8.2f} GB  {note}"
@@ -74,8 +77,9 @@ def _fitting(args: Args, describe: Callable[[Args], PlannedStep], needs: Needs) 
         yield f"It fits into {args.plan:g} GB."
         return
     least = ""
-    for flags, changed in cheaper(args):
+    for flags, changes in cheaper(args, describe(args).swappable):
         try:
+            changed = replace(args, **changes)
             step = describe(changed)
         except ValueError:  # the run would refuse these flags
             continue
@@ -88,11 +92,15 @@ def _fitting(args: Args, describe: Callable[[Args], PlannedStep], needs: Needs) 
     yield f"It doesn't fit into {args.plan:g} GB{least}. Lower {shorter}, or use several GPUs."
 
 
-def cheaper(args: Args) -> Iterator[tuple[str, Args]]:
-    """Yield (flags, arguments) that need less memory, cheapest first.
+def cheaper(args: TrainingArguments, swappable: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (flags, their fields) that need less memory, cheapest first.
 
     A batch of 1 with more accumulation lowers utilisation. Gradient checkpointing needs a second
-    forward. Loading in 4 bits loses precision. Each costs more than all earlier ones together.
+    forward. Loading in 4 bits loses precision. Swapped blocks wait for copies. Each costs more than
+    all earlier ones together.
+
+    Args:
+        swappable: the number of blocks that can be swapped.
     """
     changes: list[tuple[str, dict[str, Any]]] = []
     batch = args.train_batch_size
@@ -105,11 +113,15 @@ def cheaper(args: Args) -> Iterator[tuple[str, Args]]:
         changes.append((flags, fields))
     if not args.gradient_checkpointing:
         changes.append(("--gradient_checkpointing", {"gradient_checkpointing": True}))
-    if hasattr(args, "load_in_4bit") and not args.is_quantised and args.adapter != "full":
+    if not args.is_quantised and args.adapter != "full":
         changes.append(("--load_in_4bit", {"load_in_4bit": True}))
+    for count in (swappable // 2, swappable):
+        if count:
+            changes.append((f"--block_swap {count}", {"block_swap": count}))
     for code in range(1, 2 ** len(changes)):
         chosen = [change for place, change in enumerate(changes) if code >> place & 1]
         merged: dict[str, Any] = {}
         for _, fields in chosen:
             merged |= fields
-        yield " ".join(flags for flags, _ in chosen), replace(args, **merged)
+        if sum("block_swap" in fields for _, fields in chosen) < 2:
+            yield " ".join(flags for flags, _ in chosen), merged

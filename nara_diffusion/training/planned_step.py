@@ -5,6 +5,10 @@ A train script describes its step as a `PlannedStep`: a model on the meta device
 
     peak = weights + adapter + optimizer + max(step, gradients + update)
 
+or `caching`, the most of what the run needs outside of its steps: each part alone on the device,
+while it is loaded, quantised or encodes prompts; and the autoencoder beside the model. Only the
+autoencoder's activations count there.
+
 `step` is the highest sum of activations, temporary tensors and gradients that exist at once. Norms
 return float32, as they do under CUDA's autocast. Quantised weights can't be fake tensors, so they
 are counted by a formula. `step` includes an unpacked copy of the largest of them.
@@ -46,9 +50,13 @@ class PlannedStep:
         loss: a function that runs one forward of `model` on CPU tensors and returns the scalar
             loss.
         forward: a description of the forward, such as "1 x 1024 tokens".
-        frozen: other modules that the run keeps on the device, such as text encoders or an
-            autoencoder. Here they are on the meta device.
-        encode: a function that fills the run's caches before the first step.
+        parts: {name: frozen module on the meta device}. The trained model is first. Each other one
+            is on the device alone, before training.
+        beside: the name of a part that is on the device beside the model, while `encode` runs.
+        encode: a function that fills the run's caches by this part.
+        swapped: frozen weights of blocks that are on the host while others run. Two of these blocks
+            are on the device at once.
+        swappable: the number of blocks that could be swapped.
         blocks: the parts of `model` that FSDP2 gathers one after the other; empty if `model` can't
             be sharded.
         packed: {quantised weight: bytes per number in 4 or 8 bits}.
@@ -57,8 +65,11 @@ class PlannedStep:
     model: nn.Module
     loss: Callable[[], Tensor]
     forward: str
-    frozen: Sequence[nn.Module] = ()
+    parts: Mapping[str, nn.Module] = field(default_factory=dict)
+    beside: str | None = None
     encode: Callable[[], object] = lambda: None
+    swapped: Sequence[Sequence[Tensor]] = ()
+    swappable: int = 0
     blocks: Sequence[nn.Module] = ()
     packed: Mapping[Tensor, float] = field(default_factory=dict)
 
@@ -67,11 +78,13 @@ class PlannedStep:
 class Needs:
     """The needs of one process. Memory is in bytes."""
 
-    weights: int  # of frozen weights
+    weights: int  # of frozen weights on the device during a step
+    parts: Mapping[str, int]  # {part: its frozen weights}
     adapter: int  # of trained weights
     gradients: int
     optimizer: int
     activations: int  # `step` in the module's docstring
+    caching: int  # `caching` in the module's docstring
     peak: int
     gathered: Mapping[str, int]  # {sharding engine: weights and buckets on top of its own share}
     trainable: int  # number of trained weights
@@ -80,7 +93,7 @@ class Needs:
 
     def sharded(self, engine: str, processes: int) -> int:
         """Return the peak of each process if `engine` shards weights and optimizer over all."""
-        shared = self.peak - self.activations
+        shared = self.weights + self.adapter + self.optimizer
         return -(-shared // processes) + self.activations + self.gathered[engine]
 
 
@@ -89,11 +102,19 @@ def measure(step: PlannedStep, args: TrainingArguments) -> Needs:
 
     The tensors of the models in `step` are replaced with fake tensors.
     """
-    everything = nn.ModuleList([step.model, *step.frozen])
+    everything = nn.ModuleList([step.model, *step.parts.values()])
     trained = [p for p in step.model.parameters() if p.requires_grad]
     frozen = [p for p in tensors_of(everything) if not p.requires_grad]
     packed = {id(weight): size for weight, size in step.packed.items()}
-    weights = sum(p.numel() * packed.get(id(p), p.element_size()) for p in frozen)
+
+    def size(tensors: Iterable[Tensor]) -> float:
+        untrained = [tensor for tensor in tensors if not tensor.requires_grad]
+        return sum(p.numel() * packed.get(id(p), p.element_size()) for p in untrained)
+
+    parts = {name: size(tensors_of(part)) for name, part in step.parts.items()}
+    swapped = [size(block) for block in step.swapped]
+    pairs = [one + other for one, other in zip(swapped, [*swapped, 0.0][1:], strict=True)]
+    weights = size(tensors_of(step.model)) - sum(swapped) + max(pairs, default=0.0)
     unpacked = max((weight.nbytes for weight in step.packed), default=0)
     gathered = _gathered(step)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -108,7 +129,7 @@ def measure(step: PlannedStep, args: TrainingArguments) -> Needs:
     counter = StepCounter(tensors_of(everything))
     with mode, counter:
         step.encode()
-        counter.flops = 0
+        encoded, counter.peak, counter.flops = counter.peak, counter.live, 0
         if args.gradient_accumulation_steps > 1 or args.global_batch_size is not None:
             for parameter in step.model.parameters():  # gradients of earlier forwards
                 if parameter.requires_grad:
@@ -119,13 +140,19 @@ def measure(step: PlannedStep, args: TrainingArguments) -> Needs:
     optimizer = optimizer_bytes(trained, args.optimizer)
     activations = counter.peak + unpacked
     highest = max(activations, gradients + (0 if is_fused else adapter))
+    resident = round(weights) + adapter + optimizer
+    caching = max([size + unpacked for size in parts.values()], default=0)
+    if step.beside is not None:
+        caching = max(caching, resident + parts[step.beside] + encoded)
     return Needs(
         weights=round(weights),
+        parts={name: round(part) for name, part in parts.items()},
         adapter=adapter,
         gradients=gradients,
         optimizer=optimizer,
         activations=activations,
-        peak=round(weights) + adapter + optimizer + highest,
+        caching=round(caching),
+        peak=max(resident + highest, round(caching)),
         gathered=gathered,
         trainable=sum(p.numel() for p in trained),
         frozen=sum(p.numel() for p in frozen),

@@ -18,8 +18,8 @@ from torch._dynamo.utils import counters
 
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.dllm import load_backbone, masked_diffusion_loss
-from nara_diffusion.dllm.models.quantised import prepare_quantised
 from nara_diffusion.training.adapters import add_adapter
+from nara_diffusion.utils.quantised import prepare_quantised
 from tests.acceptance._noise_models import UNET_TARGETS, Stock, adapt
 from tests.acceptance._text import LLADA_TINY, backbone, nara
 from tests.helpers.adapted import disturb

@@ -12,8 +12,8 @@ from peft import PeftModel
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dllm import load_backbone, masked_diffusion_loss
-from nara_diffusion.dllm.models.quantised import prepare_quantised
 from nara_diffusion.training.adapters import add_adapter
+from nara_diffusion.utils.quantised import prepare_quantised
 from tests.acceptance._commands import (
     Moment,
     assert_same_bits,
@@ -107,7 +107,7 @@ def test_both_widths_and_full_training_are_refused(tmp_path: Path) -> None:
 
 
 def test_missing_bitsandbytes_is_refused_naming_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nara_diffusion.dllm.models.quantised.find_spec", lambda name: None)
+    monkeypatch.setattr("nara_diffusion.utils.quantised.find_spec", lambda name: None)
     for option in ("load_in_4bit", "load_in_8bit"):
         with pytest.raises(ValueError, match=r"need bitsandbytes, which isn't installed: pip install .*\[optimizers\]"):
             load_backbone(LLADA_TINY, **{option: True})  # type: ignore[arg-type]

@@ -110,11 +110,13 @@ def test_base_is_loaded_by_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ArithmeticError
 
     monkeypatch.setattr(pipelines, "load_pipeline", load)
-    args = arguments(revision="v2", variant="fp16", pretrained_vae_model_name_or_path="vae")
-    run: Any = SimpleNamespace(dtype=torch.float32)
+    args = arguments(revision="v2", variant="fp16", pretrained_vae_model_name_or_path="vae", load_in_8bit=True)
+    device = torch.device("cpu")
+    run: Any = SimpleNamespace(dtype=torch.float32, accelerator=SimpleNamespace(device=device))
     with pytest.raises(ArithmeticError):
         load_base(args, run)
-    assert calls == [{"dtype": torch.float32, "vae_name": "vae", "revision": "v2", "variant": "fp16"}]
+    files = {"vae_name": "vae", "revision": "v2", "variant": "fp16"}
+    assert calls == [{"dtype": torch.float32, "bits": 8, "device": device, **files}]
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,19 @@ def small_flux() -> FluxPipeline:
     return quiet(pipe)
 
 
+def wide_flux() -> FluxPipeline:
+    """A FLUX.1-dev whose layers bitsandbytes can round on a CPU: widths of 64, three blocks of each kind."""
+    pipe = small_flux()
+    t5 = T5Config(vocab_size=len(pipe.tokenizer_2), d_model=64, d_kv=32, d_ff=128, num_layers=1, num_heads=2)
+    sizes = {"in_channels": 16, "out_channels": None, "num_layers": 3, "num_single_layers": 3, "num_attention_heads": 4}
+    widths = {"joint_attention_dim": 64, "pooled_projection_dim": TEXT_WIDTHS[0], "guidance_embeds": True}
+    pipe.register_modules(
+        text_encoder_2=random_model(T5EncoderModel, 8, t5),
+        transformer=denoiser("FluxTransformer2DModel", scale=0.1, **sizes, **widths),
+    )
+    return pipe
+
+
 def pixels(pipe: Any, prompt: str | list[str] = "a photo of a toy", *, seed: int = 0, **options: Any) -> Tensor:
     """Images (b, h, w, 3) in [0, 1] of a short run, the same for the same seed."""
     call = {"num_inference_steps": 2, "guidance_scale": 4.0, "height": 16, "width": 16, "output_type": "np"}

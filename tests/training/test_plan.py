@@ -19,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nara_diffusion.dllm import load_backbone
 from nara_diffusion.dllm import train as text
-from nara_diffusion.dllm.models.quantised import prepare_quantised
 from nara_diffusion.dreambooth import train as images
 from nara_diffusion.dreambooth.families import placed
 from nara_diffusion.dreambooth.image_arguments import run_family
@@ -27,6 +26,7 @@ from nara_diffusion.dreambooth.image_plan import PlannedPrompts, pipeline_on_met
 from nara_diffusion.training.optimization import build_optimizer
 from nara_diffusion.training.plan import cheaper
 from nara_diffusion.training.planned_step import PlannedStep, StepCounter, measure, optimizer_bytes
+from nara_diffusion.utils.quantised import prepare_quantised
 from nara_flags.parser import parse_arguments
 from nara_flags.training import OPTIMIZERS
 from tests.helpers.pipelines.families import FAMILY_PIPELINES
@@ -110,9 +110,9 @@ def test_cheaper_batch_of_1_keeps_the_accumulated_batch():
     args = text.Arguments(
         pretrained_model_name_or_path="none", train_file="none", train_batch_size=4, gradient_accumulation_steps=3
     )
-    words, changed = next(cheaper(args))
+    words, changed = next(cheaper(args, swappable=0))
     assert words == "--train_batch_size 1 --gradient_accumulation_steps 12"
-    assert (changed.train_batch_size, changed.gradient_accumulation_steps) == (1, 12)
+    assert changed == {"train_batch_size": 1, "gradient_accumulation_steps": 12}
 
 
 @pytest.mark.parametrize(("words", "message"), [

@@ -44,6 +44,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.utils import CONFIG_NAME
 
 from nara_diffusion.noise.blocks import LLADA2
+from nara_diffusion.utils.quantised import check_roundable, quantization
 from nara_diffusion.utils.repositories import naming_source
 
 from . import config_fields
@@ -55,7 +56,6 @@ from .mixture_formats import (
     qwen3_moe_fields,
     register_conversions,
 )
-from .quantised import check_roundable, quantization
 from .qwen_formats import FORMATS, qwen_class_and_fields
 from .tokenizer_loading import find_mask_token, load_tokenizer, set_special_tokens
 

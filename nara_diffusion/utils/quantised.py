@@ -1,21 +1,32 @@
-"""Models in 4 or 8 bits, with bitsandbytes."""
+"""Frozen weights in 4 or 8 bits, by bitsandbytes and its adapters in Transformers and Diffusers."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from peft import prepare_model_for_kbit_training
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a number in 4 bits: 64 numbers share a constant, in 8 bits with a scale for 256."""
+INT8 = 1.0
+"""Bytes of a number in 8 bits. The scale of a row isn't counted."""
 
 
 def quantization(
-    load_in_4bit: bool, load_in_8bit: bool, dtype: torch.dtype | str | None
-) -> BitsAndBytesConfig:
+    load_in_4bit: bool,
+    load_in_8bit: bool,
+    dtype: torch.dtype | str | None,
+    kind: type = BitsAndBytesConfig,
+) -> Any:
     """Return the configuration for `from_pretrained`: NF4 with double quantisation, or 8 bits.
 
     Args:
         dtype: that of computations; by default bfloat16.
+        kind: the class of the configuration, that of Transformers or of Diffusers.
 
     Raises:
         ValueError: bitsandbytes isn't installed.
@@ -29,7 +40,7 @@ def quantization(
         dtype = torch.bfloat16
     elif isinstance(dtype, str):
         dtype = getattr(torch, dtype)
-    return BitsAndBytesConfig(
+    return kind(
         load_in_4bit=load_in_4bit,
         load_in_8bit=load_in_8bit,
         bnb_4bit_quant_type="nf4",
@@ -53,8 +64,16 @@ def check_roundable(config: PreTrainedConfig) -> None:
 
 def prepare_quantised(model: PreTrainedModel) -> None:
     """Prepare a model in 4 or 8 bits for an adapter: PEFT casts all other weights to float32."""
-    name = "support_avx512bf16_for_cpu"  # packs weights in evaluation; then they have no gradient
+    keep_order(model)
+    prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def keep_order(model: nn.Module) -> None:
+    """Keep 4-bit weights on a CPU as they are; bitsandbytes packs them in evaluation.
+
+    Packed weights have no gradient.
+    """
+    name = "support_avx512bf16_for_cpu"
     for module in model.modules():
         if hasattr(module, name):
             setattr(module, name, False)
-    prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
