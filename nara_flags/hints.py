@@ -1,7 +1,6 @@
 """Flags of other train scripts, and of earlier versions, with what they are called here.
 
-An unknown flag that stands here is answered with its counterpart. docs/dreambooth.md has the same
-table; a test compares the two.
+An unknown flag that stands here is answered with its counterpart.
 """
 
 COUNTERPARTS = {
