@@ -124,7 +124,7 @@ def mask_answers(
     answer, ends = host_answers(input_ids, prompt_lengths, answer_lengths)
     seed, indices = seed_and_indices(seed, sample_indices, generator, b)
     opens = bool(answer[:, 0].any())
-    blocks, clean = None, input_ids[:, :0]
+    blocks = clean = None
     if block_length is not None:
         answer, start = answer_blocks(answer, block_length)  # (b, l)
         width = start + answer.shape[1]
@@ -154,7 +154,7 @@ def mask_answers(
     is_masked = moved(masked, device)
     seen = targets.masked_fill(is_masked, mask_token_id)
     attention_mask = positions = None
-    if block_length is not None:
+    if block_length and clean is not None:
         seen = torch.cat([seen, clean.repeat(len(seen) // b, 1)], 1)
         positions = paired_positions(seen.shape[1], block_length, answer.shape[1], device)[None]
         real = positions < moved(ends, device)[:, None]

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from peft import LoraConfig
 from torch import nn
 
 from nara_diffusion.config import NaraConfig
@@ -136,10 +135,7 @@ def restrict(models: Mapping[str, nn.Module], adapter_name: str, window: NoiseWi
         schedule = within(window)
         check_strength(model, adapter_name, schedule)
         if not isinstance(configs[adapter_name], NaraConfig):
-            configs[adapter_name] = _as_nara(configs[adapter_name])
+            of_nara = {"core_type": "identity", "core_scale": 0.1, "noise_level_per": None}
+            fields = config_to_fields(configs[adapter_name]) | of_nara
+            configs[adapter_name] = config_from_fields(fields, "the LoRA")
         give_strength(model, adapter_name, schedule)
-
-
-def _as_nara(config: LoraConfig) -> NaraConfig:
-    of_nara = {"core_type": "identity", "core_scale": 0.1, "noise_level_per": None}
-    return config_from_fields({**config_to_fields(config), **of_nara}, "the LoRA")
