@@ -35,7 +35,13 @@ KEY = re.compile(rf"(.*\.)?({'|'.join(_OF_CORE)})\..*")
 
 
 def convert_tc_lora(file: OtherFile) -> AdapterPart:
-    """Return the part of a Tc-LoRA, with the default s."""
+    """Return the part of a Tc-LoRA, with the default s.
+
+    Raises:
+        ValueError: a tensor is missing or unknown, or there is a `rank_mask`.
+    """
+    if file.rank_mask is not None:
+        raise ValueError("rank_mask is for a T-LoRA, and this is a Tc-LoRA: leave it out.")
     return read_tc_lora(file.tensors)
 
 
@@ -70,6 +76,8 @@ def read_tc_lora(tensors: Mapping[str, Tensor], scale: float = SCALE) -> Adapter
         target_modules=sorted(modules),
         core_type="film",
         core_sharing="layer",
+        noise_convention="flow",
+        noise_level_per="sample",
     )
     renamed = {}
     for module, named in modules.items():

@@ -38,7 +38,8 @@ from .windows import checked_windows, is_lora, load_lora_inside, parts_inside, r
 
 def load_nara_weights(
     self: Pipeline,
-    pretrained_model_name_or_path_or_dict: Source | list[tuple[Source, tuple[float, float]]],
+    pretrained_model_name_or_path_or_dict: Source
+    | list[tuple[str | os.PathLike[str], tuple[float, float]]],
     adapter_name: str | None = None,
     hotswap: bool = False,
     *,
@@ -122,6 +123,10 @@ def load_nara_weights(
 
     place: dict[str, Any] = {"weight_name": weight_name, "subfolder": subfolder, "hub": hub}
     if isinstance(source, list):
+        if metadata is not None:
+            raise ValueError(
+                "metadata is for a dict of tensors, and windows are files: leave it out."
+            )
         _check_several(hotswap)
         conversion = {"base": base, "rank_mask": rank_mask}
         _load_windows(self, models, source, adapter_name, place, conversion, low_cpu_mem_usage)

@@ -41,7 +41,7 @@ def checked_windows(windows: list[Any]) -> list[tuple[Any, NoiseWindow]]:
     for entry in windows:
         try:
             source, (low, high) = entry
-            checked.append((source, NoiseWindow(low, high)))
+            checked.append((os.fspath(source), NoiseWindow(low, high)))
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"A window is {entry!r} ({error}): pass pairs of a file and its bounds, {_EXAMPLE}."

@@ -199,6 +199,29 @@ def test_loss_is_that_by_hand(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(loss.per_sample[row].double(), by_hand, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["SDAR", "Fast-dLLM v2"])
+def test_blocks_of_one_pass_equal_single_passes(name: str, tmp_path: Path) -> None:
+    """Each block is predicted after a clean text, as in sampling: by its noisy part and clean blocks."""
+    fields, _, _, block = FAMILIES[name]
+    state = write_checkpoint(tmp_path, fields)
+    model, _ = load_backbone(str(tmp_path), dtype=torch.float64)
+    ids = torch.randint(6, MASK, (1, 3 * block), generator=torch.Generator().manual_seed(1))
+    start = block - 1  # the answer begins inside the first block
+    batch = masked_diffusion_loss(model, ids, [start], seed=3)
+    levels = batch.noise_level[0]
+    total = torch.zeros((), dtype=torch.float64)
+    for number in range(3):
+        begin, end = number * block, (number + 1) * block
+        text = ids[0, :end].clone()
+        masked = batch.masked[0, begin:end]
+        text[begin:] = text[begin:].masked_fill(masked, MASK)
+        logits = expected(fields, state, text, block)[begin:]
+        losses = F.cross_entropy(logits, ids[0, begin:end], reduction="none")
+        total += (losses * masked).sum() / float(levels[number])
+    assert batch.masked.any()
+    torch.testing.assert_close(batch.per_sample[0].double(), total / (3 * block - start), rtol=1e-6, atol=1e-6)
+
+
 def test_pipeline_saves_and_loads_a_block_model(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "public", SDAR)
     pipe: Any = LLaDAPipeline.from_pretrained(str(tmp_path / "public"))

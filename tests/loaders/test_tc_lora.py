@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import nara_command
 from nara_diffusion.loaders.other_trainers import PipelineComponents
+from nara_diffusion.loaders.tc_lora import read_tc_lora
 from nara_diffusion.loaders.tensor_files import is_nara
 from tests.helpers.adapted import TwoLayers, relative_error
 from tests.helpers.denoisers import denoiser, inputs_of, run
@@ -104,6 +105,17 @@ def test_tc_lora_on_flux_equals_formula_per_sample(transformer: Any, tmp_path: P
     again: Any = PipelineComponents(transformer=denoiser(KIND, scale=0.1))
     again.load_nara_weights(tmp_path / "saved")
     torch.testing.assert_close(run(again.transformer, inputs_of(KIND), timestep), actual, rtol=0, atol=0)
+
+
+def test_tc_lora_is_for_flows_and_has_no_mask() -> None:
+    model = TwoLayers()
+    pipe: Any = PipelineComponents(transformer=model)
+    tensors = tensors_for(model, ("first", "second"))
+    with pytest.raises(ValueError, match="rank_mask is for a T-LoRA"):
+        pipe.load_nara_weights(tensors, rank_mask={"min": 1})
+    assert not hasattr(model, "peft_config")
+    config = read_tc_lora(tensors).config
+    assert (config.noise_convention, config.noise_level_per) == ("flow", "sample")
 
 
 def test_tc_lora_in_a_window_runs_only_there(transformer: Any, tmp_path: Path) -> None:

@@ -100,11 +100,14 @@ def test_windows_after_an_error_leave_the_pipeline_unchanged(sources: Any, tmp_p
         ([(lora, (0.5, 0.5))], "0 ≤ low < high ≤ 1"),
         ([(lora, 0.5)], "pairs of a file and its bounds"),
         ([lora], "pairs of a file and its bounds"),
+        ([({"unet.x": torch.ones(1)}, (0, 1))], "pairs of a file and its bounds"),
     ):
         with pytest.raises(ValueError, match=message):
             pipe.load_nara_weights(windows)
     with pytest.raises(ValueError, match="several"):
         pipe.load_nara_weights([(lora, (0, 1))], hotswap=True)
+    with pytest.raises(ValueError, match="metadata is for a dict of tensors"):
+        pipe.load_nara_weights([(nara_folder, (0, 1))], metadata={})
     assert not pipe.get_list_adapters()
     assert tensors_of(pipe).keys() == present.keys()
     assert not hasattr(pipe.unet, "peft_config")
