@@ -107,7 +107,7 @@ def test_tc_lora_on_flux_equals_formula_per_sample(transformer: Any, tmp_path: P
     torch.testing.assert_close(run(again.transformer, inputs_of(KIND), timestep), actual, rtol=0, atol=0)
 
 
-def test_tc_lora_is_for_flows_and_has_no_mask() -> None:
+def test_tc_lora_is_for_flows_without_mask() -> None:
     model = TwoLayers()
     pipe: Any = PipelineComponents(transformer=model)
     tensors = tensors_for(model, ("first", "second"))
