@@ -15,6 +15,7 @@ come from `draws`.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -61,9 +62,38 @@ class TrainingSample:
         """The key of the pixels in caches: content, scaling, cut and flip."""
         return f"{self.image.key} {self.target} {self.top} {self.left} {self.flip}"
 
+    @property
+    def source_sizes(self) -> tuple[Size, ...]:
+        """The sizes of `source_images`."""
+        return source_sizes(self.image, self.target)
+
+    @property
+    def source_keys(self) -> list[str]:
+        """The keys of `source_images` in caches."""
+        return [f"{source.key} for {self.key}" for source in self.image.sources]
+
+    def source_images(self) -> list[Image.Image]:
+        """Return the sources: of the image's proportions, cut like it; otherwise whole.
+
+        They have the area of the target. Then the model's pipeline resizes them.
+        """
+        images = []
+        for source, size in zip(self.image.sources, self.source_sizes, strict=True):
+            image = source.load()
+            if size == self.target:
+                images.append(self._cut(image))
+                continue
+            scaled = image.resize(size[::-1], Image.Resampling.LANCZOS)
+            images.append(ImageOps.mirror(scaled) if self.flip else scaled)
+        return images
+
     def pixel_values(self) -> torch.Tensor:
         """Return the pixels (3, h, w), float32 in [−1, 1], scaled and cut in one resampling."""
-        image = self.image.load()
+        values = np.array(self._cut(self.image.load()), dtype=np.float32)  # (h, w, 3) in 0 … 255
+        return (torch.from_numpy(values) / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+    def _cut(self, image: Image.Image) -> Image.Image:
+        """Return the sample's part of an image with the proportions of `self.image`."""
         height, width = scaled_size(self.image.size, self.target)
         h, w = self.target
         left = width - w - self.left if self.flip else self.left  # before mirroring
@@ -72,10 +102,7 @@ class TrainingSample:
         bottom = min((self.top + h) * y, image.height)
         box = (left * x, self.top * y, right, bottom)
         cut = image.resize((w, h), Image.Resampling.LANCZOS, box=box)
-        if self.flip:
-            cut = ImageOps.mirror(cut)
-        values = np.array(cut, dtype=np.float32)  # (h, w, 3) in 0 … 255
-        return (torch.from_numpy(values) / 127.5 - 1).permute(2, 0, 1).contiguous()
+        return ImageOps.mirror(cut) if self.flip else cut
 
 
 def scaled_size(original: Size, target: Size) -> Size:
@@ -83,6 +110,19 @@ def scaled_size(original: Size, target: Size) -> Size:
     scale = max(target[0] / original[0], target[1] / original[1])
     height, width = round(original[0] * scale), round(original[1] * scale)
     return max(target[0], height), max(target[1], width)
+
+
+def source_sizes(image: ImageRecord, target: Size) -> tuple[Size, ...]:
+    """Return the sizes (h, w) of an image's sources for samples of the size `target`."""
+    sizes = []
+    for source in image.sources:
+        proportion = source.size[0] * image.size[1] / (source.size[1] * image.size[0])
+        if abs(proportion - 1) < 0.01:
+            sizes.append(target)
+        else:
+            scale = math.sqrt(target[0] * target[1] / (source.size[0] * source.size[1]))
+            sizes.append((round(source.size[0] * scale), round(source.size[1] * scale)))
+    return tuple(sizes)
 
 
 class BucketOrder:
@@ -96,7 +136,7 @@ class BucketOrder:
     is the order of `ShuffledStream`.
     """
 
-    def __init__(self, buckets: Sequence[Size], batch_size: int, seed: int) -> None:
+    def __init__(self, buckets: Sequence[tuple[Any, ...]], batch_size: int, seed: int) -> None:
         self.batch_size, self.seed = batch_size, seed
         sizes = sorted(set(buckets))
         # the bucket of each batch of a round, before shuffling
@@ -123,10 +163,11 @@ class DreamBoothDataset(Dataset):
         instances: the images of the subject.
         buckets: the sizes (h, w) to train at; a single size for a fixed resolution.
         batch_size: the number of samples in one forward on one process (`train_batch_size`). They
-            are all in the same bucket.
+            are all in the same bucket, and so are their sources.
         seed: the seed of order, crops, flips and dropped captions.
         class_images: the images for prior preservation; empty without prior preservation.
-        crop: "center", or "random" for one of `CROPS` places of each image.
+        crop: "center", or "random" for one of `CROPS` places of each image. An image with sources is
+            cut in the middle.
         flip: True to mirror half of the samples.
         caption_dropout: the probability that an instance gets the empty prompt instead of its
             caption.
@@ -151,7 +192,10 @@ class DreamBoothDataset(Dataset):
         for image in self.instances:
             nearest = find_nearest_bucket(*image.size, buckets)
             self.targets.append(buckets[nearest or 0])
-        self._order = BucketOrder(self.targets, batch_size, seed)
+        buckets_of_all = []
+        for image, target in zip(self.instances, self.targets, strict=True):
+            buckets_of_all.append((target, *source_sizes(image, target)))
+        self._order = BucketOrder(buckets_of_all, batch_size, seed)
         self._class_order = None
         if self.class_images:
             self._class_order = ShuffledStream(self.class_images, seed + 1)
@@ -172,12 +216,17 @@ class DreamBoothDataset(Dataset):
                 *(len(small), images, small[0]),
             )
         cropped = sum(share > 0.2 for share in shares)
-        if self.crop == "random" and cropped:
+        if self.crop == "random" and cropped and not self.has_sources:
             logger.warning(
                 "random crops remove more than a fifth of %d of %s, and up to %.0f %%. --aspect_ratio_buckets auto "
                 "removes less, --center_crop keeps the middle.",
                 *(cropped, images, 100 * max(shares)),
             )
+
+    @property
+    def has_sources(self) -> bool:
+        """Whether the images are made from sources."""
+        return bool(self.instances[0].sources)
 
     @property
     def buckets(self) -> dict[Size, int]:
@@ -225,7 +274,7 @@ class DreamBoothDataset(Dataset):
         generator = numpy_generator(self.seed, f"crop {role}", position)
         flip = bool(generator.random() < 0.5) and self.flip
         top, left = _middle(image, target)
-        if self.crop == "random":
+        if self.crop == "random" and not image.sources:
             choice = int(generator.integers(CROPS))
             place = f"position {image.key} {target} {flip}"
             generator = numpy_generator(self.seed, place, choice)
