@@ -83,7 +83,7 @@ class TrainingSample:
             if size == self.target:
                 images.append(self._cut(image))
                 continue
-            scaled = image.resize(size[::-1], Image.Resampling.LANCZOS)
+            scaled = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
             images.append(ImageOps.mirror(scaled) if self.flip else scaled)
         return images
 

@@ -8,6 +8,7 @@ Text encoders run before λ is known, so their adapters have C = I.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import fields, replace
 from typing import Any
@@ -114,6 +115,7 @@ class AdaptedDenoiser(nn.Module):
         time_ids: Tensor,
         prompts: list[str] | None = None,
         embeddings: Placed | None = None,
+        sources: Sequence[Tensor] = (),
     ) -> Tensor:
         """Return the prediction (b, c, h, w), as the objective defines it.
 
@@ -123,11 +125,12 @@ class AdaptedDenoiser(nn.Module):
             time_ids: (b, 6).
             prompts: b prompts, if the text encoders are trained.
             embeddings: the prompts' embeddings, `placed`, if the text encoders are frozen.
+            sources: latents of the images to edit, each (b, c, h_i, w_i).
         """
         if embeddings is None:
             assert prompts is not None
             embeddings = self.family.encode(self.pipe, prompts)
-        return self.family.predict(self.denoiser, sample, timestep, time_ids, embeddings)
+        return self.family.predict(self.denoiser, sample, timestep, time_ids, embeddings, sources)
 
 
 def adapt(model: nn.Module, config: PeftConfig, name: str = ADAPTER) -> nn.Module:

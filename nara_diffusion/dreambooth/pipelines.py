@@ -32,11 +32,14 @@ from nara_diffusion.utils.repositories import (
     refuse_file,
 )
 
+from .edit_families import FLUX_KONTEXT, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS
 from .families import Family
 from .flow_families import FLUX, FLUX2, QWEN_IMAGE, SD3, WAN, Z_IMAGE
 from .unet_families import SD, SDXL
 
-FAMILIES = (SD, SDXL, SD3, FLUX, FLUX2, Z_IMAGE, QWEN_IMAGE, WAN)
+FAMILIES = (
+    SD, SDXL, SD3, FLUX, FLUX_KONTEXT, FLUX2, Z_IMAGE, QWEN_IMAGE, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS, WAN,
+)  # fmt: skip
 BY_PIPELINE = {pipeline: family for family in FAMILIES for pipeline in family.pipelines}
 
 

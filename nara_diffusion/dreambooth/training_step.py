@@ -56,8 +56,9 @@ class TrainingStep:
         if self.prompts is None:
             prediction = self.model(*inputs, prompts=batch["prompts"])
         else:
-            embeddings = placed(self.prompts.get(batch["prompts"]), self.device)
-            prediction = self.model(*inputs, embeddings=embeddings)
+            embeddings = placed(self.prompts.get(batch["prompts"], samples), self.device)
+            sources = placed(self.latents.sources(samples), self.device)
+            prediction = self.model(*inputs, embeddings=embeddings, sources=sources)
         losses = squared_errors(prediction, corrupted)
         levels = self.objective.source.noise_level(corrupted.timestep)
         if samples[-1].role == "class":  # each loss has the min-SNR weight of its own sample
@@ -119,7 +120,7 @@ def training_step(
     return TrainingStep(
         model=getattr(pipe, family.denoiser),
         objective=objective,
-        latents=LatentCache(pipe.vae),
+        latents=LatentCache(pipe.vae, source_pixels=family.pixels_of_sources(pipe)),
         prompts=None if args.train_text_encoder else PromptCache(pipe, family),
         device=device,
         seed=args.seed,

@@ -100,7 +100,7 @@ def paired(tmp_path: Path, sources: list[tuple[int, int]], **options: Any) -> Dr
     return DreamBoothDataset(records, [(16, 16)], batch_size=2, seed=3, crop="random", **options)
 
 
-def test_source_of_same_proportions_is_cut_like_its_image(tmp_path: Path) -> None:
+def test_source_of_same_proportions_is_cut_alike(tmp_path: Path) -> None:
     data = paired(tmp_path, [(20, 30), (40, 60)], flip=True)
     samples = [data.samples_at(position)[0] for position in range(12)]
     assert {sample.flip for sample in samples} == {True, False}
@@ -114,7 +114,7 @@ def test_source_of_same_proportions_is_cut_like_its_image(tmp_path: Path) -> Non
         torch.testing.assert_close(pixels, expected)
 
 
-def test_source_of_other_proportions_is_whole_and_batched(tmp_path: Path) -> None:
+def test_source_of_other_proportions_stays_whole(tmp_path: Path) -> None:
     """It is mirrored with its image, and all sources of a batch have one size."""
     data = paired(tmp_path, [(20, 30), (64, 16), (30, 20), (32, 8)], flip=True)
     sizes = [source_sizes(image, (16, 16)) for image in data.instances]
@@ -128,7 +128,7 @@ def test_source_of_other_proportions_is_whole_and_batched(tmp_path: Path) -> Non
                 assert sample.source_images() == [ImageOps.mirror(whole) if sample.flip else whole]
 
 
-def test_images_of_equal_bytes_have_own_sources_in_caches(tmp_path: Path) -> None:
+def test_equal_images_have_own_sources_in_caches(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "images", [(16, 16)])
     (folder / "copy.png").write_bytes((folder / "00.png").read_bytes())
     sources = folder_of(tmp_path / "sources", [(16, 16)] * 2)
