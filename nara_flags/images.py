@@ -68,6 +68,12 @@ class DataArguments:
     instance_data_dir: str | None = option(
         None, "Folder with images of the subject, or captioned ones."
     )
+    source_data_dir: str | None = option(
+        None,
+        "For models that edit: folder with the source of each image, by equal names; none reads the "
+        "key source of metadata.jsonl.",
+        rare=True,
+    )
     instance_prompt: str | None = option(
         None,
         "What they show, with a rare word for the subject: 'a photo of sks dog'. "
@@ -215,6 +221,9 @@ class ValidationArguments:
         "under other noise.",
         rare=True,
     )
+    validation_source_dir: str | None = option(
+        None, "The same as source_data_dir, for validation_data_dir.", rare=True
+    )
     similarity_model: str | None = option(
         None, "DINO, DINOv2 or CLIP that compares samples with the subject: folder or Hub id."
     )
@@ -307,7 +316,8 @@ def _check_combinations(args: ImageFlags) -> None:
 
 
 _NO_PART = (
-    "instance_data_dir", "validation_data_dir", "class_data_dir", "caption_column", "identifier", "plan",
+    "instance_data_dir", "source_data_dir", "validation_source_dir",
+    "validation_data_dir", "class_data_dir", "caption_column", "identifier", "plan",
     "train_text_encoder", "min_noise_level", "max_noise_level", "stratified_timesteps", "curve_points",
     "snr_gamma", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "noise_offset", "caption_dropout",
     "random_flip", "center_crop", "aspect_ratio_buckets", "num_class_images", "prior_loss_weight",

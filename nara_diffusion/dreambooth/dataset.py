@@ -72,6 +72,10 @@ class TrainingSample:
         """The keys of `source_images` in caches."""
         return [f"{source.key} for {self.key}" for source in self.image.sources]
 
+    def cut_image(self) -> Image.Image:
+        """Return the image, scaled and cut in one resampling."""
+        return self._cut(self.image.load())
+
     def source_images(self) -> list[Image.Image]:
         """Return the sources: of the image's proportions, cut like it; otherwise whole.
 
@@ -88,8 +92,8 @@ class TrainingSample:
         return images
 
     def pixel_values(self) -> torch.Tensor:
-        """Return the pixels (3, h, w), float32 in [−1, 1], scaled and cut in one resampling."""
-        values = np.array(self._cut(self.image.load()), dtype=np.float32)  # (h, w, 3) in 0 … 255
+        """Return the pixels (3, h, w) of `cut_image`, float32 in [−1, 1]."""
+        values = np.array(self.cut_image(), dtype=np.float32)  # (h, w, 3) in 0 … 255
         return (torch.from_numpy(values) / 127.5 - 1).permute(2, 0, 1).contiguous()
 
     def _cut(self, image: Image.Image) -> Image.Image:

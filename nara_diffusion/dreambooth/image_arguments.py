@@ -56,6 +56,8 @@ def run_family(args: DreamBoothArguments, pipe: DiffusionPipeline | None = None)
     reasons = {}
     if not family.text_encoders:
         reasons["train_text_encoder"] = "can't be trained together with its text encoders"
+    if not family.most_sources:
+        reasons["source_data_dir"] = reasons["validation_source_dir"] = "doesn't edit images"
     if family.max_sequence_length is None:
         reasons["max_sequence_length"] = "has a fixed length of prompts"
     if family.guidance is None:

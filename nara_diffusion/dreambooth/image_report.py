@@ -30,7 +30,7 @@ from diffusers import {pipeline}
 {imports}
 pipe = {pipeline}.from_pretrained({base!r}, dtype={dtype}{options})
 {loading}
-image = pipe(
+image = pipe({image}
     prompt={prompt!r},
     generator=torch.Generator().manual_seed({seed}),
     {call},
@@ -55,7 +55,7 @@ def write_samples(evaluation: Evaluation, before: Measurement, after: Measuremen
         columns = {"teacher": evaluation.references, **columns}
         write_grid(folder / GRID, settings.prompts, columns)
     else:
-        write_grid(folder / GRID, settings.prompts, columns, evaluation.subject)
+        evaluation.write_sheet(folder / GRID, columns)
     for name, images in columns.items():
         write_images(folder / f"samples-{name}", images, settings)
 
@@ -76,12 +76,16 @@ def subject_card(evaluation: Evaluation, after: Measurement, data: str) -> dict[
         "can't be compared. Alignment often falls a little while similarity rises. If samples no "
         "longer show what prompts ask for, train fewer steps, or use a strength below 1."
     )
+    images, shown = "images of the subject", "training images, and samples before and after"
+    if evaluation.sources:
+        ending = f"Over {samples}. Similarity is the mean cosine of each sample and its target."
+        images, shown = "pairs", "source, samples before and after, and target"
     source = "training" if args.validation_data_dir is None else "held-out"
     return {
-        "measured_on": f"{source} images of the subject",
+        "measured_on": f"{source} {images}",
         "unit": "mean squared error",
         "about": f"for `{args.pretrained_model_name_or_path}`, trained on {data}.",
-        "how_good": (f"![training images, and samples before and after]({GRID})", ending),
+        "how_good": (f"![{shown}]({GRID})", ending),
         "instance_prompt": args.instance_prompt,
         **_front_and_loading(evaluation, "dreambooth"),
     }
@@ -120,7 +124,12 @@ def _front_and_loading(evaluation: Evaluation, tag: str, sampler: str = "") -> d
     load_from = run.hub_id or str(run.folder)
     return {
         "loading": loading_code(run.args, settings, load_from, pipe, sampler, evaluation.beside),
-        "tags": ["text-to-image", family_of(pipe).name, "diffusers", tag],
+        "tags": [
+            "image-to-image" if evaluation.sources else "text-to-image",
+            family_of(pipe).name,
+            "diffusers",
+            tag,
+        ],
         "library": "diffusers",
         "widget": widget,
     }
@@ -146,6 +155,10 @@ def loading_code(
     imports = _IMPORTS.get("nara" if has_nara else method, "")
     if needs_schedule(args):
         imports += "\nfrom nara_diffusion import StrengthSchedule\n"
+    image = ""
+    if settings.by_prompt:
+        imports = f"from diffusers.utils import load_image\n{imports}"
+        image = '\n    image=load_image("source.png"),'
     if sampler:
         lines.append(sampler)
         scheduler = sampler.removeprefix("pipe.scheduler = ").split(".")[0]
@@ -164,6 +177,7 @@ def loading_code(
         base=args.pretrained_model_name_or_path,
         dtype=dtypes.get(args.mixed_precision, "torch.float32"),
         loading=core_import(args) + "\n".join(lines),
+        image=image,
         prompt=settings.prompts[0],
         seed=settings.seed,
         call=",\n    ".join(f"{name}={value!r}" for name, value in call.items()),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from peft import PeftConfig
 
@@ -29,6 +30,7 @@ from .pipelines import load_base, sharing_pipeline, training_sizes
 from .placement import take_turns
 from .reconstruction import reconstruct
 from .samples import SampleSettings, sample_call
+from .source_images import records_of_pairs
 from .task import Task
 from .training_step import TrainingStep, training_step
 from .validation_loss import ValidationLoss
@@ -39,6 +41,7 @@ FIGURES = {
     "text_alignment": "alignment with the prompt",
     "validation_loss": "validation loss",
 }
+FIGURES_OF_PAIRS = {"similarity": "similarity to the target", "validation_loss": "validation loss"}
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,22 @@ def load_subject(args: DreamBoothArguments, run: Run) -> Subject:
     Raises:
         ValueError: an argument doesn't fit the images or the model.
     """
-    run_family(args)  # before the model is loaded
-    captions: Any = {"prompt": args.instance_prompt, "caption_column": args.caption_column}
-    folder = str(args.instance_data_dir)
-    instances = records_from_folder(folder, progress=run.is_main, **captions)
+    family = run_family(args)  # before the model is loaded
+    folder, source = str(args.instance_data_dir), args.source_data_dir
+    instances = read_images(args, family, folder, source, progress=run.is_main)
     held_out: list[ImageRecord] = []
     if args.validation_data_dir:
-        held_out = records_from_folder(args.validation_data_dir, **captions)
+        folder, source = args.validation_data_dir, args.validation_source_dir
+        held_out = read_images(args, family, folder, source, progress=False)
+    if len({bool(image.sources) for image in (*instances, *held_out)}) == 2:
+        raise ValueError(
+            "only one of --instance_data_dir and --validation_data_dir has sources: give both sources, or neither."
+        )
+    if instances[0].sources and (args.class_prompt or args.validation_prompts):
+        raise ValueError(
+            "samples of pairs have the pairs' captions, and class images have no sources: leave --validation_prompts "
+            "and --class_prompt out."
+        )
     run.record_data_digest("validation data", digested(held_out))
     device = run.accelerator.device
     encoders = load_encoders(args, device)
@@ -107,9 +119,38 @@ def load_subject(args: DreamBoothArguments, run: Run) -> Subject:
     return Subject(args, run, encoders, pipe, family, step, config, dataset, measured_on)
 
 
+def read_images(
+    args: DreamBoothArguments,
+    family: Family,
+    folder: str,
+    source_folder: str | None,
+    *,
+    progress: bool,
+) -> list[ImageRecord]:
+    """Return the images of a folder, with their sources if the family edits images.
+
+    Raises:
+        ValueError: see `records_of_pairs`, or there are no sources and the family needs them.
+    """
+    captions: Any = {"prompt": args.instance_prompt, "caption_column": args.caption_column}
+    if not family.most_sources:
+        return records_from_folder(folder, progress=progress, **captions)
+    most = family.most_sources
+    records = records_of_pairs(folder, source_folder, most=most, progress=progress, **captions)
+    if family.needs_source and not records[0].sources:
+        raise ValueError(
+            f"{family.title} edits images, and those in {folder} have no sources: give --source_data_dir, or the key "
+            "source in metadata.jsonl."
+        )
+    return records
+
+
 def digested(records: Sequence[ImageRecord]) -> list[str]:
     """Return everything that a sample depends on, for the digest of the data."""
-    return [text for record in records for text in (record.key, record.prompt)]
+    texts = []
+    for record in records:
+        texts += [record.key, record.prompt, *(source.key for source in record.sources)]
+    return texts
 
 
 def _class_images(
@@ -161,14 +202,20 @@ def subject_task(subject: Subject) -> Task:
         **subject.encoders,
         reconstruction=reconstruct(subject.pipe.vae, dataset.plain_samples()),
     )
-    loss_data = "on the training images"
+    titles, noun = FIGURES, "image"
+    if dataset.has_sources:
+        evaluation = replace(evaluation, **of_pairs(subject, evaluation.settings))
+        titles, noun = FIGURES_OF_PAIRS, "pair"
+    loss_data = f"on the training {noun}s"
     if subject.measured_on is not dataset:
-        loss_data = f"on {counted(len(subject.measured_on.instances), 'image')} held out"
+        loss_data = f"on {counted(len(subject.measured_on.instances), noun)} held out"
     sizes = []
     for (height, width), number in dataset.buckets.items():
         sizes.append(f"{counted(number, 'image')} at {height} x {width}")
     folder = str(args.instance_data_dir)
     data = trained_on(instances, folder, args.instance_prompt, dataset.class_images)
+    if dataset.has_sources:
+        data += ", each made from its source"
     return Task(
         subject.pipe,
         subject.family,
@@ -184,8 +231,28 @@ def subject_task(subject: Subject) -> Task:
             "sizes (height x width)": f"{', '.join(sizes)}; samples at {size[0]} x {size[1]}",
             "validation loss": loss_data,
         },
-        report=partial(_report, evaluation, data),
+        report=partial(_report, evaluation, data, titles),
     )
+
+
+def of_pairs(subject: Subject, settings: SampleSettings) -> dict[str, Any]:
+    """Return the fields of an `Evaluation` that edits up to four pairs, held-out ones if there are any."""
+    shown = subject.measured_on.plain_samples()[:4]
+    sources, targets, by_prompt = [], [], []
+    for sample in shown:
+        images, (height, width) = sample.source_images(), sample.target
+        sources.append(Flux2ImageProcessor.concatenate_images(images))
+        targets += [sample.cut_image()] * settings.images_per_prompt
+        image = images if len(images) > 1 else images[0]
+        by_prompt.append({"image": image, "height": height, "width": width})
+    prompts = [sample.prompt for sample in shown]
+    return {
+        "settings": replace(settings, prompts=prompts, by_prompt=by_prompt),
+        "sources": sources,
+        "references": targets,
+        "alignment": None,
+        "reconstruction": None,
+    }
 
 
 def place_models(subject: Subject, sampling: DiffusionPipeline) -> None:
@@ -198,7 +265,13 @@ def place_models(subject: Subject, sampling: DiffusionPipeline) -> None:
         images = [*subject.dataset.instances, *subject.dataset.class_images]
         dropped = [""] if args.caption_dropout else []
         prompts = [image.prompt for image in [*images, *subject.measured_on.instances]]
-        subject.step.prompts.fill(dict.fromkeys([*dropped, *prompts]))
+        if family.source_encoder is None:
+            subject.step.prompts.fill(dict.fromkeys([*dropped, *prompts]))
+        else:
+            samples = subject.dataset.plain_samples() + subject.measured_on.plain_samples()
+            for sample in samples:
+                texts = [sample.prompt, *dropped]
+                subject.step.prompts.fill(texts, [sample] * len(texts))
     denoiser = getattr(subject.pipe, family.denoiser)
     if args.block_swap:
         swap = BlockSwap(denoiser.to("cpu"), args.block_swap, device)
@@ -208,11 +281,15 @@ def place_models(subject: Subject, sampling: DiffusionPipeline) -> None:
 
 
 def _report(
-    evaluation: Evaluation, data: str, before: Measurement, after: Measurement
+    evaluation: Evaluation,
+    data: str,
+    titles: Mapping[str, str],
+    before: Measurement,
+    after: Measurement,
 ) -> dict[str, Any]:
     return {
-        "names": (*FIGURES, "curve"),
-        "figures": figures(before, after, FIGURES),
+        "names": (*titles, "curve"),
+        "figures": figures(before, after, titles),
         "warnings": forgetting(before, after),
         "describe": partial(subject_card, evaluation, after, data),
     }
