@@ -16,6 +16,8 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from PIL.Image import Image
+from PIL.Image import new as new_image
 from torch import Tensor, nn
 
 from nara_diffusion.training.adapters import adapter_config
@@ -34,6 +36,8 @@ from .training_step import training_step
 
 _WIDTHS = ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim", "text_dim")
 """The names of the width of a prompt's states in the configurations of denoisers."""
+TOKENS_OF_EDIT = 1500
+"""States of a prompt with an image of 1024² pixels, in Qwen2.5-VL's patches of 28²."""
 
 
 def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
@@ -72,14 +76,22 @@ def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
         )
     prompts: Any = None if args.train_text_encoder else PlannedPrompts(pipe, family)
     step = replace(step, model=model, prompts=prompts)
+    has_source = family.needs_source or args.source_data_dir is not None
     items: list[dict[str, Any]] = []
     for position in range(args.train_batch_size):
         samples = []
         for role in ("instance", "class") if args.class_prompt is not None else ("instance",):
             image = ImageRecord("planned", bytes, size, "", f"{role} {position}")
+            if has_source:
+                image = replace(image, sources=(replace(image, key=f"source {position}"),))
             samples.append(PlannedSample(image, size, 0, 0, False, position, role, ""))
         items.append({"samples": samples})
     batch = collate_samples(items)
+    if (
+        has_source and family.source_pixels
+    ):  # the pipeline's image processor can't work on fake tensors
+        pixels = family.source_pixels(pipe, new_image("RGB", (size[1], size[0])))
+        step.latents.source_pixels = lambda image: pixels
     return PlannedStep(
         model=model,
         loss=lambda: step(batch).loss,
@@ -89,7 +101,10 @@ def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
         packed=packed,
         swapped=swapped,
         swappable=blocks,
-        encode=lambda: step.latents.sample(batch["samples"], seed=args.seed),
+        encode=lambda: (
+            step.latents.sample(batch["samples"], seed=args.seed),
+            step.latents.sources(batch["samples"]),
+        ),
     )
 
 
@@ -132,7 +147,7 @@ def pipeline_on_meta(args: DreamBoothArguments) -> Any:
         fields["requires_safety_checker"] = False
     pipe = kind(**fields)
     for part, tokenizer in pipe.components.items():
-        if isinstance(tokenizer, PlannedTokenizer):
+        if isinstance(tokenizer, PlannedTokenizer) and part != "processor":
             config = getattr(pipe, part.replace("tokenizer", "text_encoder")).config
             tokenizer.model_max_length = getattr(config, "max_position_embeddings", 77)
     return pipe
@@ -156,6 +171,9 @@ def _component(described: Sequence[str], folder: str, dtype: torch.dtype, **sour
 class PlannedSample(TrainingSample):
     """A sample with pixels of zero."""
 
+    def source_images(self) -> list[Image]:
+        return [Image()] * len(self.image.sources)
+
     def pixel_values(self) -> Tensor:
         return torch.zeros(3, *self.target)
 
@@ -168,6 +186,8 @@ class PlannedPrompts:
         length = family.max_sequence_length or 0
         if family.max_sequence_length is None or family.name == "stable-diffusion-3":
             length += pipe.tokenizer.model_max_length
+        if family.source_encoder is not None:
+            length = TOKENS_OF_EDIT
         width = next(config[name] for name in _WIDTHS if name in config)
         pooled = config.get("pooled_projection_dim")
         if family.name == "stable-diffusion-xl":
@@ -175,7 +195,7 @@ class PlannedPrompts:
         self.shapes = [(length, width), (pooled,)] if pooled else [(length, width)]
         self.has_mask = family.name in ("z-image", "qwen-image")
 
-    def get(self, prompts: Sequence[str]) -> Placed:
+    def get(self, prompts: Sequence[str], samples: Sequence[TrainingSample]) -> Placed:
         """Return the embeddings of b prompts of the maximal length, each (b, …)."""
         parts: list[Tensor | list[int]] = []
         for shape in self.shapes:

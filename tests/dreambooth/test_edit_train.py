@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
+from nara_diffusion.dreambooth import train
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.pipelines import family_of
 from nara_diffusion.dreambooth.source_images import records_of_pairs
 from tests.acceptance._commands import results, run, tensors
-from tests.acceptance._runs import ASSETS, image_flags
+from tests.acceptance._runs import ASSETS, image_arguments, image_flags
 from tests.dreambooth.pictures import folder_of, noise
 from tests.helpers.pipelines.edits import small_kontext
+from tests.helpers.plans import counted_run
 
 PROMPT = "make it red"
 
@@ -99,6 +103,18 @@ def test_run_on_pairs_continues_with_same_bits(flags: dict[str, Any], ended: Pat
     run("dreambooth.py", **constant, output_dir=tmp_path / "longer", resume_from_checkpoint="latest")
     run("dreambooth.py", **constant, output_dir=tmp_path / "whole")
     torch.testing.assert_close(tensors(tmp_path / "longer"), tensors(tmp_path / "whole"), rtol=0, atol=0)
+
+
+def test_plan_counts_the_tokens_of_sources(
+    flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within 5 % of a run, in which they double the activations."""
+    changes = {"resolution": 64, "max_train_steps": 1, "validation_steps": None, "checkpointing_steps": None}
+    args = image_arguments({**flags, **changes}, tmp_path / "out", similarity_model=None)
+    peak, states = counted_run(train, args, monkeypatch)
+    figures = train.main(replace(args, plan=math.inf, source_data_dir=None))
+    counted = figures["weights"] + figures["adapter"] + states + peak
+    assert figures["peak"] == pytest.approx(counted, rel=0.05)
 
 
 def test_pairs_that_do_not_fit_are_refused(flags: dict[str, Any], tmp_path: Path) -> None:
