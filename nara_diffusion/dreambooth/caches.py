@@ -109,12 +109,13 @@ class LatentCache:
         for number in range(len(samples[0].image.sources)):
             means = []
             for sample in samples:
-                encode = partial(self._encode_source, sample, number)
+                encode = partial(self.encode_source, sample, number)
                 means += self.cache.get(sample.source_keys[number], encode)
             latents.append(scale_latents(self.vae, torch.stack(means).float()))
         return tuple(latents)
 
-    def _encode_source(self, sample: TrainingSample, number: int) -> tuple[Tensor]:
+    def encode_source(self, sample: TrainingSample, number: int) -> tuple[Tensor]:
+        """Return μ (c, h, w) of one of a sample's sources."""
         assert self.source_pixels is not None
         weight = next(self.vae.parameters())
         pixels = self.source_pixels(sample.source_images()[number])

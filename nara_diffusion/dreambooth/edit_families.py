@@ -26,7 +26,8 @@ SMALL = 700**2
 """The area below which a run doesn't enlarge sources to a size that FLUX.1 Kontext prefers."""
 
 
-def _kontext_source(pipe: Any, image: Image) -> Tensor:
+def kontext_source(pipe: Any, image: Image) -> Tensor:
+    """Return the pixels of an image to edit, at the size that the model prefers for its proportions."""
     processor, multiple = pipe.image_processor, pipe.vae_scale_factor * 2
     height, width = processor.get_default_height_width(image)
     if image.width * image.height >= SMALL:
@@ -39,7 +40,7 @@ def _kontext_source(pipe: Any, image: Image) -> Tensor:
     return processor.preprocess(processor.resize(image, height, width), height, width)
 
 
-def _sampling_kontext(call: dict[str, Any], count: int) -> dict[str, Any]:
+def sampling_kontext(call: dict[str, Any], count: int) -> dict[str, Any]:
     """Return the arguments of the pipeline's call, which otherwise resizes images to `AREA`."""
     area = call["height"] * call["width"]
     options: dict[str, Any] = {} if area == AREA else {"max_area": area}
@@ -50,20 +51,21 @@ FLUX_KONTEXT = replace(
     FLUX,
     title="FLUX.1 Kontext",
     pipelines=("FluxKontextPipeline",),
-    sampling=_sampling_kontext,
+    sampling=sampling_kontext,
     most_sources=1,
     needs_source=True,
-    source_pixels=_kontext_source,
+    source_pixels=kontext_source,
 )
 
 
-def _qwen_source(pipe: Any, image: Image) -> Tensor:
+def qwen_source(pipe: Any, image: Image) -> Tensor:
+    """Return the pixels of an image to edit, of the area `AREA`."""
     width, height, _ = edit.calculate_dimensions(AREA, image.width / image.height)
     resized = pipe.image_processor.resize(image, height, width)
     return pipe.image_processor.preprocess(resized, height, width)
 
 
-def _encode_qwen_edit(pipe: Any, prompt: str, images: list[Image]) -> Embeddings:
+def encode_qwen_edit(pipe: Any, prompt: str, images: list[Image]) -> Embeddings:
     """Return the states and mask of a prompt and the image to edit."""
     (image,) = images
     width, height, _ = edit.calculate_dimensions(AREA, image.width / image.height)
@@ -71,13 +73,14 @@ def _encode_qwen_edit(pipe: Any, prompt: str, images: list[Image]) -> Embeddings
     return masked_states(*pipe.encode_prompt([prompt], image=[resized]))
 
 
-def _plus_source(pipe: Any, image: Image) -> Tensor:
+def plus_source(pipe: Any, image: Image) -> Tensor:
+    """Return the pixels of one of several images to edit."""
     proportion = image.width / image.height
     width, height = edit_plus.calculate_dimensions(edit_plus.VAE_IMAGE_SIZE, proportion)
     return pipe.image_processor.preprocess(image, height, width)
 
 
-def _encode_qwen_plus(pipe: Any, prompt: str, images: list[Image]) -> Embeddings:
+def encode_qwen_plus(pipe: Any, prompt: str, images: list[Image]) -> Embeddings:
     """Return the states and mask of a prompt and its images, which the encoder sees smaller."""
     resized = []
     for image in images:
@@ -93,8 +96,8 @@ QWEN_IMAGE_EDIT = replace(
     pipelines=("QwenImageEditPipeline",),
     most_sources=1,
     needs_source=True,
-    source_pixels=_qwen_source,
-    source_encoder=_encode_qwen_edit,
+    source_pixels=qwen_source,
+    source_encoder=encode_qwen_edit,
     max_sequence_length=None,
 )
 QWEN_IMAGE_EDIT_PLUS = replace(
@@ -102,6 +105,6 @@ QWEN_IMAGE_EDIT_PLUS = replace(
     title="Qwen-Image-Edit with several images",
     pipelines=("QwenImageEditPlusPipeline",),
     most_sources=3,
-    source_pixels=_plus_source,
-    source_encoder=_encode_qwen_plus,
+    source_pixels=plus_source,
+    source_encoder=encode_qwen_plus,
 )

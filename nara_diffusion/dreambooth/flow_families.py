@@ -144,12 +144,14 @@ def _flux2_inputs(call: Call) -> dict[str, Any]:
     }
 
 
-def _unpacked_flux2(tokens: Tensor, call: Call) -> Tensor:
+def unpacked_flux2(tokens: Tensor, call: Call) -> Tensor:
+    """Return the prediction (b, c, h, w) from the first tokens, those of the sample."""
     height, width = call.sample.shape[2:]
     return tokens[:, : height * width].transpose(1, 2).reshape(call.sample.shape)
 
 
-def _flux2_source(pipe: Any, image: Image) -> Tensor:
+def flux2_source(pipe: Any, image: Image) -> Tensor:
+    """Return the pixels of an image to edit, of at most 1024²."""
     processor, multiple = pipe.image_processor, pipe.vae_scale_factor * 2
     processor.check_image_input(image)
     image = processor._resize_if_exceeds_area(image)
@@ -166,11 +168,11 @@ FLUX2 = Family(
         :1
     ],
     inputs=_flux2_inputs,
-    output=_unpacked_flux2,
+    output=unpacked_flux2,
     defaults={"resolution": 1024, "guidance_scale": 4.0, "num_inference_steps": 28},
     fit=_fit_guidance,
     most_sources=10,
-    source_pixels=_flux2_source,
+    source_pixels=flux2_source,
     max_sequence_length=512,
     guidance=4.0,
 )

@@ -76,16 +76,16 @@ def subject_card(evaluation: Evaluation, after: Measurement, data: str) -> dict[
         "can't be compared. Alignment often falls a little while similarity rises. If samples no "
         "longer show what prompts ask for, train fewer steps, or use a strength below 1."
     )
-    images, shown = "images of the subject", "training images, and samples before and after"
+    images, sheet = "images of the subject", "training images, and samples before and after"
     if evaluation.sources:
         ending = f"Over {samples}. Similarity is the mean cosine of each sample and its target."
-        images, shown = "pairs", "source, samples before and after, and target"
+        images, sheet = "pairs", "source, samples before and after, and target"
     source = "training" if args.validation_data_dir is None else "held-out"
     return {
         "measured_on": f"{source} {images}",
         "unit": "mean squared error",
         "about": f"for `{args.pretrained_model_name_or_path}`, trained on {data}.",
-        "how_good": (f"![{shown}]({GRID})", ending),
+        "how_good": (f"![{sheet}]({GRID})", ending),
         "instance_prompt": args.instance_prompt,
         **_front_and_loading(evaluation, "dreambooth"),
     }

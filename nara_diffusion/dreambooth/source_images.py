@@ -55,7 +55,7 @@ def records_of_pairs(
     paths = {path.resolve() for named in sources.values() for path in named}
     targets = [image for image in images if image.name in sources or image.resolve() not in paths]
     names = [target.name for target in targets]
-    _check_pairs(names, sources, folder, most)
+    check_pairs(names, sources, folder, most)
     filled = fill_captions([captions[target] for target in targets], names, prompt)
     files = [(str(path), path.read_bytes) for path in targets]
     records = make_records(files, filled, progress=progress)
@@ -121,7 +121,8 @@ def _by_stem(paths: Iterable[Path]) -> dict[str, Path]:
     return stems
 
 
-def _check_pairs(names: Sequence[str], sources: Sources, folder: str | Path, most: int) -> None:
+def check_pairs(names: Sequence[str], sources: Sources, folder: str | Path, most: int) -> None:
+    """Raise ValueError if one of the images has no source, or more than `most`."""
     missing = [name for name in names if not sources.get(name)]
     if sources and missing:
         raise ValueError(

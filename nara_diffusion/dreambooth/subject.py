@@ -237,15 +237,15 @@ def subject_task(subject: Subject) -> Task:
 
 def of_pairs(subject: Subject, settings: SampleSettings) -> dict[str, Any]:
     """Return the fields of an `Evaluation` that edits up to four pairs, held-out ones if there are any."""
-    shown = subject.measured_on.plain_samples()[:4]
+    samples = subject.measured_on.plain_samples()[:4]
     sources, targets, by_prompt = [], [], []
-    for sample in shown:
+    for sample in samples:
         images, (height, width) = sample.source_images(), sample.target
         sources.append(Flux2ImageProcessor.concatenate_images(images))
         targets += [sample.cut_image()] * settings.images_per_prompt
         image = images if len(images) > 1 else images[0]
         by_prompt.append({"image": image, "height": height, "width": width})
-    prompts = [sample.prompt for sample in shown]
+    prompts = [sample.prompt for sample in samples]
     return {
         "settings": replace(settings, prompts=prompts, by_prompt=by_prompt),
         "sources": sources,
