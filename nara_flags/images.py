@@ -251,8 +251,9 @@ class ImageFlags(
     """Teach an image model a subject from a few images, and measure the result.
 
     The adapter is NaRA or another. Models: Stable Diffusion 1, 2, XL and 3, FLUX.1, FLUX.2, Z-Image,
-    Qwen-Image and Wan (one frame). The model's model_index.json says which it is, and that sets the
-    defaults (resolution, guidance, adapted modules); docs/dreambooth.md has the table.
+    Qwen-Image and Wan (one frame); FLUX.1 Kontext, FLUX.2 and Qwen-Image-Edit on pairs of images. The
+    model's model_index.json says which it is, and that sets the defaults (resolution, guidance, adapted
+    modules); docs/dreambooth.md has the table.
 
     The shipped model, a small rectified flow of SD3's classes, and images, offline, on CPU, in minutes:
         accelerate launch train_scripts/dreambooth.py
