@@ -59,9 +59,7 @@ class Evaluation:
     alignment: Encoder | None = None  # compares samples with their prompts
     reconstruction: Reconstruction | None = None  # of `references`
     has_teacher: bool = False  # whether each sample has a teacher's sample in `references`
-    sources: Sequence[
-        Image
-    ] = ()  # what each prompt edits; each sample has its target in `references`
+    sources: Sequence[Image] = ()  # the image that each prompt edits to `references`
     beside: str | None = None  # an adapter of `pipe` that stays active
 
     @property
@@ -155,9 +153,9 @@ class Evaluation:
         path.parent.mkdir(exist_ok=True)
         self.write_sheet(path, {f"step {step}": images})
         by_prompt: dict[str, np.ndarray] = {}
+        count = self.settings.images_per_prompt
         for number, prompt in enumerate(prompts):
-            part = images[number * len(images) // len(prompts) :][: len(images) // len(prompts)]
-            pixels = [np.asarray(image) for image in part]
+            pixels = [np.asarray(image) for image in images[number * count : (number + 1) * count]]
             by_prompt[f"validation: {prompt}"] = np.stack(pixels)  # (n, h, w, 3)
         for tracker in self.run.accelerator.trackers:
             if hasattr(tracker, "log_images"):

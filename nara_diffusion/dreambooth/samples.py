@@ -155,8 +155,8 @@ def write_grid(
     Args:
         prompts: the prompts, one for each row. A row is headed by its prompt and the titles of the
             columns, between which a cell is empty.
-        columns: {title: images}, for example before and after training. All columns have the same
-            number of images, ordered by prompt.
+        columns: {title: images}, for example before and after training. Each column has as many
+            images for one prompt as for another, ordered by prompt.
         references: {title: images of the subject} for the rows on top. At most eight are shown.
     """
     from matplotlib.figure import Figure
