@@ -17,7 +17,7 @@ from nara_diffusion.dreambooth import train
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.pipelines import family_of
 from nara_diffusion.dreambooth.source_images import records_of_pairs
-from tests.acceptance._commands import results, run, tensors
+from tests.acceptance._commands import ROOT, results, run, tensors
 from tests.acceptance._runs import ASSETS, image_arguments, image_flags
 from tests.dreambooth.pictures import folder_of, noise
 from tests.helpers.pipelines.edits import small_kontext
@@ -103,6 +103,17 @@ def test_run_on_pairs_continues_with_same_bits(flags: dict[str, Any], ended: Pat
     run("dreambooth.py", **constant, output_dir=tmp_path / "longer", resume_from_checkpoint="latest")
     run("dreambooth.py", **constant, output_dir=tmp_path / "whole")
     torch.testing.assert_close(tensors(tmp_path / "longer"), tensors(tmp_path / "whole"), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_shipped_edit_model_learns_to_remove_things(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a third of its steps, from twelve pairs of an edit that it wasn't trained on."""
+    monkeypatch.chdir(ROOT)
+    config = "train_scripts/configs/kontext_tiny.yaml"
+    changes = {"max_train_steps": 100, "validation_steps": None, "num_validation_images": 1}
+    run("dreambooth.py", config=config, output_dir=tmp_path / "out", **changes)
+    figures = results(tmp_path / "out")
+    assert figures["similarity_after"] > figures["similarity_before"] + 0.2
 
 
 def test_plan_counts_the_tokens_of_sources(
