@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from diffusers.pipelines.flux import pipeline_flux_kontext as kontext
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
 from PIL.Image import Image
@@ -26,7 +27,7 @@ SMALL = 700**2
 """The area below which a run doesn't enlarge sources to a size that FLUX.1 Kontext prefers."""
 
 
-def kontext_source(pipe: Any, image: Image) -> Tensor:
+def kontext_source(pipe: DiffusionPipeline, image: Image) -> Tensor:
     """Return the pixels of an image to edit, at the size that the model prefers for its proportions."""
     processor, multiple = pipe.image_processor, pipe.vae_scale_factor * 2
     height, width = processor.get_default_height_width(image)
@@ -58,14 +59,14 @@ FLUX_KONTEXT = replace(
 )
 
 
-def qwen_source(pipe: Any, image: Image) -> Tensor:
+def qwen_source(pipe: DiffusionPipeline, image: Image) -> Tensor:
     """Return the pixels of an image to edit, of the area `AREA`."""
     width, height, _ = edit.calculate_dimensions(AREA, image.width / image.height)
     resized = pipe.image_processor.resize(image, height, width)
     return pipe.image_processor.preprocess(resized, height, width)
 
 
-def encode_qwen_edit(pipe: Any, prompt: str, images: list[Image]) -> Embeddings:
+def encode_qwen_edit(pipe: DiffusionPipeline, prompt: str, images: list[Image]) -> Embeddings:
     """Return the states and mask of a prompt and the image to edit."""
     (image,) = images
     width, height, _ = edit.calculate_dimensions(AREA, image.width / image.height)
@@ -73,14 +74,14 @@ def encode_qwen_edit(pipe: Any, prompt: str, images: list[Image]) -> Embeddings:
     return masked_states(*pipe.encode_prompt([prompt], image=[resized]))
 
 
-def plus_source(pipe: Any, image: Image) -> Tensor:
+def plus_source(pipe: DiffusionPipeline, image: Image) -> Tensor:
     """Return the pixels of one of several images to edit."""
     proportion = image.width / image.height
     width, height = edit_plus.calculate_dimensions(edit_plus.VAE_IMAGE_SIZE, proportion)
     return pipe.image_processor.preprocess(image, height, width)
 
 
-def encode_qwen_plus(pipe: Any, prompt: str, images: list[Image]) -> Embeddings:
+def encode_qwen_plus(pipe: DiffusionPipeline, prompt: str, images: list[Image]) -> Embeddings:
     """Return the states and mask of a prompt and its images, which the encoder sees smaller."""
     resized = []
     for image in images:

@@ -150,7 +150,7 @@ def unpacked_flux2(tokens: Tensor, call: Call) -> Tensor:
     return tokens[:, : height * width].transpose(1, 2).reshape(call.sample.shape)
 
 
-def flux2_source(pipe: Any, image: Image) -> Tensor:
+def flux2_source(pipe: DiffusionPipeline, image: Image) -> Tensor:
     """Return the pixels of an image to edit, of at most 1024²."""
     processor, multiple = pipe.image_processor, pipe.vae_scale_factor * 2
     processor.check_image_input(image)
