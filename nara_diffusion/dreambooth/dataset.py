@@ -96,7 +96,7 @@ class BucketOrder:
     is the order of `ShuffledStream`.
     """
 
-    def __init__(self, buckets: Sequence[Size], batch_size: int, seed: int) -> None:
+    def __init__(self, buckets: Sequence[tuple[Any, ...]], batch_size: int, seed: int) -> None:
         self.batch_size, self.seed = batch_size, seed
         sizes = sorted(set(buckets))
         # the bucket of each batch of a round, before shuffling
@@ -130,6 +130,9 @@ class DreamBoothDataset(Dataset):
         flip: True to mirror half of the samples.
         caption_dropout: the probability that an instance gets the empty prompt instead of its
             caption.
+        repeats: how often an epoch shows each image.
+
+    `add` adds further folders of images, which have their own sizes, class images and repeats.
     """
 
     def __init__(
@@ -143,27 +146,54 @@ class DreamBoothDataset(Dataset):
         crop: str = "center",
         flip: bool = False,
         caption_dropout: float = 0.0,
+        repeats: int = 1,
     ) -> None:
-        self.instances, self.class_images = list(instances), list(class_images)
+        self.batch_size, self.seed = batch_size, seed
         self.crop, self.flip = crop, flip
-        self.seed, self.caption_dropout = seed, caption_dropout
+        self.caption_dropout = caption_dropout
+        self.instances: list[ImageRecord] = []
+        self.class_images: list[ImageRecord] = []
         self.targets: list[Size] = []
-        for image in self.instances:
+        self.epoch: list[int] = []  # the index of each instance, as often as an epoch shows it
+        self._class_orders: list[ShuffledStream | None] = []  # of each instance
+        self.add(instances, buckets, class_images, repeats)
+
+    def add(
+        self,
+        instances: Sequence[ImageRecord],
+        buckets: Sequence[Size],
+        class_images: Sequence[ImageRecord] = (),
+        repeats: int = 1,
+    ) -> None:
+        """Add a folder of images. All samples of a batch have a class image, or none has."""
+        class_order = ShuffledStream(class_images, self.seed + 1) if class_images else None
+        for image in instances:
+            self.epoch += [len(self.targets)] * repeats
             nearest = find_nearest_bucket(*image.size, buckets)
             self.targets.append(buckets[nearest or 0])
-        self._order = BucketOrder(self.targets, batch_size, seed)
-        self._class_order = None
-        if self.class_images:
-            self._class_order = ShuffledStream(self.class_images, seed + 1)
+            self._class_orders.append(class_order)
+        self.instances += instances
+        self.class_images += class_images
+        batches = []
+        for number in self.epoch:
+            batches.append((self.targets[number], self._class_orders[number] is not None))
+        self._order = BucketOrder(batches, self.batch_size, self.seed)
 
-    def warn_of_sizes(self) -> None:
-        """Warn if images have to be enlarged, or if random crops remove more than a fifth of one."""
+    def log_sizes(self) -> None:
+        """Log a table of the sizes. Warn of images that are enlarged, or much cropped at random."""
         small, shares = [], []
+        by_size: dict[Size, list[float]] = {}
         for image, target in zip(self.instances, self.targets, strict=True):
             if image.size[0] < target[0] or image.size[1] < target[1]:
                 small.append(image.name)
             height, width = scaled_size(image.size, target)
             shares.append(1 - target[0] * target[1] / (height * width))
+            by_size.setdefault(target, []).append(shares[-1])
+        lines = ["height x width  images  cropped away"]
+        for (height, width), number in self.buckets.items():
+            size, share = f"{height} x {width}", 100 * sum(by_size[height, width]) / number
+            lines.append(f"{size:>14}  {number:6}  {share:10.0f} %")
+        logger.info("sizes of training images\n%s", "\n".join(lines))
         images = counted(len(shares), "image")
         if small:
             logger.warning(
@@ -182,7 +212,9 @@ class DreamBoothDataset(Dataset):
     @property
     def buckets(self) -> dict[Size, int]:
         """{size: number of instances} of the sizes that are trained at, the most frequent first."""
-        return dict(Counter(self.targets).most_common())
+        images = Counter(self.targets)
+        epoch = Counter(self.targets[number] for number in self.epoch)
+        return {size: images[size] for size, _ in epoch.most_common()}
 
     @property
     def sample_size(self) -> Size:
@@ -194,14 +226,15 @@ class DreamBoothDataset(Dataset):
 
     def samples_at(self, position: int) -> list[TrainingSample]:
         """Return the instance at `position`, followed by its class image, if there are any."""
-        number = self._order[position]
+        number = self.epoch[self._order[position]]
         image, target = self.instances[number], self.targets[number]
         u = numpy_generator(self.seed, "caption dropout", position).random()
         prompt = "" if u < self.caption_dropout else image.prompt
         samples = [self._sample(image, target, position, "instance", prompt)]
-        if self._class_order is not None:
-            image = self.class_images[self._class_order.sample_at(position)]
-            samples.append(self._sample(image, target, position, "class", image.prompt))
+        class_order = self._class_orders[number]
+        if class_order is not None:
+            prior: Any = class_order.samples[class_order.sample_at(position)]
+            samples.append(self._sample(prior, target, position, "class", prior.prompt))
         return samples
 
     def plain_samples(self) -> list[TrainingSample]:

@@ -22,7 +22,7 @@ from .dataset import DreamBoothDataset, collate_samples
 from .encoders import load_encoders
 from .families import Family
 from .fidelity import Evaluation, Measurement
-from .image_arguments import DreamBoothArguments, run_family
+from .image_arguments import DreamBoothArguments, folder_arguments, run_family
 from .image_records import ImageRecord, class_records, records_from_folder, trained_on
 from .image_report import figures, forgetting, subject_card
 from .pipelines import load_base, sharing_pipeline, training_sizes
@@ -54,6 +54,8 @@ class Subject:
     config: PeftConfig
     dataset: DreamBoothDataset
     measured_on: DreamBoothDataset  # of the validation loss
+    trained_on: str  # the images, in words
+    prompts: Sequence[str]  # of samples
 
 
 def load_subject(args: DreamBoothArguments, run: Run) -> Subject:
@@ -63,12 +65,13 @@ def load_subject(args: DreamBoothArguments, run: Run) -> Subject:
         ValueError: an argument doesn't fit the images or the model.
     """
     run_family(args)  # before the model is loaded
-    captions: Any = {"prompt": args.instance_prompt, "caption_column": args.caption_column}
-    folder = str(args.instance_data_dir)
-    instances = records_from_folder(folder, progress=run.is_main, **captions)
+    folders = folder_arguments(args)
+    images = []
+    for folder in folders:
+        images.append(read_images(folder, str(folder.instance_data_dir), progress=run.is_main))
     held_out: list[ImageRecord] = []
     if args.validation_data_dir:
-        held_out = records_from_folder(args.validation_data_dir, **captions)
+        held_out = read_images(folders[0], args.validation_data_dir, progress=False)
     run.record_data_digest("validation data", digested(held_out))
     device = run.accelerator.device
     encoders = load_encoders(args, device)
@@ -83,28 +86,60 @@ def load_subject(args: DreamBoothArguments, run: Run) -> Subject:
         strength=schedule_of(args),
     )
     # errors that need the model come before hours of making class images
-    sizes = training_sizes(args, family, pipe)
+    sizes = [training_sizes(folder, family, pipe) for folder in folders]
     check_target_modules(step.model, getattr(config, "target_modules", None))
-    class_images: list[ImageRecord] = []
-    if args.class_prompt is not None:
-        class_images = _class_images(args, run, pipe, family)
-    run.record_data_digest("training data", digested([*instances, *class_images]))
-
     cut: Any = {"batch_size": args.train_batch_size, "seed": args.seed}
     dataset = DreamBoothDataset(
-        instances,
-        sizes,
+        [],
+        [],
         **cut,
-        class_images=class_images,
         crop="center" if args.center_crop else "random",
         flip=args.random_flip,
         caption_dropout=args.caption_dropout,
     )
+    digests, described = [], []
+    for folder, records, buckets in zip(folders, images, sizes, strict=True):
+        class_images: list[ImageRecord] = []
+        if folder.class_prompt is not None:
+            class_images = _class_images(folder, run, pipe, family)
+        dataset.add(records, buckets, class_images, folder.repeats)
+        digests += digested([*records, *class_images])
+        if args.dataset_config is not None:  # flags are compared by themselves
+            digests.append(f"{folder.repeats} {buckets} {len(class_images)}")
+        place, prompt = str(folder.instance_data_dir), folder.instance_prompt
+        described.append(trained_on(records, place, prompt, class_images, folder.repeats))
+    run.record_data_digest("training data", digests)
     if run.is_main:
-        dataset.warn_of_sizes()
-        warn_of_cut_prompts(pipe, prompt_sources(args, [*instances, *held_out]))
-    measured_on = DreamBoothDataset(held_out, sizes, **cut) if held_out else dataset
-    return Subject(args, run, encoders, pipe, family, step, config, dataset, measured_on)
+        dataset.log_sizes()
+        records = [*dataset.instances, *held_out, *dataset.class_images]
+        warn_of_cut_prompts(pipe, prompt_sources(args, records))
+    measured_on = DreamBoothDataset(held_out, sizes[0], **cut) if held_out else dataset
+    captions = [records[0].prompt for records in images]  # one of each folder comes first
+    captions += [record.prompt for record in dataset.instances]
+    return Subject(
+        args,
+        run,
+        encoders,
+        pipe,
+        family,
+        step,
+        config,
+        dataset,
+        measured_on,
+        trained_on="; ".join(described),
+        prompts=args.prompts or list(dict.fromkeys(captions))[:4],
+    )
+
+
+def read_images(args: DreamBoothArguments, folder: str, *, progress: bool) -> list[ImageRecord]:
+    """Return the images of a folder, with captions as the arguments say."""
+    return records_from_folder(
+        folder,
+        prompt=args.instance_prompt,
+        caption_column=args.caption_column,
+        trigger=args.trigger,
+        progress=progress,
+    )
 
 
 def digested(records: Sequence[ImageRecord]) -> list[str]:
@@ -141,7 +176,7 @@ def subject_task(subject: Subject) -> Task:
         run,
         sampling,
         SampleSettings(
-            args.prompts or list(dict.fromkeys(record.prompt for record in instances))[:4],
+            subject.prompts,
             args.num_validation_images,
             args.seed,
             args.sample_batch_size,
@@ -167,8 +202,7 @@ def subject_task(subject: Subject) -> Task:
     sizes = []
     for (height, width), number in dataset.buckets.items():
         sizes.append(f"{counted(number, 'image')} at {height} x {width}")
-    folder = str(args.instance_data_dir)
-    data = trained_on(instances, folder, args.instance_prompt, dataset.class_images)
+    data = subject.trained_on
     return Task(
         subject.pipe,
         subject.family,
@@ -176,7 +210,7 @@ def subject_task(subject: Subject) -> Task:
         subject.step,
         dataset,
         collate_samples,
-        len(instances),
+        len(dataset.epoch),
         evaluation,
         facts={
             **start_facts(args),
