@@ -13,6 +13,8 @@ COUNTERPARTS = {
     "--repeats": "num_repeats",
     "--trigger": "trigger_word",
     "--caption_column": "image_caption_column",
+    "the folder mask, with --mask_floor": "conditioning_data_dir mask_path masked_loss masked_training "
+    "unmasked_weight mask_min_value",
     "--caption_dropout": "caption_dropout_rate proportion_empty_prompts",
     "--aspect_ratio_buckets auto": "enable_bucket",
     "--random_flip": "flip_aug",

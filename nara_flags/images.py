@@ -87,6 +87,12 @@ class DataArguments:
     repeats: Count = option(
         1, "Times that an epoch shows each image, for folders of unequal sizes.", rare=True
     )
+    alpha_mask: bool = option(
+        False,
+        "Weight the loss by the alpha channel of images without a file in the folder mask.",
+        rare=True,
+    )
+    mask_floor: Share = option(0.0, "Weight of the loss outside of masks.", rare=True)
     resolution: Count = option(
         1024, "Side of the square that images are scaled and cut to.", unit="pixels"
     )
@@ -329,6 +335,7 @@ _NO_PART = (
     "snr_gamma", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "noise_offset", "caption_dropout",
     "random_flip", "center_crop", "aspect_ratio_buckets", "num_class_images", "prior_loss_weight",
     "flow_shift", "block_swap", "dataset_config", "trigger", "repeats",
+    "alpha_mask", "mask_floor",
 )  # fmt: skip
 """Arguments that concern images, or levels that a distillation sets itself."""
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from diffusers.training_utils import find_nearest_bucket
 from PIL import Image, ImageOps
+from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils.data import Dataset
 
 from nara_diffusion.utils.data_order import ShuffledStream
@@ -63,7 +64,25 @@ class TrainingSample:
 
     def pixel_values(self) -> torch.Tensor:
         """Return the pixels (3, h, w), float32 in [−1, 1], scaled and cut in one resampling."""
-        image = self.image.load()
+        cut = self._cut(self.image.load())
+        values = np.array(cut, dtype=np.float32)  # (h, w, 3) in 0 … 255
+        return (torch.from_numpy(values) / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+    def mask_values(self, grid: Size) -> tuple[torch.Tensor]:
+        """Return the mask (1, *grid), float32 in [0, 1], cut like the image; ones without a mask.
+
+        Each value is the mean over an area; sharper filters give weight to pixels beyond an edge.
+        """
+        if self.image.mask is None:
+            return (torch.ones(1, *grid),)
+        cut = self._cut(self.image.mask.load().convert("L").convert("F"), Image.Resampling.BOX)
+        values = torch.from_numpy(np.array(cut) / 255)
+        return (adaptive_avg_pool2d(values[None], grid),)
+
+    def _cut(
+        self, image: Image.Image, resampling: Image.Resampling = Image.Resampling.LANCZOS
+    ) -> Image.Image:
+        """Return the sample's part of an image with the proportions of `self.image`."""
         height, width = scaled_size(self.image.size, self.target)
         h, w = self.target
         left = width - w - self.left if self.flip else self.left  # before mirroring
@@ -71,11 +90,8 @@ class TrainingSample:
         right = min((left + w) * x, image.width)
         bottom = min((self.top + h) * y, image.height)
         box = (left * x, self.top * y, right, bottom)
-        cut = image.resize((w, h), Image.Resampling.LANCZOS, box=box)
-        if self.flip:
-            cut = ImageOps.mirror(cut)
-        values = np.array(cut, dtype=np.float32)  # (h, w, 3) in 0 … 255
-        return (torch.from_numpy(values) / 127.5 - 1).permute(2, 0, 1).contiguous()
+        cut = image.resize((w, h), resampling, box=box)
+        return ImageOps.mirror(cut) if self.flip else cut
 
 
 def scaled_size(original: Size, target: Size) -> Size:

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
+MASK_FOLDER = "mask"
+"""The folder of the images' masks, inside of theirs."""
 IMAGE_SUFFIXES = frozenset(
     [".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"]
 )
@@ -41,6 +43,7 @@ class ImageRecord:
     size: Size  # (H, W), upright
     prompt: str  # its caption
     key: str  # a digest of its bytes, for caches
+    mask: ImageRecord | None = None  # weights its errors (`masks`); None weights all by 1
 
     def load(self) -> Image.Image:
         """Return the image, upright, in mode RGB. Raise ValueError if it can't be decoded."""
@@ -95,7 +98,7 @@ def image_files(folder: str | Path) -> list[Path]:
         raise ValueError(f"There is no folder {folder}: name one with .png or .jpg files.")
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     images = [entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES]
-    read = {*images, folder / METADATA_FILE, folder / "README.md"}
+    read = {*images, folder / METADATA_FILE, folder / "README.md", folder / MASK_FOLDER}
     read.update(image.with_suffix(".txt") for image in images)
     unread = [entry.name for entry in entries if entry not in read]
     for name in unread:

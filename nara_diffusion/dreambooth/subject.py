@@ -25,6 +25,7 @@ from .fidelity import Evaluation, Measurement
 from .image_arguments import DreamBoothArguments, folder_arguments, run_family
 from .image_records import ImageRecord, class_records, records_from_folder, trained_on
 from .image_report import figures, forgetting, subject_card
+from .masks import with_masks
 from .pipelines import load_base, sharing_pipeline, training_sizes
 from .placement import take_turns
 from .reconstruction import reconstruct
@@ -132,19 +133,25 @@ def load_subject(args: DreamBoothArguments, run: Run) -> Subject:
 
 
 def read_images(args: DreamBoothArguments, folder: str, *, progress: bool) -> list[ImageRecord]:
-    """Return the images of a folder, with captions as the arguments say."""
-    return records_from_folder(
+    """Return the images of a folder, with captions and masks as the arguments say."""
+    records = records_from_folder(
         folder,
         prompt=args.instance_prompt,
         caption_column=args.caption_column,
         trigger=args.trigger,
         progress=progress,
     )
+    return with_masks(records, folder, from_alpha=args.alpha_mask)
 
 
 def digested(records: Sequence[ImageRecord]) -> list[str]:
     """Return everything that a sample depends on, for the digest of the data."""
-    return [text for record in records for text in (record.key, record.prompt)]
+    texts = []
+    for record in records:
+        texts += [record.key, record.prompt]
+        if record.mask is not None:
+            texts.append(record.mask.key)
+    return texts
 
 
 def _class_images(

@@ -58,7 +58,8 @@ class TrainingStep:
         else:
             embeddings = placed(self.prompts.get(batch["prompts"]), self.device)
             prediction = self.model(*inputs, embeddings=embeddings)
-        losses = squared_errors(prediction, corrupted)
+        weights = self.latents.weights(samples, corrupted.target)
+        losses = squared_errors(prediction, corrupted, weights)
         levels = self.objective.source.noise_level(corrupted.timestep)
         if samples[-1].role == "class":  # each loss has the min-SNR weight of its own sample
             instance, prior = losses.chunk(2)
@@ -119,7 +120,7 @@ def training_step(
     return TrainingStep(
         model=getattr(pipe, family.denoiser),
         objective=objective,
-        latents=LatentCache(pipe.vae),
+        latents=LatentCache(pipe.vae, mask_floor=args.mask_floor),
         prompts=None if args.train_text_encoder else PromptCache(pipe, family),
         device=device,
         seed=args.seed,

@@ -149,7 +149,7 @@ def test_epoch_shows_images_as_often_as_repeats(folders) -> None:
     assert len(data.plain_samples()) == 8  # a validation loss takes each image once
 
 
-def test_class_images_and_sizes_are_those_of_the_folder(folders) -> None:
+def test_class_images_and_sizes_follow_the_folder(folders) -> None:
     data, kinds = joined(folders), Counter()
     prior = {"a dog": None, "a style": "a photo of cars", "a toys": "a photo of dogs"}
     sizes = {"a dog": {(16, 16)}, "a style": {(24, 16), (16, 24)}, "a toys": {(16, 16)}}
