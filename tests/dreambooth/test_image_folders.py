@@ -43,6 +43,7 @@ def test_folders_have_own_values_before_the_runs(tmp_path: Path) -> None:
         "class_data_dir": "dogs",
         "class_prompt": "a photo of a dog",
         "num_class_images": 30,
+        "alpha_mask": True,
     }
     assert first.keys() == set(FOLDER_KEYS)
     file = listed(tmp_path, first, {"instance_data_dir": "style", "caption_column": None})

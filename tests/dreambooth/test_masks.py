@@ -132,7 +132,11 @@ def test_options_reach_masks_and_weights(tmp_path: Path) -> None:
     picture = noise(9, 9)
     picture.putalpha(grey((9, 9)))
     picture.save(tmp_path / "00.png")
-    common = {"pretrained_model_name_or_path": "none", "instance_data_dir": "none", "instance_prompt": "a toy"}
+    common: dict[str, Any] = {
+        "pretrained_model_name_or_path": "none",
+        "instance_data_dir": "none",
+        "instance_prompt": "a toy",
+    }
     for alpha in (True, False):
         args = DreamBoothArguments(**common, alpha_mask=alpha, mask_floor=0.3, train_text_encoder=True)
         (record,) = read_images(args, str(tmp_path), progress=False)
@@ -272,8 +276,8 @@ def with_colour(samples: list[TrainingSample], colour: int | None) -> list[Train
     for sample in samples:
         mask = None
         if colour is not None:
-            size = sample.image.size
-            read = partial(png_of, Image.new("L", size[::-1], colour))
+            (height, width) = size = sample.image.size
+            read = partial(png_of, Image.new("L", (width, height), colour))
             mask = ImageRecord("mask", read, size, "", str(colour))
         changed.append(replace(sample, image=replace(sample.image, mask=mask)))
     return changed
