@@ -209,20 +209,20 @@ def test_run_learns_from_folders_and_notices_changes(tmp_path: Path, caplog: pyt
     folder_of(tmp_path / "prior", [(16, 16)] * 2)
     prior = {"class_data_dir": str(tmp_path / "prior"), "class_prompt": "a night", "num_class_images": 2}
     other = {"instance_data_dir": str(style), "trigger": "xyz", "resolution": 32, **prior}
-    file = listed(tmp_path, dog, other)
+    file = listed(tmp_path, other, dog)
     args = image_arguments(flags, tmp_path / "run", dataset_config=file, trigger="sks")
     train.main(args)
     assert "optimizer steps: 6 of 2 samples" in caplog.text  # 3 · 3 + 2 samples
     card = (tmp_path / "run" / "README.md").read_text()
-    described = "3 images of “a sks”, 3 times an epoch; 2 images, 2 with captions of their own (.txt), and 2 images"
-    assert f"trained on {described} of “a night” for prior preservation" in card
+    described = "2 images, 2 with captions of their own (.txt), and 2 images of “a night” for prior preservation"
+    assert f"trained on {described}; 3 images of “a sks”, 3 times an epoch" in card
     assert "3 images at 16 x 16, 2 images at 32 x 32; samples at 16 x 16" in card
     lines = (tmp_path / "run" / "samples-after" / "metadata.jsonl").read_text().splitlines()
-    assert [yaml.safe_load(line)["text"] for line in lines] == ["a sks", "xyz by night", "xyz by day"]
+    assert [yaml.safe_load(line)["text"] for line in lines] == ["xyz by night", "a sks", "xyz by day"]
     planned = planned_image_step(image_arguments(flags, tmp_path / "plan", dataset_config=file, trigger="sks"))
     assert planned.forward == "4 x 32 x 32 pixels"  # the largest, with its class images
 
-    listed(tmp_path, dog | {"repeats": 4}, other)
+    listed(tmp_path, other, dog | {"repeats": 4})
     again = image_arguments(
         flags, tmp_path / "run", dataset_config=file, trigger="sks", resume_from_checkpoint="latest"
     )
