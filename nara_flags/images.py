@@ -82,6 +82,23 @@ class DataArguments:
     caption_column: str | None = option(
         None, "Key of the captions in metadata.jsonl; none means text.", rare=True
     )
+    dataset_config: str | None = option(
+        None,
+        "YAML list of several folders, each with flags of its own; docs/dreambooth.md.",
+        rare=True,
+    )
+    trigger: str | None = option(
+        None, "Word for the subject that replaces [trigger] in prompts and captions.", rare=True
+    )
+    repeats: Count = option(
+        1, "Times that an epoch shows each image, for folders of unequal sizes.", rare=True
+    )
+    alpha_mask: bool = option(
+        False,
+        "Weight the loss by the alpha channel of images without a file in the folder mask.",
+        rare=True,
+    )
+    mask_floor: Share = option(0.0, "Weight of the loss outside of masks.", rare=True)
     resolution: Count = option(
         1024, "Side of the square that images are scaled and cut to.", unit="pixels"
     )
@@ -281,6 +298,12 @@ class ImageFlags(
         super().__post_init__()
         if self.distill_to is not None:
             _check_distillation(self)
+        elif self.dataset_config is not None:
+            for name in ("instance_data_dir", "instance_prompt", "class_data_dir", "class_prompt"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} is set, but dataset_config has it for each folder: leave one of them out."
+                    )
         elif self.instance_data_dir is None and self.plan is None:
             raise ValueError(
                 "instance_data_dir is missing: name the folder of images to learn from."
@@ -322,7 +345,8 @@ _NO_PART = (
     "train_text_encoder", "min_noise_level", "max_noise_level", "stratified_timesteps", "curve_points",
     "snr_gamma", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "noise_offset", "caption_dropout",
     "random_flip", "center_crop", "aspect_ratio_buckets", "num_class_images", "prior_loss_weight",
-    "flow_shift", "block_swap",
+    "flow_shift", "block_swap", "dataset_config", "trigger", "repeats",
+    "alpha_mask", "mask_floor",
 )  # fmt: skip
 """Arguments that concern images, or levels that a distillation sets itself."""
 

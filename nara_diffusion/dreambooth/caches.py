@@ -21,6 +21,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL.Image import Image
 from torch import Tensor
+from torch.nn.functional import pixel_unshuffle
 
 from .dataset import TrainingSample
 from .draws import seeded_normal
@@ -70,6 +71,7 @@ class LatentCache:
     Args:
         vae: a frozen autoencoder with a posterior. It is used in its own dtype and on its device.
         memory_mib: the size of the cache in MiB. An SDXL latent at 1024² takes 512 KiB in float32.
+        mask_floor: the weight outside of masks.
         source_pixels: a function that resizes an image to edit and returns its pixels (1, 3, h, w).
     """
 
@@ -78,9 +80,11 @@ class LatentCache:
         vae: ModelMixin,
         *,
         memory_mib: float = 1024.0,
+        mask_floor: float = 0.0,
         source_pixels: Callable[[Image], Tensor] | None = None,
     ) -> None:
         self.vae = vae
+        self.mask_floor = mask_floor
         self.cache = TensorCache(memory_mib)
         self.source_pixels = source_pixels
 
@@ -121,6 +125,22 @@ class LatentCache:
         pixels = self.source_pixels(sample.source_images()[number])
         mean, _ = posterior_of(self.vae, pixels.to(device_of(self.vae), weight.dtype))
         return (mean[0],)
+
+    def weights(self, samples: Sequence[TrainingSample], latents: Tensor) -> Tensor | None:
+        """Return the weights of squared errors at `latents`, float32 on the CPU; None without masks.
+
+        Their shape is (b, 1, h', w'), or that of patches of 2 × 2, with the channels of `scale_latents`.
+        """
+        if not any(sample.image.mask for sample in samples):
+            return None
+        patch = 2 if hasattr(self.vae, "bn") else 1
+        grid = (patch * latents.shape[2], patch * latents.shape[3])
+        means = []
+        for sample in samples:
+            key = f"mask {sample.image.mask and sample.image.mask.key} {sample.key}"
+            means += self.cache.get(key, partial(sample.mask_values, grid))
+        weights = pixel_unshuffle(torch.stack(means).clamp_min(self.mask_floor), patch)
+        return weights if patch == 1 else weights.repeat(1, latents.shape[1] // patch**2, 1, 1)
 
     def _posterior(self, samples: Sequence[TrainingSample]) -> tuple[Tensor, Tensor]:
         """Return μ and σ (b, c, h', w'), float32 on the CPU."""
@@ -211,7 +231,7 @@ def scale_latents(vae: ModelMixin, z: Tensor) -> Tensor:
     if hasattr(vae, "bn"):
         mean = _per_channel(vae.bn.running_mean, z)
         variance = _per_channel(vae.bn.running_var, z)
-        patches = torch.nn.functional.pixel_unshuffle(z, 2)
+        patches = pixel_unshuffle(z, 2)
         return (patches - mean) / (variance + config.batch_norm_eps).sqrt()
     mean = getattr(config, "latents_mean", None)
     std = getattr(config, "latents_std", None)

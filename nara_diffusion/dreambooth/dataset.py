@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from diffusers.training_utils import find_nearest_bucket
 from PIL import Image, ImageOps
+from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils.data import Dataset
 
 from nara_diffusion.utils.data_order import ShuffledStream
@@ -96,7 +97,20 @@ class TrainingSample:
         values = np.array(self.cut_image(), dtype=np.float32)  # (h, w, 3) in 0 … 255
         return (torch.from_numpy(values) / 127.5 - 1).permute(2, 0, 1).contiguous()
 
-    def _cut(self, image: Image.Image) -> Image.Image:
+    def mask_values(self, grid: Size) -> tuple[torch.Tensor]:
+        """Return the mask (1, *grid), float32 in [0, 1], cut like the image; ones without a mask.
+
+        Each value is the mean over an area; sharper filters give weight to pixels beyond an edge.
+        """
+        if self.image.mask is None:
+            return (torch.ones(1, *grid),)
+        cut = self._cut(self.image.mask.load().convert("L").convert("F"), Image.Resampling.BOX)
+        values = torch.from_numpy(np.array(cut) / 255)
+        return (adaptive_avg_pool2d(values[None], grid),)
+
+    def _cut(
+        self, image: Image.Image, resampling: Image.Resampling = Image.Resampling.LANCZOS
+    ) -> Image.Image:
         """Return the sample's part of an image with the proportions of `self.image`."""
         height, width = scaled_size(self.image.size, self.target)
         h, w = self.target
@@ -105,7 +119,7 @@ class TrainingSample:
         right = min((left + w) * x, image.width)
         bottom = min((self.top + h) * y, image.height)
         box = (left * x, self.top * y, right, bottom)
-        cut = image.resize((w, h), Image.Resampling.LANCZOS, box=box)
+        cut = image.resize((w, h), resampling, box=box)
         return ImageOps.mirror(cut) if self.flip else cut
 
 
@@ -175,6 +189,9 @@ class DreamBoothDataset(Dataset):
         flip: True to mirror half of the samples.
         caption_dropout: the probability that an instance gets the empty prompt instead of its
             caption.
+        repeats: how often an epoch shows each image.
+
+    `add` adds further folders of images, which have their own sizes, class images and repeats.
     """
 
     def __init__(
@@ -188,30 +205,55 @@ class DreamBoothDataset(Dataset):
         crop: str = "center",
         flip: bool = False,
         caption_dropout: float = 0.0,
+        repeats: int = 1,
     ) -> None:
-        self.instances, self.class_images = list(instances), list(class_images)
+        self.batch_size, self.seed = batch_size, seed
         self.crop, self.flip = crop, flip
-        self.seed, self.caption_dropout = seed, caption_dropout
+        self.caption_dropout = caption_dropout
+        self.instances: list[ImageRecord] = []
+        self.class_images: list[ImageRecord] = []
         self.targets: list[Size] = []
-        for image in self.instances:
+        self.epoch: list[int] = []  # the index of each instance, as often as an epoch shows it
+        self._class_orders: list[ShuffledStream | None] = []  # of each instance
+        self.add(instances, buckets, class_images, repeats)
+
+    def add(
+        self,
+        instances: Sequence[ImageRecord],
+        buckets: Sequence[Size],
+        class_images: Sequence[ImageRecord] = (),
+        repeats: int = 1,
+    ) -> None:
+        """Add a folder of images. All samples of a batch have a class image, or none has."""
+        class_order = ShuffledStream(class_images, self.seed + 1) if class_images else None
+        for image in instances:
+            self.epoch += [len(self.targets)] * repeats
             nearest = find_nearest_bucket(*image.size, buckets)
             self.targets.append(buckets[nearest or 0])
-        buckets_of_all = []
-        for image, target in zip(self.instances, self.targets, strict=True):
-            buckets_of_all.append((target, *source_sizes(image, target)))
-        self._order = BucketOrder(buckets_of_all, batch_size, seed)
-        self._class_order = None
-        if self.class_images:
-            self._class_order = ShuffledStream(self.class_images, seed + 1)
+            self._class_orders.append(class_order)
+        self.instances += instances
+        self.class_images += class_images
+        batches = []
+        for number in self.epoch:
+            target, has_class = self.targets[number], self._class_orders[number] is not None
+            batches.append((target, has_class, source_sizes(self.instances[number], target)))
+        self._order = BucketOrder(batches, self.batch_size, self.seed)
 
-    def warn_of_sizes(self) -> None:
-        """Warn if images have to be enlarged, or if random crops remove more than a fifth of one."""
+    def log_sizes(self) -> None:
+        """Log a table of the sizes. Warn of images that are enlarged, or much cropped at random."""
         small, shares = [], []
+        by_size: dict[Size, list[float]] = {}
         for image, target in zip(self.instances, self.targets, strict=True):
             if image.size[0] < target[0] or image.size[1] < target[1]:
                 small.append(image.name)
             height, width = scaled_size(image.size, target)
             shares.append(1 - target[0] * target[1] / (height * width))
+            by_size.setdefault(target, []).append(shares[-1])
+        lines = ["height x width  images  cropped away"]
+        for (height, width), number in self.buckets.items():
+            size, share = f"{height} x {width}", 100 * sum(by_size[height, width]) / number
+            lines.append(f"{size:>14}  {number:6}  {share:10.0f} %")
+        logger.info("sizes of training images\n%s", "\n".join(lines))
         images = counted(len(shares), "image")
         if small:
             logger.warning(
@@ -235,7 +277,9 @@ class DreamBoothDataset(Dataset):
     @property
     def buckets(self) -> dict[Size, int]:
         """{size: number of instances} of the sizes that are trained at, the most frequent first."""
-        return dict(Counter(self.targets).most_common())
+        images = Counter(self.targets)
+        epoch = Counter(self.targets[number] for number in self.epoch)
+        return {size: images[size] for size, _ in epoch.most_common()}
 
     @property
     def sample_size(self) -> Size:
@@ -247,14 +291,15 @@ class DreamBoothDataset(Dataset):
 
     def samples_at(self, position: int) -> list[TrainingSample]:
         """Return the instance at `position`, followed by its class image, if there are any."""
-        number = self._order[position]
+        number = self.epoch[self._order[position]]
         image, target = self.instances[number], self.targets[number]
         u = numpy_generator(self.seed, "caption dropout", position).random()
         prompt = "" if u < self.caption_dropout else image.prompt
         samples = [self._sample(image, target, position, "instance", prompt)]
-        if self._class_order is not None:
-            image = self.class_images[self._class_order.sample_at(position)]
-            samples.append(self._sample(image, target, position, "class", image.prompt))
+        class_order = self._class_orders[number]
+        if class_order is not None:
+            prior: Any = class_order.samples[class_order.sample_at(position)]
+            samples.append(self._sample(prior, target, position, "class", prior.prompt))
         return samples
 
     def plain_samples(self) -> list[TrainingSample]:

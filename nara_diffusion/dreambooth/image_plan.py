@@ -29,7 +29,7 @@ from .block_swap import chosen_blocks, swappable
 from .dataset import TrainingSample, collate_samples
 from .denoiser import AdaptedDenoiser
 from .families import Family, Placed
-from .image_arguments import DreamBoothArguments, run_family
+from .image_arguments import DreamBoothArguments, folder_arguments, run_family
 from .image_records import ImageRecord
 from .pipelines import family_named, model_index, modules_of, quantised_parts, training_sizes
 from .training_step import training_step
@@ -50,7 +50,10 @@ def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
     family = run_family(args, pipe)
     cpu = torch.device("cpu")
     step = training_step(args, pipe, family, cpu, args.train_batch_size)
-    size = max(training_sizes(args, family, pipe), key=lambda size: size[0] * size[1])
+    folders = folder_arguments(args)
+    sizes = [size for folder in folders for size in training_sizes(folder, family, pipe)]
+    size = max(sizes, key=lambda size: size[0] * size[1])
+    has_class = any(folder.class_prompt is not None for folder in folders)
     convention = step.objective.source.convention
     config: Any = adapter_config(args, noise_convention=convention, strength=schedule_of(args))
     models = modules_of(pipe)
@@ -80,7 +83,7 @@ def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
     items: list[dict[str, Any]] = []
     for position in range(args.train_batch_size):
         samples = []
-        for role in ("instance", "class") if args.class_prompt is not None else ("instance",):
+        for role in ("instance", "class") if has_class else ("instance",):
             image = ImageRecord("planned", bytes, size, "", f"{role} {position}")
             if has_source:
                 image = replace(image, sources=(replace(image, key=f"source {position}"),))

@@ -19,7 +19,7 @@ from typing import Any
 
 from nara_diffusion.utils.wording import listed
 
-from .captions import METADATA_FILE, fill_captions, own_captions
+from .captions import METADATA_FILE, fill_captions, own_captions, put_trigger
 from .image_records import ImageRecord, image_files, make_records
 
 Sources = Mapping[str, Sequence[Path]]
@@ -33,6 +33,7 @@ def records_of_pairs(
     most: int,
     prompt: str | None = None,
     caption_column: str | None = None,
+    trigger: str | None = None,
     progress: bool = True,
 ) -> list[ImageRecord]:
     """Return the images of a folder with their captions and sources, or without any source.
@@ -41,7 +42,7 @@ def records_of_pairs(
         source_folder: a folder with a source of the same name for each image; None reads
             metadata.jsonl.
         most: the number of sources that the model takes.
-        prompt, caption_column: as in `records_from_folder`.
+        prompt, caption_column, trigger: as in `records_from_folder`.
 
     Raises:
         ValueError: images and sources don't match, or see `records_from_folder`.
@@ -57,6 +58,7 @@ def records_of_pairs(
     names = [target.name for target in targets]
     check_pairs(names, sources, folder, most)
     filled = fill_captions([captions[target] for target in targets], names, prompt)
+    filled = [put_trigger(caption, trigger) for caption in filled]
     files = [(str(path), path.read_bytes) for path in targets]
     records = make_records(files, filled, progress=progress)
     if not sources:

@@ -23,9 +23,10 @@ from .dataset import DreamBoothDataset, collate_samples
 from .encoders import load_encoders
 from .families import Family
 from .fidelity import Evaluation, Measurement
-from .image_arguments import DreamBoothArguments, run_family
+from .image_arguments import DreamBoothArguments, folder_arguments, run_family
 from .image_records import ImageRecord, class_records, records_from_folder, trained_on
 from .image_report import figures, forgetting, subject_card
+from .masks import with_masks
 from .pipelines import load_base, sharing_pipeline, training_sizes
 from .placement import take_turns
 from .reconstruction import reconstruct
@@ -57,6 +58,8 @@ class Subject:
     config: PeftConfig
     dataset: DreamBoothDataset
     measured_on: DreamBoothDataset  # of the validation loss
+    trained_on: str  # the images, in words
+    prompts: Sequence[str]  # of samples
 
 
 def load_subject(args: DreamBoothArguments, run: Run) -> Subject:
@@ -66,17 +69,23 @@ def load_subject(args: DreamBoothArguments, run: Run) -> Subject:
         ValueError: an argument doesn't fit the images or the model.
     """
     family = run_family(args)  # before the model is loaded
-    folder, source = str(args.instance_data_dir), args.source_data_dir
-    instances = read_images(args, family, folder, source, progress=run.is_main)
+    folders = folder_arguments(args)
+    images = []
+    for folder in folders:
+        place, source = str(folder.instance_data_dir), folder.source_data_dir
+        images.append(read_images(folder, family, place, source, progress=run.is_main))
     held_out: list[ImageRecord] = []
     if args.validation_data_dir:
-        folder, source = args.validation_data_dir, args.validation_source_dir
-        held_out = read_images(args, family, folder, source, progress=False)
-    if len({bool(image.sources) for image in (*instances, *held_out)}) == 2:
+        place, source = args.validation_data_dir, args.validation_source_dir
+        held_out = read_images(folders[0], family, place, source, progress=False)
+    has_sources = {bool(image.sources) for records in (*images, held_out) for image in records}
+    if len(has_sources) == 2:
         raise ValueError(
-            "only one of --instance_data_dir and --validation_data_dir has sources: give both sources, or neither."
+            "some folders of images have sources and others have none: give sources for all of them, or for none."
         )
-    if instances[0].sources and (args.class_prompt or args.validation_prompts):
+    if has_sources == {True} and (
+        any(folder.class_prompt for folder in folders) or args.validation_prompts
+    ):
         raise ValueError(
             "samples of pairs have the pairs' captions, and class images have no sources: leave --validation_prompts "
             "and --class_prompt out."
@@ -95,28 +104,49 @@ def load_subject(args: DreamBoothArguments, run: Run) -> Subject:
         strength=schedule_of(args),
     )
     # errors that need the model come before hours of making class images
-    sizes = training_sizes(args, family, pipe)
+    sizes = [training_sizes(folder, family, pipe) for folder in folders]
     check_target_modules(step.model, getattr(config, "target_modules", None))
-    class_images: list[ImageRecord] = []
-    if args.class_prompt is not None:
-        class_images = _class_images(args, run, pipe, family)
-    run.record_data_digest("training data", digested([*instances, *class_images]))
-
     cut: Any = {"batch_size": args.train_batch_size, "seed": args.seed}
     dataset = DreamBoothDataset(
-        instances,
-        sizes,
+        [],
+        [],
         **cut,
-        class_images=class_images,
         crop="center" if args.center_crop else "random",
         flip=args.random_flip,
         caption_dropout=args.caption_dropout,
     )
+    digests, described = [], []
+    for folder, records, buckets in zip(folders, images, sizes, strict=True):
+        class_images: list[ImageRecord] = []
+        if folder.class_prompt is not None:
+            class_images = _class_images(folder, run, pipe, family)
+        dataset.add(records, buckets, class_images, folder.repeats)
+        digests += digested([*records, *class_images])
+        if args.dataset_config is not None:  # flags are compared by themselves
+            digests.append(f"{folder.repeats} {buckets} {len(class_images)}")
+        place, prompt = str(folder.instance_data_dir), folder.instance_prompt
+        described.append(trained_on(records, place, prompt, class_images, folder.repeats))
+    run.record_data_digest("training data", digests)
     if run.is_main:
-        dataset.warn_of_sizes()
-        warn_of_cut_prompts(pipe, prompt_sources(args, [*instances, *held_out]))
-    measured_on = DreamBoothDataset(held_out, sizes, **cut) if held_out else dataset
-    return Subject(args, run, encoders, pipe, family, step, config, dataset, measured_on)
+        dataset.log_sizes()
+        records = [*dataset.instances, *held_out, *dataset.class_images]
+        warn_of_cut_prompts(pipe, prompt_sources(args, records))
+    measured_on = DreamBoothDataset(held_out, sizes[0], **cut) if held_out else dataset
+    captions = [records[0].prompt for records in images]  # one of each folder comes first
+    captions += [record.prompt for record in dataset.instances]
+    return Subject(
+        args,
+        run,
+        encoders,
+        pipe,
+        family,
+        step,
+        config,
+        dataset,
+        measured_on,
+        trained_on="; ".join(described),
+        prompts=args.prompts or list(dict.fromkeys(captions))[:4],
+    )
 
 
 def read_images(
@@ -127,22 +157,27 @@ def read_images(
     *,
     progress: bool,
 ) -> list[ImageRecord]:
-    """Return the images of a folder, with their sources if the family edits images.
+    """Return the images of a folder, with captions and masks, and with sources for an edit model.
 
     Raises:
         ValueError: see `records_of_pairs`, or there are no sources and the family needs them.
     """
-    captions: Any = {"prompt": args.instance_prompt, "caption_column": args.caption_column}
-    if not family.most_sources:
-        return records_from_folder(folder, progress=progress, **captions)
-    most = family.most_sources
-    records = records_of_pairs(folder, source_folder, most=most, progress=progress, **captions)
+    captions: dict[str, Any] = {
+        "prompt": args.instance_prompt,
+        "caption_column": args.caption_column,
+        "trigger": args.trigger,
+        "progress": progress,
+    }
+    if family.most_sources:
+        records = records_of_pairs(folder, source_folder, most=family.most_sources, **captions)
+    else:
+        records = records_from_folder(folder, **captions)
     if family.needs_source and not records[0].sources:
         raise ValueError(
             f"{family.title} edits images, and those in {folder} have no sources: give --source_data_dir, or the key "
             "source in metadata.jsonl."
         )
-    return records
+    return with_masks(records, folder, from_alpha=args.alpha_mask)
 
 
 def digested(records: Sequence[ImageRecord]) -> list[str]:
@@ -150,6 +185,8 @@ def digested(records: Sequence[ImageRecord]) -> list[str]:
     texts = []
     for record in records:
         texts += [record.key, record.prompt, *(source.key for source in record.sources)]
+        if record.mask is not None:
+            texts.append(record.mask.key)
     return texts
 
 
@@ -182,7 +219,7 @@ def subject_task(subject: Subject) -> Task:
         run,
         sampling,
         SampleSettings(
-            args.prompts or list(dict.fromkeys(record.prompt for record in instances))[:4],
+            subject.prompts,
             args.num_validation_images,
             args.seed,
             args.sample_batch_size,
@@ -212,8 +249,7 @@ def subject_task(subject: Subject) -> Task:
     sizes = []
     for (height, width), number in dataset.buckets.items():
         sizes.append(f"{counted(number, 'image')} at {height} x {width}")
-    folder = str(args.instance_data_dir)
-    data = trained_on(instances, folder, args.instance_prompt, dataset.class_images)
+    data = subject.trained_on
     if dataset.has_sources:
         data += ", each made from its source"
     return Task(
@@ -223,7 +259,7 @@ def subject_task(subject: Subject) -> Task:
         subject.step,
         dataset,
         collate_samples,
-        len(instances),
+        len(dataset.epoch),
         evaluation,
         facts={
             **start_facts(args),

@@ -59,7 +59,8 @@ class TrainingStep:
             embeddings = placed(self.prompts.get(batch["prompts"], samples), self.device)
             sources = placed(self.latents.sources(samples), self.device)
             prediction = self.model(*inputs, embeddings=embeddings, sources=sources)
-        losses = squared_errors(prediction, corrupted)
+        weights = self.latents.weights(samples, corrupted.target)
+        losses = squared_errors(prediction, corrupted, weights)
         levels = self.objective.source.noise_level(corrupted.timestep)
         if samples[-1].role == "class":  # each loss has the min-SNR weight of its own sample
             instance, prior = losses.chunk(2)
@@ -120,7 +121,11 @@ def training_step(
     return TrainingStep(
         model=getattr(pipe, family.denoiser),
         objective=objective,
-        latents=LatentCache(pipe.vae, source_pixels=family.pixels_of_sources(pipe)),
+        latents=LatentCache(
+            pipe.vae,
+            mask_floor=args.mask_floor,
+            source_pixels=family.pixels_of_sources(pipe),
+        ),
         prompts=None if args.train_text_encoder else PromptCache(pipe, family),
         device=device,
         seed=args.seed,

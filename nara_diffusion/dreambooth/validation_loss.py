@@ -78,7 +78,8 @@ class ValidationLoss:
             time_ids = torch.tensor([sample.time_ids for sample in batch], device=device)
             inputs = (corrupted.model_input, corrupted.timestep)
             prediction = self.family.predict(denoiser, *inputs, time_ids, embeddings, sources)
-            losses += squared_errors(prediction, corrupted).tolist()
+            weights = self.latents.weights(batch, latents)
+            losses += squared_errors(prediction, corrupted, weights).tolist()
         return losses
 
     def _batches(self) -> list[list[TrainingSample]]:
