@@ -137,3 +137,9 @@ def test_equal_images_have_own_sources_in_caches(tmp_path: Path) -> None:
     first, second = DreamBoothDataset(records, [(16, 16)], batch_size=1, seed=0).plain_samples()
     assert first.key == second.key
     assert first.source_keys != second.source_keys
+
+
+def test_captions_of_pairs_get_the_trigger(folder: Path) -> None:
+    lines(folder, {"file_name": "00.png", "text": "make it [trigger]", "source": ["01.png", "02.png"]})
+    (record,) = records_of_pairs(folder, most=2, trigger="sks", progress=False)
+    assert record.prompt == "make it sks"
