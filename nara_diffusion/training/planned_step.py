@@ -82,7 +82,7 @@ class Needs:
     parts: Mapping[str, int]  # {part: its frozen weights}
     adapter: int  # of trained weights
     gradients: int
-    optimizer: int
+    optimizer: int  # with the average of the trained weights
     activations: int  # `step` in the module's docstring
     caching: int  # `caching` in the module's docstring
     peak: int
@@ -138,6 +138,7 @@ def measure(step: PlannedStep, args: TrainingArguments) -> Needs:
     adapter = gradients = nbytes(trained)
     is_fused = args.optimizer == "AdamW" and dtype_of(args) != torch.float16
     optimizer = optimizer_bytes(trained, args.optimizer)
+    optimizer += 0 if args.ema_decay is None else adapter
     activations = counter.peak + unpacked
     highest = max(activations, gradients + (0 if is_fused else adapter))
     resident = round(weights) + adapter + optimizer

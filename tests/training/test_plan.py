@@ -231,6 +231,12 @@ def test_unfused_update_needs_a_copy_of_trained_weights():
     assert prodigy.peak == weight + 4 * weight + 2 * weight
 
 
+def test_moving_average_takes_as_much_as_its_weights():
+    without, weight = needs_of_a_layer()
+    average, _ = needs_of_a_layer("--ema_decay", "0.9")
+    assert average.peak == without.peak + weight
+
+
 def test_flops_are_those_of_pytorch_and_attention_counts():
     model, x = nn.Linear(24, 36), torch.randn(5, 24)
     with FlopCounterMode(display=False) as expected:
