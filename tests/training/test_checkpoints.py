@@ -91,7 +91,7 @@ def test_random_states_that_cannot_be_restored_raise(run: Path) -> None:
         check_random_states(run / "checkpoint-4", 1)
 
 
-ENGINES = ["one process or DDP", "FSDP2 with FULL_STATE_DICT", "FSDP2 with SHARDED_STATE_DICT", "DeepSpeed ZeRO-2"]
+ENGINES = ["FSDP2 with FULL_STATE_DICT", "FSDP2 with SHARDED_STATE_DICT", "DeepSpeed ZeRO-2"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
