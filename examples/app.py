@@ -102,15 +102,15 @@ def build(model: str = str(MODEL), adapters: Sequence[str] = (str(ADAPTER),), pr
     def load(model: str, sources: str) -> list[Adapter]:
         return session.load(model.strip(), [line.strip() for line in sources.splitlines() if line.strip()])
 
-    def on_adapters(model: str, sources: str, constant: float, before: Any) -> Any:
-        if [model, sources] == before:  # a field that was left as it was
+    def on_adapters(model: str, sources: str, constant: float, loaded_before: Any) -> Any:
+        if [model, sources] == loaded_before:  # a field that was left as it was
             return gr.skip()
         loaded_adapters = load(model, sources)
-        own = [one.points for one in loaded_adapters]
+        stored = [one.points for one in loaded_adapters]
         return (
             about(loaded_adapters),
-            rows_of(own),
-            draw_curves(loaded_adapters, own, constant),
+            rows_of(stored),
+            draw_curves(loaded_adapters, stored, constant),
             [model, sources],
             OWN,
             None,
@@ -175,16 +175,16 @@ def build(model: str = str(MODEL), adapters: Sequence[str] = (str(ADAPTER),), pr
             with gr.Column(min_width=320):
                 curves = gr.Plot(show_label=False)
         source = [pipeline, sources, constant]
-        before = gr.State()
-        loaded = [state, table, curves, before, preset, *images]
+        loaded_before = gr.State()
+        loaded = [state, table, curves, loaded_before, preset, *images]
         hidden: dict[str, Any] = {"show_progress": "hidden"}
         blank: list[Any] = [[], None, None, OWN, None, None, None]
         on_adapters = or_blank(on_adapters, blank)
         on_strengths = or_blank(on_strengths, [None])
-        page.load(on_adapters, [*source, before], loaded, api_visibility="private", **hidden)
+        page.load(on_adapters, [*source, loaded_before], loaded, api_visibility="private", **hidden)
         for box in (pipeline, sources):
             box.change(lambda: blank, None, loaded[1:], api_visibility="private", **hidden)
-            box.blur(on_adapters, [*source, before], loaded, api_visibility="private", **hidden)
+            box.blur(on_adapters, [*source, loaded_before], loaded, api_visibility="private", **hidden)
         choose = or_blank(on_preset, [[], None])
         preset.input(choose, [*source, preset], [state, table, curves], api_visibility="private", **hidden)
         for changed in (table.input, constant.release):

@@ -122,11 +122,11 @@ def measure(folder: Path) -> tuple[int, int]:
         train(*parts)
         seen.append(resident("VmHWM"))
 
-    before = resident("VmRSS")
+    at_start = resident("VmRSS")
     text.train = watched
     with start_run(parse_arguments(text.Arguments, words), "run", text.write_checkpoint) as run:
         text.fine_tune(text.prepare(run.args, run))
-    return figures["peak"], seen[0] - before
+    return figures["peak"], seen[0] - at_start
 
 
 def random_model(folder: Path) -> Path:

@@ -107,7 +107,7 @@ class Grid:
         return sorted({seed for _, _, seed in self.cells})
 
     def records(self, arm: Arm) -> list[Record]:
-        return [record for (own, _, _), record in self.cells.items() if own == arm]
+        return [record for (of_cell, _, _), record in self.cells.items() if of_cell == arm]
 
     def per_seed(self, arm: Arm, value: Value, domains: Sequence[str] | None = None) -> dict[int, float]:
         """{seed: mean over `domains`}, default all; of seeds that have the value on them all."""
