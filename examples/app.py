@@ -142,7 +142,7 @@ def build(model: str = str(MODEL), adapters: Sequence[str] = (str(ADAPTER),), pr
         call = {"seed": int(seed), "num_inference_steps": int(steps), "guidance_scale": float(guidance)}
         call |= {"negative_prompt": negative} if negative.strip() else {}
         loaded_adapters = load(model, sources)
-        show = lambda share, what: progress(share, desc=what)  # noqa: E731
+        show = lambda share, hint: progress(share, desc=hint)  # noqa: E731
         return about(loaded_adapters), *session.sample(
             prompt, points_of(rows, loaded_adapters), float(constant), show, **call
         )
@@ -163,14 +163,14 @@ def build(model: str = str(MODEL), adapters: Sequence[str] = (str(ADAPTER),), pr
                     steps = gr.Slider(1, 100, 25, step=1, label="steps", min_width=160)
                 guidance = gr.Slider(0, 20, 4.0, step=0.5, label="guidance")
                 pipeline = gr.Textbox(model, label="pipeline", info="a folder or a repository")
-                what = "NaRA or LoRA, one a line: a file, a folder or a repository"
-                sources = gr.Textbox("\n".join(dict.fromkeys(adapters)), lines=2, label="adapters", info=what)
+                hint = "NaRA or LoRA, one a line: a file, a folder or a repository"
+                sources = gr.Textbox("\n".join(dict.fromkeys(adapters)), lines=2, label="adapters", info=hint)
             with gr.Column(min_width=320):
                 preset = gr.Radio([OWN, *PRESETS], value=OWN, label="strength over λ")
                 constant = gr.Slider(0, 1, 0.5, step=0.05, label="constant λ, of the sample in the middle")
                 columns: dict[str, Any] = {"headers": COLUMNS, "datatype": "number", "column_count": 3, "type": "array"}
-                what = "points: linear between them; two at one λ are a step"
-                table = gr.Dataframe(label=what, interactive=True, **columns)
+                hint = "points: linear between them; two at one λ are a step"
+                table = gr.Dataframe(label=hint, interactive=True, **columns)
                 add = gr.Button("Add a point", size="sm")
             with gr.Column(min_width=320):
                 curves = gr.Plot(show_label=False)

@@ -156,10 +156,10 @@ if __name__ == "__main__":
         print(f"planned {plan / 1e9:.2f} GB, resident {real / 1e9:.2f} GB, ratio {plan / real:.2f}")
         raise SystemExit
     if "--cards" in sys.argv:
-        for each in CARDS:
-            print(card_row(each), flush=True)
+        for card in CARDS:
+            print(card_row(card), flush=True)
         raise SystemExit
     print(HEAD)
     print("|---|" + "---:|" * (HEAD.count("|") - 2), flush=True)
-    for each in RUNS:
-        print(row(each), flush=True)
+    for name in RUNS:
+        print(row(name), flush=True)

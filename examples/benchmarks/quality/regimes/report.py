@@ -108,10 +108,10 @@ def conditions(cell: Confirmed, candidate: str) -> dict[str, bool | None]:
     peers = ONE_IMAGE_PEERS if has_looks else (*PEERS, *simpler)
     ablations = ABLATIONS if candidate == "nara" else ()
     if not decides:
-        peers, ablations = (tuple(each for each in names if each in arms) for names in (peers, ablations))
+        peers, ablations = (tuple(name for name in names if name in arms) for names in (peers, ablations))
     are_met = {f"below {peer}": _below(cell, candidate, peer) for peer in peers}
     if not has_looks:
-        lower = [each and each.mean < 0 for each in cell.bins(candidate, "lora")]
+        lower = [of_bin and of_bin.mean < 0 for of_bin in cell.bins(candidate, "lora")]
         are_met["below lora in every bin"] = None if None in lower else all(lower)
         ablations = (*ablations, with_mean_core(candidate))
     return are_met | {f"{name} is worse": _below(cell, candidate, name) for name in ablations}

@@ -130,8 +130,8 @@ class Grid:
         self, arm: Arm, baseline: Arm, value: Value, domains: Sequence[str] | None = None
     ) -> Interval | None:
         """`arm` − `baseline`, paired over the seeds that both have; None without two of them."""
-        own, other = self.per_seed(arm, value, domains), self.per_seed(baseline, value, domains)
-        differences = [own[seed] - other[seed] for seed in own if seed in other]
+        ours, other = self.per_seed(arm, value, domains), self.per_seed(baseline, value, domains)
+        differences = [ours[seed] - other[seed] for seed in ours if seed in other]
         return interval(differences) if len(differences) > 1 else None
 
 
