@@ -60,7 +60,7 @@ class Float32Module(nn.Module):
 
         return super()._apply(keep_dtype, recurse)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Load the tensors of this module and its submodules as float32.
 
         `assign=True` would keep the dtypes of `state_dict`, which is a copy.

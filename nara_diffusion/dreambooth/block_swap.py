@@ -95,7 +95,7 @@ class BlockSwap:
         for parameter, host in self.weights[number]:
             parameter.data = torch.empty(0, dtype=host.dtype, device=self.device)
 
-    def enter(self, number: int, *_: Any) -> None:
+    def enter(self, number: int, *_: object) -> None:
         self.load(number)
         self.load(number + (1 if self.differentiated is None else -1))
         self.wait(number)
@@ -108,7 +108,7 @@ class BlockSwap:
             for parameter, _host in self.weights[number]:
                 parameter.data.record_stream(present)
 
-    def leave(self, number: int, *_: Any) -> None:
+    def leave(self, number: int, *_: object) -> None:
         if self.differentiated is None:
             self.drop(number)
         else:
@@ -147,7 +147,7 @@ class _Block:
 
 class _Recomputed(CheckpointFunction):
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
         with ctx.run_function.swap.backward():
             return CheckpointFunction.backward(ctx, *gradients)
 

@@ -217,7 +217,7 @@ class PlannedTokenizer:
         """Return no tokens: none of `prompt` is a textual inversion."""
         return []
 
-    def __call__(self, prompts: Sequence[str], padding: Any = None, **_: Any) -> Any:
+    def __call__(self, prompts: Sequence[str], padding: object = None, **_: object) -> Any:
         length = self.model_max_length if padding == "max_length" else 2
         ids = torch.zeros(len(prompts), length, dtype=torch.long)
         return transformers.BatchEncoding({"input_ids": ids, "attention_mask": ids + 1})

@@ -28,7 +28,7 @@ class Visit(ModelHook):
         self.execution_device = execution_device
         self.leaving = leaving
 
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def pre_forward(self, module: nn.Module, *args: object, **kwargs: object) -> tuple[Any, Any]:
         for other in self.leaving:
             move(other, torch.device("cpu"))
         move(module, self.execution_device)
@@ -66,7 +66,7 @@ def take_turns(
     pipe._exclude_from_cpu_offload = [family.denoiser, *staying]
 
 
-def _before_denoiser(hook: Visit, denoiser: nn.Module, _: Any) -> None:
+def _before_denoiser(hook: Visit, denoiser: nn.Module, _: object) -> None:
     hook.pre_forward(denoiser)
 
 

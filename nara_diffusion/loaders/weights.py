@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -301,13 +300,11 @@ def _insert_all(
     low_cpu_mem_usage: bool,
 ) -> None:
     """Insert the parts into all components or, after an error, into none."""
-    with ExitStack() as undo:
-        for component, model in models.items():
-            if component not in parts:
-                continue
-            undo.enter_context(restored_on_error(model))
+    with restored_on_error(*(models[component] for component in parts)):
+        for component, part in parts.items():
+            model = models[component]
             try:
-                insert(model, name, parts[component], low_cpu_mem_usage)
+                insert(model, name, part, low_cpu_mem_usage)
             except ValueError as error:
                 raise ValueError(f"{component}: {error}") from error
             request = getattr(model, REQUEST, None)

@@ -81,7 +81,7 @@ class CoreHolder(nn.Module):
         """Return the adapted model. As a plain attribute, it would be a submodule of the holder."""
         return self.finder.root
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: object) -> object:
         """Return `x`, because a root such as `nn.Sequential` also calls the holder as a child."""
         return x
 
