@@ -40,30 +40,34 @@ class TextCache(DynamicCache):
     Attributes:
         rows: (a,) the indices of the texts in the batch.
         positions: (a, q) of the tokens of the next forward; None for all.
+        states: the keys and values of each layer, both (a, h, l, d).
     """
 
     def __init__(self, rows: Tensor) -> None:
         super().__init__()
         self.rows = rows
         self.positions: Tensor | None = None
+        self.states: list[tuple[Tensor, Tensor]] = []
 
     def replace(self, rows: Tensor, positions: Tensor) -> None:
-        """Prepare a forward of `positions` (a', q) of some of the rows, and drop the others."""
+        """Prepare a forward of `positions` (a', q) in some of the rows, and drop the other rows."""
         if len(rows) < len(self.rows):
-            self.batch_select_indices(torch.searchsorted(self.rows, rows))
+            index = torch.searchsorted(self.rows, rows)
+            self.states = [(keys[index], values[index]) for keys, values in self.states]
         self.rows, self.positions = rows, positions
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store the keys and values (a, h, q, d) of a forward; return those of the whole texts."""
+        """Store the states (a, h, q, d) of a layer's forward; return those of the whole texts."""
         if self.positions is None:
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        keys, values = self.layers[layer_idx].keys, self.layers[layer_idx].values
-        places = self.positions[:, None, :, None].to(keys.device)  # (a, 1, q, 1)
-        keys.scatter_(2, places.expand_as(key_states), key_states)
-        values.scatter_(2, places.expand_as(value_states), value_states)
-        return keys, values
+            self.states.append((key_states, value_states))
+        else:
+            keys, values = self.states[layer_idx]
+            places = self.positions[:, None, :, None].to(keys.device)  # (a, 1, q, 1)
+            keys.scatter_(2, places.expand_as(key_states), key_states)
+            values.scatter_(2, places.expand_as(value_states), value_states)
+        return self.states[layer_idx]
 
 
 class CachedText(WholeText):
@@ -110,7 +114,7 @@ class CachedText(WholeText):
             inputs["position_ids"] = computed
             if mask is not None:
                 attention = state.backbone.configured("_attn_implementation")
-                dtype = self.cache.layers[0].keys.dtype
+                dtype = self.cache.states[0][0].dtype
                 mask = attention_argument(mask.bool()[:, None, None], attention, dtype)
         inputs[CACHE] = self.cache
         with conditioned(state.backbone.model, level[rows]):

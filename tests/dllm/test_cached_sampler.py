@@ -98,8 +98,9 @@ def random_model(family: str) -> Any:
     """A bidirectional model of two layers, as it is loaded; "stock": a Dream without its shift."""
     if family == "llada":
         return backbone(VOCABULARY)
-    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = Qwen2Config(vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=64, **sizes)
+    sizes: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 40, "max_position_embeddings": 64}
+    heads: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen2Config(vocab_size=VOCABULARY, **sizes, **heads)
     config.is_causal, config.mask_token_id = False, MASK
     model = (Qwen2ForCausalLM if family == "stock" else ShiftedQwen2ForCausalLM)(config).eval()
     generator = torch.Generator().manual_seed(4)
@@ -156,16 +157,17 @@ def test_cache_computes_only_what_its_rule_says() -> None:
 
 
 def test_cache_in_eager_attention_gives_the_same_answers() -> None:
-    model = random_model("llada")
-    expected = sampled(model, PROMPTS, cache="dual", **BLOCKS)
+    model, same_length = random_model("llada"), [[5, 9, 11], [7, 8, 30]]
+    expected = [sampled(model, prompts, cache="dual", **BLOCKS) for prompts in (PROMPTS, same_length)]
     model.set_attn_implementation("eager")
-    assert sampled(model, PROMPTS, cache="dual", **BLOCKS) == expected
+    assert [sampled(model, prompts, cache="dual", **BLOCKS) for prompts in (PROMPTS, same_length)] == expected
 
 
 def test_cache_that_is_impossible_is_refused_by_name() -> None:
     llada = random_model("llada")
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    bert = BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, mask_token_id=MASK, pad_token_id=0, **sizes))
+    config = BertConfig(vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    config.mask_token_id = MASK
+    bert = BertForMaskedLM(config)
     virtual = get_peft_model(random_model("llada"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     for model, options, message in [
         (llada, {"cache": "both"}, "cache is 'both', expected 'prefix' or 'dual'"),

@@ -190,14 +190,13 @@ class Backbone:
             return losses
 
         with _hooked(head, enter, leave):
-            # (b, n, 1)
             losses = self._forward(input_ids, attention_mask, position_ids=position_ids)
         if shapes != [losses.shape]:
             raise ValueError(
                 f"{type(self.language_model).__name__} changes what its output head returns, so the "
                 "loss can't be computed there: pass chunk_size=None"
             )
-        return losses.squeeze(-1)
+        return losses.squeeze(-1)  # (b, n)
 
     @property
     def head(self) -> nn.Module | None:
