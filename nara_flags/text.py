@@ -192,6 +192,12 @@ class EvaluationArguments:
     )
     logits_eos_inf: bool = option(False, "Never predict the end token.", rare=True)
     confidence_eos_eot_inf: bool = option(False, "Place end tokens last.", rare=True)
+    cache: str | None = option(
+        None,
+        "Approximate cache of LLaDA and Dream, with --block_length: prefix, or dual (the fastest).",
+        choices=("prefix", "dual"),
+        rare=True,
+    )
     curve_points: Count = option(
         10,
         "Noise levels in the picture of the loss.",

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 REMASKING = ("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy")
+CACHES = ("prefix", "dual")
 _PARALLEL = ("confidence_threshold", "factor", "entropy_bound")
 CONFIDENT = ("low_confidence", "maskgit_plus")
 """The scores that are probabilities."""
@@ -54,6 +55,8 @@ class Sampling:
         logits_eos_inf: True to never predict the end token of the model's configuration, as in
             LLaDA's code. An answer then ends with another end token, or takes its full length.
         confidence_eos_eot_inf: True to place end tokens after all others, as in LLaDA's code.
+        cache: "prefix" or "dual" for LLaDA and Dream, to compute the whole text only at the first
+            step of each block. Both need `block_length`, and are approximate; see `cached_sampler`.
 
     Raises:
         ValueError: a value is out of range, or two settings contradict each other.
@@ -71,6 +74,7 @@ class Sampling:
     entropy_bound: float | None = None
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         self._check_lengths()
@@ -82,6 +86,13 @@ class Sampling:
         if self.remasking not in REMASKING:
             expected = ", ".join(map(repr, REMASKING))
             raise ValueError(f"remasking is {self.remasking!r}, expected one of {expected}")
+        if self.cache not in (None, *CACHES):
+            raise ValueError(f"cache is {self.cache!r}, expected 'prefix' or 'dual', or None")
+        if self.cache and self.cfg_scale:
+            raise ValueError(
+                f"cache is {self.cache!r} and cfg_scale is {self.cfg_scale}, but a cache has no keys "
+                "and values of texts with masked prompts: leave one of them out"
+            )
         self._check_rule()
 
     def _check_lengths(self) -> None:

@@ -27,7 +27,7 @@ _LENGTH = (
 )
 _EVALUATION = (
     "eval_batch_size generation_steps block_length extract test_file test_samples temperature "
-    "cfg_scale top_p remasking confidence_threshold factor entropy_bound logits_eos_inf "
+    "cfg_scale top_p remasking confidence_threshold factor entropy_bound cache logits_eos_inf "
     "confidence_eos_eot_inf curve_points sample_batch_size validation_prompts "
     "num_validation_images num_inference_steps guidance_scale identifier similarity_model "
     "alignment_model"

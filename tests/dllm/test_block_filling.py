@@ -160,6 +160,8 @@ def test_settings_that_conflict_with_blocks_are_refused(model: Any) -> None:
         answers(model, True, block_length=6)
     with pytest.raises(ValueError, match="cfg_scale is"):
         answers(model, True, cfg_scale=1.0)
+    with pytest.raises(ValueError, match="cache is 'dual'"):
+        answers(model, None, cache="dual")
     with pytest.raises(ValueError, match="sees the masks of later blocks"):
         generate(backbone(VOCABULARY), PROMPTS, gen_length=12, use_cache=True)
 

@@ -215,6 +215,7 @@ def test_answer_ends_at_first_end_token_if_allowed() -> None:
         ({"gen_length": 21 * CANVAS}, "together 129, but the model has 128 positions"),
         ({"prompt_lengths": [3, 0]}, "a prompt is empty"),
         ({"cfg_scale": 1.0}, "cfg_scale is 1.0, but a model"),
+        ({"cache": "dual"}, "cache is 'dual', but a model"),
     ],
 )
 def test_generate_refuses_options_that_diffusion_gemma_lacks(changes: Any, words: str) -> None:

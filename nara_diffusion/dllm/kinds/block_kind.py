@@ -65,7 +65,7 @@ def _plan(model: nn.Module, flags: TextFlags, rows: dict[str, Any]) -> PlannedFo
 
 def _sampling(backbone: Backbone, sampling: Sampling, chat: bool) -> Sampling:
     block: Any = backbone.block_length
-    sampling = sampling.in_own_blocks(block, refused=("cfg_scale",))
+    sampling = sampling.in_own_blocks(block, refused=("cfg_scale", "cache"))
     if chat and not sampling.rules and sampling.remasking in CONFIDENT:
         return replace(sampling, confidence_threshold=CHAT_THRESHOLD)
     return sampling

@@ -38,6 +38,7 @@ _REFUSED_SETTINGS = (
     "factor",
     "logits_eos_inf",
     "confidence_eos_eot_inf",
+    "cache",
 )
 """The settings of `Sampling` that transformers' sampler doesn't have."""
 

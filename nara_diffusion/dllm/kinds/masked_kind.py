@@ -14,6 +14,7 @@ from torch import nn
 from nara_flags.text import TextFlags
 
 from ..batches import AnswerCollator
+from ..cached_sampler import CachedText
 from ..decoding import Sampling
 from ..loss import batch_loss, masked_diffusion_loss, noise_level_curve
 from ..masked_sampler import WholeText
@@ -79,10 +80,12 @@ def _generate(request: Request) -> Generation:
     if request.use_cache:
         raise ValueError(
             "use_cache=True, but this model also sees the masks of later blocks, so its keys and "
-            "values change with each token and with λ: leave use_cache out."
+            "values change with each token and with λ: leave use_cache out; cache='dual' keeps some."
         )
+    backbone, sampling = request.backbone, request.sampling
+    reader = WholeText() if sampling.cache is None else CachedText(backbone, sampling)
     state = State.of(request)
-    state.fill(WholeText(), request.on_step_end)
+    state.fill(reader, request.on_step_end)
     return state.generation()
 
 

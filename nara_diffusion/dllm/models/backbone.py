@@ -145,20 +145,20 @@ class Backbone:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         at: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        **inputs: Any,
     ) -> Tensor:
-        """Return logits (b, l, v) of a text (b, l), or (b, k, v) at its positions `at` (b, k).
+        """Return logits (b, l, v) of a text (b, l), or (b, k, v) at its places `at` (b, k).
 
-        Logits at some positions only cost less.
+        Logits at some places only cost less. `inputs` are other arguments of the model's forward.
         """
         if at is None:
-            logits = self._forward(input_ids, attention_mask, position_ids)
+            logits = self._forward(input_ids, attention_mask, **inputs)
             return self._of_text(logits, input_ids)
         head = self.head
         if head is None:
-            return _at(self.logits(input_ids, attention_mask), at)
+            return _at(self.logits(input_ids, attention_mask, **inputs), at)
         with _hooked(head, lambda hidden: _at(self._of_text(hidden, input_ids), at)):
-            return self._forward(input_ids, attention_mask)
+            return self._forward(input_ids, attention_mask, **inputs)
 
     def losses_in_place_of_logits(
         self,
@@ -190,13 +190,13 @@ class Backbone:
             return losses
 
         with _hooked(head, enter, leave):
-            losses = self._forward(input_ids, attention_mask, position_ids)  # (b, n, 1)
+            losses = self._forward(input_ids, attention_mask, position_ids=position_ids)
         if shapes != [losses.shape]:
             raise ValueError(
                 f"{type(self.language_model).__name__} changes what its output head returns, so the "
                 "loss can't be computed there: pass chunk_size=None"
             )
-        return losses.squeeze(-1)
+        return losses.squeeze(-1)  # (b, n)
 
     @property
     def head(self) -> nn.Module | None:
@@ -219,15 +219,10 @@ class Backbone:
                 return None
         return head
 
-    def _forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
-    ) -> Tensor:
-        inputs = {}
-        if attention_mask is not None:
-            inputs["attention_mask"] = attention_mask
-        if position_ids is not None:
-            inputs["position_ids"] = position_ids
-        output = self.model(input_ids, **inputs)
+    def _forward(self, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Any) -> Tensor:
+        inputs["attention_mask"] = attention_mask
+        given = {name: value for name, value in inputs.items() if value is not None}
+        output = self.model(input_ids, **given)
         return output if isinstance(output, Tensor) else output.logits
 
     def _of_text(self, states: Tensor, input_ids: Tensor) -> Tensor:
