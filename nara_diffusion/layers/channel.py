@@ -79,7 +79,8 @@ class CoreChannel:
         rows: the description of how the model's layers see its batch.
 
     Attributes:
-        local: thread-local storage with an attribute `pushed`, which is a `Pushed` or None.
+        local: thread-local storage with the attributes `pushed`, a `Pushed` or None, and `plan`,
+            the planned levels inside `CoreHolder.planning`.
     """
 
     def __init__(self, holder: CoreSource, rows: ModelRows) -> None:
