@@ -98,8 +98,8 @@ def linear_in_one(
     m, norm = (None, None) if magnitude is None else magnitude
     if not torch.is_grad_enabled():  # an autograd function takes longer
         rows, A, B = _converted(x, A, B, result.dtype)
-        z, raised = result.flatten(0, -2), _mixed_rows(torch.mm(rows, A.T), operand)
-        z = torch.addmm(z, raised, B.T, alpha=scaling, out=None if W is None else z)
+        z, raised = result.flatten(0, -2), _mixed_rows(torch.mm(rows, A.T), operand, scaling)
+        z = torch.addmm(z, raised, B.T, out=None if W is None else z)
         if m is not None and norm is not None:
             gain = _gain(m, norm, result.dtype)[:, None]
             z = scaled(z.view(gain.shape[0], -1, z.shape[1]), gain, b)
@@ -207,14 +207,14 @@ def _narrow(rows: Tensor, A: Tensor, operand: Tensor, scale: float) -> tuple[Ten
         return h, _plus(h.to(operand.dtype), operand, scale).to(h.dtype)
 
 
-def _mixed_rows(h: Tensor, operand: Tensor) -> Tensor:
-    """Return C h (b l, r) in the dtype of h (b l, r), for an operand Cᵀ (r, r) or D (n, r, r)."""
+def _mixed_rows(h: Tensor, operand: Tensor, scale: float) -> Tensor:
+    """Return s C h (b l, r) in the dtype of h (b l, r), for an operand Cᵀ (r, r) or D (n, r, r)."""
     if operand.dtype != h.dtype:
         with without_autocast(h.device):
-            return _mixed_rows(h.to(operand.dtype), operand).to(h.dtype)
+            return _mixed_rows(h.to(operand.dtype), operand, scale).to(h.dtype)
     if operand.dim() == 2:
-        return torch.mm(h, operand)
-    return _plus(h.view(operand.shape[0], -1, h.shape[1]), operand).flatten(0, 1)
+        return torch.addmm(h, h, operand, beta=0, alpha=scale)
+    return _plus(h.view(operand.shape[0], -1, h.shape[1]), operand, scale).flatten(0, 1)
 
 
 def _gain(m: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
