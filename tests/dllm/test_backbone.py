@@ -86,6 +86,19 @@ def test_head_runs_only_at_masked_positions() -> None:
     assert model.lm_head.weight.grad is not None
 
 
+def test_backward_computes_all_chunks_but_the_last_again() -> None:
+    model = backbone(VOCABULARY)
+    rows: list[int] = []
+    forward = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: (rows.append(hidden.shape[:-1].numel()), forward(hidden))[1]
+    result = masked_diffusion_loss(model, **BATCH, chunk_size=5)
+    first_pass = rows[1:]
+    rows.clear()
+    result.loss.backward()
+    assert len(first_pass) > 2
+    assert rows == first_pass[-2::-1]
+
+
 def test_models_with_unhookable_head_take_all_logits() -> None:
     model = backbone(VOCABULARY, num_hidden_layers=1)
     expected = masked_diffusion_loss(model, **BATCH).loss
