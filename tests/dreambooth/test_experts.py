@@ -30,6 +30,7 @@ from nara_diffusion.dreambooth.training_step import expert_levels, training_step
 from nara_diffusion.training.live_storages import nbytes
 from nara_diffusion.training.planned_step import measure
 from tests.acceptance._commands import by_the_card, run, tensors
+from tests.acceptance._engines import in_two_processes, needs_gloo
 from tests.acceptance._runs import image_flags
 from tests.dreambooth.pictures import folder_of
 from tests.helpers.adapted import disturb
@@ -325,6 +326,19 @@ def test_resumed_run_of_both_has_the_same_bits(finished: Path, flags: dict[str, 
     one, other = tensors(finished), tensors(tmp_path / "again")
     assert one.keys() == other.keys() != set()
     assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+@pytest.mark.slow
+@needs_gloo
+def test_two_processes_train_the_same_experts_as_one(flags: dict[str, Any], tmp_path: Path) -> None:
+    """Under DDP, with accumulation over both experts, which it has to reduce without gradients of one."""
+    files = {name: tmp_path / name for name in ("one", "two")}
+    common = flags | {"checkpointing_steps": None, "lora_dropout": 0.0, "random_flip": False}
+    run("dreambooth.py", **{**common, "train_batch_size": 2}, output_dir=files["one"])
+    in_two_processes([("ddp", "dreambooth.py", common | {"output_dir": files["two"]})], tmp_path)
+    expected = tensors(files["one"])
+    for key, value in tensors(files["two"]).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-5)
 
 
 def test_lora_of_both_is_two_files_that_diffusers_reads(flags: dict[str, Any], tmp_path: Path) -> None:
