@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from peft import LoraConfig
 from PIL import Image
@@ -27,6 +28,7 @@ from nara_diffusion.dreambooth.image_plan import planned_image_step
 from nara_diffusion.dreambooth.image_records import records_from_folder
 from nara_diffusion.dreambooth.pipelines import family_of, modules_of, sharing_pipeline
 from nara_diffusion.dreambooth.training_step import expert_levels, training_step
+from nara_diffusion.dreambooth.validation_loss import ValidationLoss
 from nara_diffusion.training.live_storages import nbytes
 from nara_diffusion.training.planned_step import measure
 from tests.acceptance._commands import by_the_card, run, tensors
@@ -128,12 +130,14 @@ def step_of(pipe: Any, **flags: Any) -> Any:
 @pytest.mark.parametrize("bounds", [(0.0, 1.0), (0.3, 0.8)])
 def test_levels_of_both_experts_have_the_distribution_of_one(bounds: tuple[float, float]) -> None:
     pipe, one = small_wan_experts(), small_wan_images()
-    flags = dict(zip(("min_noise_level", "max_noise_level"), bounds, strict=True))
+    flags: dict[str, Any] = dict(zip(("min_noise_level", "max_noise_level"), bounds, strict=True))
     pipe.scheduler = one.scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
     step = step_of(pipe, weighting_scheme="logit_normal", **flags)
     drawable = step_of(one, weighting_scheme="logit_normal", **flags).drawable
     both = torch.cat([step.experts.levels["transformer_2"], step.experts.levels["transformer"]])
     assert torch.equal(both, drawable)
+    groups = [step_of(pipe, stratified_timesteps=stratified, **flags) for stratified in (False, True)]
+    assert [(each.group_size, each.experts.group_size) for each in groups] == [(2, 1), (2, 2)]
     sigma = {name: step.objective.noise_levels[index] for name, index in step.experts.levels.items()}
     assert bounds[0] <= sigma["transformer_2"].min() < sigma["transformer_2"].max() < 0.6
     assert 0.6 <= sigma["transformer"].min() < sigma["transformer"].max() <= bounds[1]
@@ -220,6 +224,17 @@ def test_one_expert_trains_within_its_window(expert: str, name: str, tmp_path: P
     assert len({round(level, 4) for level in levels}) > 6
 
 
+def test_validation_loss_is_that_of_the_expert_at_its_level(tmp_path: Path) -> None:
+    pipe = small_wan_experts()
+    family = run_family(arguments(), pipe)
+    step, samples = step_of(pipe), samples_of(tmp_path).plain_samples()
+    loss = ValidationLoss(step.objective.unweighted, step.latents, samples, family, 0, 4, 2, step.prompts)
+    with recorded(pipe) as calls:
+        loss.curve(pipe, Accelerator(cpu=True))
+    assert [name for name, *_ in calls] == ["transformer_2"] * 2 + ["transformer"] * 6
+    assert all((t >= BOUNDARY) == (name == "transformer") for name, t, _ in calls)
+
+
 # ---------------------------------------------------------------------- one expert on the device
 
 
@@ -254,7 +269,7 @@ def test_swapped_experts_train_and_sample_the_same(kind: str, tmp_path: Path, lo
     samples, results, images = samples_of(tmp_path / "pictures"), [], []
     for is_swapped in (False, True):
         pipe = frozen(small_wan_experts())
-        sampling = sharing_pipeline(pipe, torch.float32)
+        sampling: Any = sharing_pipeline(pipe, torch.float32)
         if is_swapped:
             ExpertSwap(pipe, family_of(pipe), CPU).attach(sampling)
         common: dict[str, Any] = {"r": 2, "target_modules": ["to_q", "ffn.net.2"]}
@@ -353,7 +368,7 @@ def test_lora_of_both_is_two_files_that_diffusers_reads(flags: dict[str, Any], t
     assert [name for name, *_ in calls] == sorted(name for name, *_ in calls)
     pipe = WanPipeline.from_pretrained(flags["pretrained_model_name_or_path"])
     for name, (stem, into) in zip(NAMES, zip(stems, ({}, {"load_into_transformer_2": True}), strict=True), strict=True):
-        pipe.load_lora_weights(tmp_path, weight_name=stem, adapter_name="toy", **into)
+        pipe.load_lora_weights(str(tmp_path), weight_name=stem, adapter_name="toy", **into)
         layer = getattr(pipe, name).blocks[0].attn1.to_q
         key = "transformer.blocks.0.attn1.to_q.lora_A.weight"
         torch.testing.assert_close(layer.lora_A["toy"].weight, files[NAMES.index(name)][key], rtol=0, atol=0)
