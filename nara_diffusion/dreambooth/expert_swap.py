@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
 from .block_swap import SWAPS, Weights, empty, host_weights
@@ -24,7 +24,7 @@ from .families import Family
 class ExpertSwap:
     """The weights of the denoisers of `pipe`, which are frozen, on the CPU and without adapters."""
 
-    def __init__(self, pipe: Any, family: Family, device: torch.device) -> None:
+    def __init__(self, pipe: DiffusionPipeline, family: Family, device: torch.device) -> None:
         self.device = device
         self.names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         self.weights: dict[str, Weights] = {}
@@ -34,7 +34,7 @@ class ExpertSwap:
         self.present: str | None = None  # the denoiser on the device
         self.attach(pipe)
 
-    def attach(self, pipe: Any) -> None:
+    def attach(self, pipe: DiffusionPipeline) -> None:
         """Swap the denoisers of a pipeline that has the weights of this object."""
         for name in self.weights:
             denoiser = getattr(pipe, name)
@@ -42,7 +42,7 @@ class ExpertSwap:
             denoiser.to(self.device)
             denoiser.register_forward_pre_hook(self.enter)
 
-    def enter(self, denoiser: nn.Module, _: Any) -> None:
+    def enter(self, denoiser: nn.Module, _: object) -> None:
         """Bring the weights of a denoiser to the device."""
         name = self.names[denoiser]
         if name == self.present:
