@@ -42,6 +42,12 @@ class ModelArguments:
     )
     revision: str | None = option(None, "Branch, tag or commit of the model on the Hub.", rare=True)
     variant: str | None = option(None, "Variant of the weight files, such as fp16.", rare=True)
+    expert: str | None = option(
+        None,
+        "Which of Wan 2.2's two transformers to train: high noise, low noise, or both; none means both.",
+        choices=("high", "low", "both"),
+        rare=True,
+    )
     block_swap: NotNegativeInt = option(
         0,
         "Frozen blocks of the denoiser that are on the host while others run; needs --gradient_checkpointing.",
@@ -345,7 +351,7 @@ _NO_PART = (
     "train_text_encoder", "min_noise_level", "max_noise_level", "stratified_timesteps", "curve_points",
     "snr_gamma", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "noise_offset", "caption_dropout",
     "random_flip", "center_crop", "aspect_ratio_buckets", "num_class_images", "prior_loss_weight",
-    "flow_shift", "block_swap", "dataset_config", "trigger", "repeats",
+    "flow_shift", "block_swap", "expert", "dataset_config", "trigger", "repeats",
     "alpha_mask", "mask_floor",
 )  # fmt: skip
 """Arguments that concern images, or levels that a distillation sets itself."""

@@ -26,6 +26,8 @@ Embeddings = tuple[Tensor, ...]
 Placed = tuple[Tensor | list[int], ...]
 """Embeddings on a device, with the number of tokens of each prompt instead of a mask."""
 
+HIGH, LOW = "transformer", "transformer_2"
+"""The denoisers of Wan 2.2 for much and for little noise."""
 TRANSFORMER_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -41,6 +43,18 @@ class Call:
     family: Family  # with the settings of the run
     # latents of the images to edit, each (b, c, h_i, w_i), whose tokens follow those of the sample
     sources: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The two denoisers of one pipeline, as in Wan 2.2: `HIGH` from a timestep on, `LOW` below it."""
+
+    boundary: float  # that timestep
+    trained: tuple[str, ...] = (HIGH, LOW)
+
+    def at(self, timestep: Tensor) -> str:
+        """Return the name of the denoiser that the pipeline calls at a timestep, ()."""
+        return HIGH if timestep >= self.boundary else LOW
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,21 @@ class Family:
     max_sequence_length: int | None = None  # tokens of a prompt; None if it has only CLIP's length
     guidance: float | None = None  # that of a denoiser with distilled guidance; None for others
     timestep_of_tokens: bool = False  # whether the denoiser takes one timestep for each token
+    experts: Experts | None = None  # None for a pipeline with one denoiser
+
+    @property
+    def denoisers(self) -> tuple[str, ...]:
+        """The names of the pipeline's denoisers."""
+        return (self.denoiser,) if self.experts is None else (HIGH, LOW)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The names of the denoisers that are trained."""
+        return (self.denoiser,) if self.experts is None else self.experts.trained
+
+    def denoiser_at(self, timestep: Tensor) -> str:
+        """Return the name of the denoiser that the pipeline calls at a timestep, ()."""
+        return self.denoiser if self.experts is None else self.experts.at(timestep)
 
     @property
     def sample_call(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL.Image import Image
 from torch import Tensor
 
-from .families import Call, Embeddings, Family, stack_padded
+from .families import Call, Embeddings, Experts, Family, stack_padded
 
 N = 1000
 
@@ -268,12 +268,13 @@ def _wan_inputs(call: Call) -> dict[str, Any]:
 
 
 def _fit_wan(pipe: DiffusionPipeline, family: Family) -> Family:
-    if pipe.transformer is None or pipe.transformer_2 is not None:
-        raise ValueError(
-            "it has two transformers, one for high and one for low noise. Name a model with one, such as Wan 2.1 or "
-            "Wan 2.2's 5B."
-        )
-    return replace(family, timestep_of_tokens=bool(pipe.config["expand_timesteps"]))
+    if pipe.transformer is None:
+        raise ValueError("it has no transformer for high noise, which samples begin with.")
+    ratio, experts = pipe.config["boundary_ratio"], None
+    if ratio is not None and pipe.transformer_2 is not None:
+        experts = Experts(ratio * pipe.scheduler.config.num_train_timesteps)
+    timestep_of_tokens = bool(pipe.config["expand_timesteps"])
+    return replace(family, experts=experts, timestep_of_tokens=timestep_of_tokens)
 
 
 WAN = Family(

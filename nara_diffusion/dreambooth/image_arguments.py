@@ -16,7 +16,7 @@ from nara_flags.options import converted, kinds_of
 from nara_flags.parser import hint, read_yaml
 
 from .captions import check_prompt, put_trigger
-from .families import Family
+from .families import HIGH, LOW, Family
 from .pipelines import family_of, family_of_model
 
 
@@ -108,6 +108,15 @@ def run_family(args: DreamBoothArguments, pipe: DiffusionPipeline | None = None)
     else:
         family = family_of(pipe)
     reasons = {}
+    if family.experts is not None:
+        reasons["distill_to"] = "has two transformers, which a student can't replace yet"
+        reasons["load_in_8bit"] = "has two transformers, and 8-bit weights can't leave the device"
+        reasons["block_swap"] = "has two transformers, and only one is on the device"
+        if args.expert in ("high", "low"):
+            trained = (HIGH if args.expert == "high" else LOW,)
+            family = replace(family, experts=replace(family.experts, trained=trained))
+    elif pipe is not None:
+        reasons["expert"] = "has one denoiser"
     if not family.text_encoders:
         reasons["train_text_encoder"] = "can't be trained together with its text encoders"
     if not family.most_sources:

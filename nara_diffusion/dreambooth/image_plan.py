@@ -49,7 +49,8 @@ def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
     pipe = pipeline_on_meta(args)
     family = run_family(args, pipe)
     cpu = torch.device("cpu")
-    step = training_step(args, pipe, family, cpu, args.train_batch_size)
+    batch_size = args.train_batch_size
+    step = training_step(args, pipe, family, cpu, batch_size, batch_size)
     folders = folder_arguments(args)
     sizes = [size for folder in folders for size in training_sizes(folder, family, pipe)]
     size = max(sizes, key=lambda size: size[0] * size[1])
@@ -57,7 +58,8 @@ def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
     convention = step.objective.source.convention
     config: Any = adapter_config(args, noise_convention=convention, strength=schedule_of(args))
     models = modules_of(pipe)
-    denoiser = models.pop(family.denoiser)
+    denoisers = {name: models.pop(name) for name in family.trained}
+    denoiser = next(iter(denoisers.values()))
     packed: dict[Tensor, float] = {}
     if args.bits:
         index = model_index(args.pretrained_model_name_or_path, revision=args.revision)
@@ -65,7 +67,8 @@ def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
             weights = rounded_weights(getattr(pipe, name))
             packed |= dict.fromkeys(weights, NF4 if args.load_in_4bit else INT8)
     swapped = [list(block.parameters()) for block in chosen_blocks(denoiser, args.block_swap)]
-    blocks = len(swappable(denoiser))
+    blocks = len(swappable(denoiser)) if family.experts is None else 0
+    resting = [weight for model in [*denoisers.values()][1:] for weight in model.parameters()]
     if args.train_text_encoder:
         for name in family.text_encoders:
             models.pop(name)
@@ -81,7 +84,7 @@ def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
     step = replace(step, model=model, prompts=prompts)
     has_source = family.needs_source or args.source_data_dir is not None
     items: list[dict[str, Any]] = []
-    for position in range(args.train_batch_size):
+    for position in range(batch_size):
         samples = []
         for role in ("instance", "class") if has_class else ("instance",):
             image = ImageRecord("planned", bytes, size, "", f"{role} {position}")
@@ -99,11 +102,12 @@ def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
         model=model,
         loss=lambda: step(batch).loss,
         forward=f"{len(batch['samples'])} x {size[0]} x {size[1]} pixels",
-        parts={family.denoiser: denoiser, **models},
+        parts={**denoisers, **models},
         beside="vae",
         packed=packed,
         swapped=swapped,
         swappable=blocks,
+        resting=resting,
         encode=lambda: (
             step.latents.sample(batch["samples"], seed=args.seed),
             step.latents.sources(batch["samples"]),

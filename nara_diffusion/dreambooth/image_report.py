@@ -15,9 +15,10 @@ from nara_diffusion.training.report import core_import, needs_schedule, reads_no
 from nara_diffusion.tuner.usage import FewStepSampling
 from nara_diffusion.utils.wording import counted
 
-from .families import Family
+from .denoiser_files import EXPERT_LORAS
+from .families import LOW, Family
 from .fidelity import Evaluation, Measurement
-from .image_arguments import DreamBoothArguments
+from .image_arguments import DreamBoothArguments, run_family
 from .pipelines import family_of
 from .samples import SampleSettings, write_grid, write_images
 
@@ -149,7 +150,7 @@ def loading_code(
         beside: the name for the adapter of --init_adapter, if the new one needs it.
     """
     dtypes: dict[str | None, str] = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}
-    method, family = method_of(args).family, family_of(pipe)
+    method, family = method_of(args).family, run_family(args, pipe)
     lines = _loading_lines(args, family, load_from, beside)
     has_nara = any("load_nara_weights" in line for line in lines)
     imports = _IMPORTS.get("nara" if has_nara else method, "")
@@ -199,16 +200,30 @@ def _loading_lines(
             f"pipe.set_adapters([{beside!r}, 'few_steps'])",
         ]
     if needs_schedule(args):
-        load = f"pipe.load_lora_weights({load_from!r}, adapter_name={SUBJECT!r})"
-        return [load, schedule_line(args, family)]
-    if method in ("nara", "lora"):
-        return [f"pipe.load_{method}_weights({load_from!r})"]
-    trained = [family.denoiser]  # PEFT changes the component itself
+        loads = _lora_lines(load_from, family, f", adapter_name={SUBJECT!r}")
+        return [*loads, schedule_line(args, family)]
+    if method == "lora":
+        return _lora_lines(load_from, family)
+    if method == "nara":
+        return [f"pipe.load_nara_weights({load_from!r})"]
+    trained = [*family.trained]  # PEFT changes the component itself
     if args.train_text_encoder:
         trained += family.text_encoders
     lines = []
     for name in trained:
         lines.append(f"PeftModel.from_pretrained(pipe.{name}, {load_from!r}, subfolder={name!r})")
+    return lines
+
+
+def _lora_lines(load_from: str, family: Family, name: str = "") -> list[str]:
+    """Return the code that loads a LoRA; `name` has the argument for its name, if any."""
+    if family.experts is None:
+        return [f"pipe.load_lora_weights({load_from!r}{name})"]
+    lines = []
+    for denoiser in family.trained:
+        into = f", weight_name={EXPERT_LORAS[denoiser]!r}{name}"
+        into += ", load_into_transformer_2=True" if denoiser == LOW else ""
+        lines.append(f"pipe.load_lora_weights({load_from!r}{into})")
     return lines
 
 

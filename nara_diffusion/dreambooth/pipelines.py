@@ -33,7 +33,7 @@ from nara_diffusion.utils.repositories import (
 )
 
 from .edit_families import FLUX_KONTEXT, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS
-from .families import Family
+from .families import LOW, Family
 from .flow_families import FLUX, FLUX2, QWEN_IMAGE, SD3, WAN, Z_IMAGE
 from .unet_families import SD, SDXL
 
@@ -162,13 +162,13 @@ _LOADING_ERRORS = (
 
 
 def quantised_parts(index: Mapping[str, Any]) -> list[str]:
-    """Return the models of a `model_index.json` that are quantised: denoiser and language models.
+    """Return the models of a `model_index.json` that are quantised: denoisers and language models.
 
     CLIP's text encoders are small and stay as they are.
     """
     parts = [family_named(str(index["_class_name"])).denoiser]
     for part, described in index.items():
-        if part.startswith("text_encoder") and described[1] and "CLIP" not in described[1]:
+        if part.startswith(("text_encoder", LOW)) and described[1] and "CLIP" not in described[1]:
             parts.append(part)
     return parts
 

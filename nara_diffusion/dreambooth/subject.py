@@ -21,6 +21,7 @@ from .class_images import generate_class_images
 from .cut_prompts import prompt_sources, warn_of_cut_prompts
 from .dataset import DreamBoothDataset, collate_samples
 from .encoders import load_encoders
+from .expert_swap import ExpertSwap
 from .families import Family
 from .fidelity import Evaluation, Measurement
 from .image_arguments import DreamBoothArguments, folder_arguments, run_family
@@ -96,7 +97,8 @@ def load_subject(args: DreamBoothArguments, run: Run) -> Subject:
 
     pipe = load_base(args, run)
     family = run_family(args, pipe)
-    step = training_step(args, pipe, family, device, run.global_batch)
+    forward_size = args.train_batch_size * run.accelerator.num_processes
+    step = training_step(args, pipe, family, device, run.global_batch, forward_size)
     config: Any = adapter_config(
         args,
         noise_convention=step.objective.source.convention,
@@ -195,8 +197,17 @@ def _class_images(
 ) -> list[ImageRecord]:
     """Return the images of prior preservation, after making missing ones."""
     folder, prompt = str(args.class_data_dir), str(args.class_prompt)
+    device = run.accelerator.device
+
+    def load() -> DiffusionPipeline:
+        sampling = sharing_pipeline(pipe, run.dtype)
+        if family.experts is None or device.type == "cpu":
+            return sampling.to(device)
+        sampling.enable_model_cpu_offload(device=device)
+        return sampling
+
     generate_class_images(
-        lambda: sharing_pipeline(pipe, run.dtype).to(run.accelerator.device),
+        load,
         folder,
         prompt,
         args.num_class_images,
@@ -292,7 +303,7 @@ def of_pairs(subject: Subject, settings: SampleSettings) -> dict[str, Any]:
 
 
 def place_models(subject: Subject, sampling: DiffusionPipeline) -> None:
-    """Encode all prompts, then put the denoiser on the device."""
+    """Encode all prompts, then put the denoiser on the device, or the first that runs of two."""
     args, family, device = subject.args, subject.family, subject.run.accelerator.device
     staying = family.text_encoders if args.train_text_encoder else ()
     for pipe in (subject.pipe, sampling):
@@ -308,6 +319,10 @@ def place_models(subject: Subject, sampling: DiffusionPipeline) -> None:
             for sample in samples:
                 texts = [sample.prompt, *dropped]
                 subject.step.prompts.fill(texts, [sample] * len(texts))
+    if family.experts is not None:
+        if device.type != "cpu":
+            ExpertSwap(subject.pipe, family, device).attach(sampling)
+        return
     denoiser = getattr(subject.pipe, family.denoiser)
     if args.block_swap:
         swap = BlockSwap(denoiser.to("cpu"), args.block_swap, device)

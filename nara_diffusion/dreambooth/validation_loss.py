@@ -58,7 +58,8 @@ class ValidationLoss:
     @torch.no_grad()
     def _at(self, pipe: DiffusionPipeline, index: int) -> list[float]:
         """Return the loss of each sample at one noise level."""
-        denoiser = getattr(pipe, self.family.denoiser)
+        name = self.family.denoiser_at(self.objective.timestep[index])
+        denoiser = getattr(pipe, name)
         device = denoiser.device
         losses = []
         for batch in self._batches():
