@@ -3,8 +3,8 @@
     python examples/benchmarks/benchmark_text_cache.py --part quality
     python examples/benchmarks/benchmark_text_cache.py --part speed
 
-quality: 256 questions for each of llada-tiny and dream-tiny, one token a step, in blocks of 4 and in one block. The base
-sorts random letters, which it does imperfectly; LoRA and NaRA answer the shipped task after their fine-tuning.
+quality: 256 questions for each of llada-tiny and dream-tiny, one token a step, in blocks of 4 and in one block. The
+base sorts random letters, which it does imperfectly; LoRA and NaRA answer the shipped task after their fine-tuning.
 
 speed: a random LLaDA of 134 M parameters answers a prompt of 224 tokens with 32 tokens, in one block and one token a
 step, as it is and with a LoRA or a NaRA. All ways take turns within a round; a ratio is the median of the rounds'
