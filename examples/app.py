@@ -102,15 +102,15 @@ def build(model: str = str(MODEL), adapters: Sequence[str] = (str(ADAPTER),), pr
     def load(model: str, sources: str) -> list[Adapter]:
         return session.load(model.strip(), [line.strip() for line in sources.splitlines() if line.strip()])
 
-    def on_adapters(model: str, sources: str, constant: float, before: Any) -> Any:
-        if [model, sources] == before:  # a field that was left as it was
+    def on_adapters(model: str, sources: str, constant: float, loaded_before: Any) -> Any:
+        if [model, sources] == loaded_before:  # a field that was left as it was
             return gr.skip()
         loaded_adapters = load(model, sources)
-        own = [one.points for one in loaded_adapters]
+        stored = [one.points for one in loaded_adapters]
         return (
             about(loaded_adapters),
-            rows_of(own),
-            draw_curves(loaded_adapters, own, constant),
+            rows_of(stored),
+            draw_curves(loaded_adapters, stored, constant),
             [model, sources],
             OWN,
             None,
@@ -142,7 +142,7 @@ def build(model: str = str(MODEL), adapters: Sequence[str] = (str(ADAPTER),), pr
         call = {"seed": int(seed), "num_inference_steps": int(steps), "guidance_scale": float(guidance)}
         call |= {"negative_prompt": negative} if negative.strip() else {}
         loaded_adapters = load(model, sources)
-        show = lambda share, what: progress(share, desc=what)  # noqa: E731
+        show = lambda share, hint: progress(share, desc=hint)  # noqa: E731
         return about(loaded_adapters), *session.sample(
             prompt, points_of(rows, loaded_adapters), float(constant), show, **call
         )
@@ -163,28 +163,28 @@ def build(model: str = str(MODEL), adapters: Sequence[str] = (str(ADAPTER),), pr
                     steps = gr.Slider(1, 100, 25, step=1, label="steps", min_width=160)
                 guidance = gr.Slider(0, 20, 4.0, step=0.5, label="guidance")
                 pipeline = gr.Textbox(model, label="pipeline", info="a folder or a repository")
-                what = "NaRA or LoRA, one a line: a file, a folder or a repository"
-                sources = gr.Textbox("\n".join(dict.fromkeys(adapters)), lines=2, label="adapters", info=what)
+                hint = "NaRA or LoRA, one a line: a file, a folder or a repository"
+                sources = gr.Textbox("\n".join(dict.fromkeys(adapters)), lines=2, label="adapters", info=hint)
             with gr.Column(min_width=320):
                 preset = gr.Radio([OWN, *PRESETS], value=OWN, label="strength over λ")
                 constant = gr.Slider(0, 1, 0.5, step=0.05, label="constant λ, of the sample in the middle")
                 columns: dict[str, Any] = {"headers": COLUMNS, "datatype": "number", "column_count": 3, "type": "array"}
-                what = "points: linear between them; two at one λ are a step"
-                table = gr.Dataframe(label=what, interactive=True, **columns)
+                hint = "points: linear between them; two at one λ are a step"
+                table = gr.Dataframe(label=hint, interactive=True, **columns)
                 add = gr.Button("Add a point", size="sm")
             with gr.Column(min_width=320):
                 curves = gr.Plot(show_label=False)
         source = [pipeline, sources, constant]
-        before = gr.State()
-        loaded = [state, table, curves, before, preset, *images]
+        loaded_before = gr.State()
+        loaded = [state, table, curves, loaded_before, preset, *images]
         hidden: dict[str, Any] = {"show_progress": "hidden"}
         blank: list[Any] = [[], None, None, OWN, None, None, None]
         on_adapters = or_blank(on_adapters, blank)
         on_strengths = or_blank(on_strengths, [None])
-        page.load(on_adapters, [*source, before], loaded, api_visibility="private", **hidden)
+        page.load(on_adapters, [*source, loaded_before], loaded, api_visibility="private", **hidden)
         for box in (pipeline, sources):
             box.change(lambda: blank, None, loaded[1:], api_visibility="private", **hidden)
-            box.blur(on_adapters, [*source, before], loaded, api_visibility="private", **hidden)
+            box.blur(on_adapters, [*source, loaded_before], loaded, api_visibility="private", **hidden)
         choose = or_blank(on_preset, [[], None])
         preset.input(choose, [*source, preset], [state, table, curves], api_visibility="private", **hidden)
         for changed in (table.input, constant.release):

@@ -42,6 +42,12 @@ class ModelArguments:
     )
     revision: str | None = option(None, "Branch, tag or commit of the model on the Hub.", rare=True)
     variant: str | None = option(None, "Variant of the weight files, such as fp16.", rare=True)
+    expert: str | None = option(
+        None,
+        "Which of Wan 2.2's two transformers to train: high noise, low noise, or both; none means both.",
+        choices=("high", "low", "both"),
+        rare=True,
+    )
     block_swap: NotNegativeInt = option(
         0,
         "Frozen blocks of the denoiser that are on the host while others run; needs --gradient_checkpointing.",
@@ -68,6 +74,12 @@ class DataArguments:
     instance_data_dir: str | None = option(
         None, "Folder with images of the subject, or captioned ones."
     )
+    source_data_dir: str | None = option(
+        None,
+        "For models that edit: folder with the source of each image, by equal names; none reads the "
+        "key source of metadata.jsonl.",
+        rare=True,
+    )
     instance_prompt: str | None = option(
         None,
         "What they show, with a rare word for the subject: 'a photo of sks dog'. "
@@ -76,6 +88,23 @@ class DataArguments:
     caption_column: str | None = option(
         None, "Key of the captions in metadata.jsonl; none means text.", rare=True
     )
+    dataset_config: str | None = option(
+        None,
+        "YAML list of several folders, each with flags of its own; docs/dreambooth.md.",
+        rare=True,
+    )
+    trigger: str | None = option(
+        None, "Word for the subject that replaces [trigger] in prompts and captions.", rare=True
+    )
+    repeats: Count = option(
+        1, "Times that an epoch shows each image, for folders of unequal sizes.", rare=True
+    )
+    alpha_mask: bool = option(
+        False,
+        "Weight the loss by the alpha channel of images without a file in the folder mask.",
+        rare=True,
+    )
+    mask_floor: Share = option(0.0, "Weight of the loss outside of masks.", rare=True)
     resolution: Count = option(
         1024, "Side of the square that images are scaled and cut to.", unit="pixels"
     )
@@ -215,6 +244,9 @@ class ValidationArguments:
         "under other noise.",
         rare=True,
     )
+    validation_source_dir: str | None = option(
+        None, "The same as source_data_dir, for validation_data_dir.", rare=True
+    )
     similarity_model: str | None = option(
         None, "DINO, DINOv2 or CLIP that compares samples with the subject: folder or Hub id."
     )
@@ -242,8 +274,9 @@ class ImageFlags(
     """Teach an image model a subject from a few images, and measure the result.
 
     The adapter is NaRA or another. Models: Stable Diffusion 1, 2, XL and 3, FLUX.1, FLUX.2, Z-Image,
-    Qwen-Image and Wan (one frame). The model's model_index.json says which it is, and that sets the
-    defaults (resolution, guidance, adapted modules); docs/dreambooth.md has the table.
+    Qwen-Image and Wan (one frame); FLUX.1 Kontext, FLUX.2 and Qwen-Image-Edit on pairs of images. The
+    model's model_index.json says which it is, and that sets the defaults (resolution, guidance, adapted
+    modules); docs/dreambooth.md has the table.
 
     The shipped model, a small rectified flow of SD3's classes, and images, offline, on CPU, in minutes:
         accelerate launch train_scripts/dreambooth.py
@@ -271,6 +304,12 @@ class ImageFlags(
         super().__post_init__()
         if self.distill_to is not None:
             _check_distillation(self)
+        elif self.dataset_config is not None:
+            for name in ("instance_data_dir", "instance_prompt", "class_data_dir", "class_prompt"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} is set, but dataset_config has it for each folder: leave one of them out."
+                    )
         elif self.instance_data_dir is None and self.plan is None:
             raise ValueError(
                 "instance_data_dir is missing: name the folder of images to learn from."
@@ -307,11 +346,13 @@ def _check_combinations(args: ImageFlags) -> None:
 
 
 _NO_PART = (
-    "instance_data_dir", "validation_data_dir", "class_data_dir", "caption_column", "identifier", "plan",
+    "instance_data_dir", "source_data_dir", "validation_source_dir",
+    "validation_data_dir", "class_data_dir", "caption_column", "identifier", "plan",
     "train_text_encoder", "min_noise_level", "max_noise_level", "stratified_timesteps", "curve_points",
     "snr_gamma", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "noise_offset", "caption_dropout",
     "random_flip", "center_crop", "aspect_ratio_buckets", "num_class_images", "prior_loss_weight",
-    "flow_shift", "block_swap",
+    "flow_shift", "block_swap", "expert", "dataset_config", "trigger", "repeats",
+    "alpha_mask", "mask_floor",
 )  # fmt: skip
 """Arguments that concern images, or levels that a distillation sets itself."""
 

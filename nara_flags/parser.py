@@ -93,6 +93,15 @@ def hint(name: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}."
 
 
+def read_yaml(path: str, origin: str) -> Any:
+    """Return the content of a YAML file. Raise ValueError, with its `origin`, if it can't be read."""
+    try:
+        return yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{origin} can't be read as YAML: {reason}") from error
+
+
 def without_dicts(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a file by version 0.2 with its dicts of options as plain options."""
     plain = {name: value for name, value in values.items() if name not in FORMER_DICTS}
@@ -145,11 +154,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return merged(below, self._converted("argument --", values))
 
     def _read_file(self, path: str) -> dict[str, Any]:
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"--config {path} can't be read as YAML: {reason}") from error
+        content = read_yaml(path, f"--config {path}")
         if not isinstance(content, dict):
             raise ValueError(
                 f"--config {path} must hold `key: value` lines, got {type(content).__name__}"

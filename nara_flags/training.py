@@ -129,6 +129,12 @@ class OptimizationArguments:
     max_grad_norm: Positive | None = option(
         1.0, "Largest norm of the gradients, which are clipped to it; none disables it.", rare=True
     )
+    ema_decay: ShareBelow1 | None = option(
+        None,
+        "Measure, sample and save a moving average of the trained weights with this decay, by Diffusers' EMAModel: at "
+        "most (1 + step) / (10 + step), .917 at step 100. none saves the last weights.",
+        rare=True,
+    )
     mixed_precision: str | None = option(
         None,
         "Precision of the forward; none means what `accelerate config` says. fp16 is refused under DeepSpeed.",

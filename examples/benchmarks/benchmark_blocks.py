@@ -68,11 +68,11 @@ def ranked(task: str, title: str, records: list[dict[str, Any]]) -> list[dict[st
         if (record["stage"], record["base"], record["task"], record["arm"]) == ("dev", PLAN["base"], task, title):
             value = record["score"]
             scores[tuple(record["rates"].items())].append(float("inf") if value is None else value)
-    wanted = [tuple(rates.items()) for rates in trials(task, title, records)]
-    missing = [rates for rates in wanted if len(scores[rates]) < len(PLAN["stages"]["dev"])]
+    candidates = [tuple(rates.items()) for rates in trials(task, title, records)]
+    missing = [rates for rates in candidates if len(scores[rates]) < len(PLAN["stages"]["dev"])]
     if missing:
         raise ValueError(f"{title} lacks trials of {task} at {dict(missing[0])}: run --stage dev first.")
-    return [dict(rates) for rates in sorted(wanted, key=lambda rates: fmean(scores[rates]))]
+    return [dict(rates) for rates in sorted(candidates, key=lambda rates: fmean(scores[rates]))]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,8 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.bayes:
         print(bayes_table())
-        told, untold = (held_out_bayes(args.base, is_told) for is_told in (True, False))
-        print(f"held-out rows of {args.base}: told λ {told:.4f}, not told {untold:.4f}")
+        with_level, without_level = (held_out_bayes(args.base, is_told) for is_told in (True, False))
+        print(f"held-out rows of {args.base}: with λ {with_level:.4f}, without {without_level:.4f}")
         return 0
     if args.make_base:
         print(f"exact match {make_base(args.make_base, Path(args.base)):.3f}")
@@ -105,16 +105,16 @@ def main(argv: list[str] | None = None) -> int:
     steps = args.steps or PLAN["lengths"][args.length]
     base = Path(args.base).name
     for seed, task, title in itertools.product(args.seeds or PLAN["stages"][args.stage], args.tasks, args.arms):
-        known = results.read(args.output)
-        chosen = trials(task, title, known) if args.stage == "dev" else ranked(task, title, known)[:1]
+        records = results.read(args.output)
+        chosen = trials(task, title, records) if args.stage == "dev" else ranked(task, title, records)[:1]
         for rates in chosen:
-            own = {"stage": args.stage, "base": base, "task": task, "arm": title, "seed": seed, "rates": rates}
-            own |= {"steps": steps}
-            if not any(own.items() <= record.items() for record in known):
+            key = {"stage": args.stage, "base": base, "task": task, "arm": title, "seed": seed, "rates": rates}
+            key |= {"steps": steps}
+            if not any(key.items() <= record.items() for record in records):
                 run = Run(args.base, task, arm_of(title), seed, rates, steps, PLAN["batch_size"])
                 record = made_in(args.stage)
                 figures = figures_of(run, samples=args.stage == "confirm")
-                results.append(args.output, [{**record, **own, **rounded(figures)}])
+                results.append(args.output, [{**record, **key, **rounded(figures)}])
     return 0
 
 

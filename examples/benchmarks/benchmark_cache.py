@@ -149,9 +149,9 @@ def encoding_each_step(model: Any) -> Iterator[None]:
 
 def ways_of_llada2(model: nn.Module, prompt: Tensor, options: dict[str, Any]) -> Ways:
     def answer(use_cache: bool) -> Tensor:
-        found = generate(model, prompt, use_cache=use_cache, **options)
-        assert isinstance(found, Tensor)
-        return found
+        sequences = generate(model, prompt, use_cache=use_cache, **options)
+        assert isinstance(sequences, Tensor)
+        return sequences
 
     return {"cache": lambda: answer(True), "each step": lambda: answer(False)}
 
@@ -190,11 +190,11 @@ def compare(ways: Ways, length: int, rounds: int, warm_up: bool) -> dict[str, An
 
     arms = {name: lambda name=name: run(name) for name in ways}
     times = times_in_turn(arms, rounds, time.process_time, warm_up)
-    others = [name for name in ways if name != "cache"]
+    without_cache = [name for name in ways if name != "cache"]
     return {
         "tokens_per_second": {name: length / statistics.median(values) for name, values in times.items()},
-        "ratio": {name: median_ratio(times[name], times["cache"]) for name in others},
-        "same_tokens": {name: (answers[name] == answers["cache"]).float().mean().item() for name in others},
+        "ratio": {name: median_ratio(times[name], times["cache"]) for name in without_cache},
+        "same_tokens": {name: (answers[name] == answers["cache"]).float().mean().item() for name in without_cache},
     }
 
 
@@ -211,11 +211,11 @@ def main(
         with one_thread():
             for length in lengths:
                 options = {"gen_length": length, "steps": length // BLOCK * steps, "stop_at_eos": False}
-                found = compare(ways_of(model, prompt, options), length, rounds, length == lengths[0])
-                figures[str(length)] = found
-                speed = found["tokens_per_second"]
-                for way, ratio in found["ratio"].items():
-                    same = found["same_tokens"][way]
+                comparison = compare(ways_of(model, prompt, options), length, rounds, length == lengths[0])
+                figures[str(length)] = comparison
+                speed = comparison["tokens_per_second"]
+                for way, ratio in comparison["ratio"].items():
+                    same = comparison["same_tokens"][way]
                     numbers = f"{speed['cache']:.1f} | {speed[way]:.1f} | {ratio:.2f} | {same:.3f}"
                     print(f"| {name} | {length} | {way} | {numbers} |", flush=True)
         parameters = sum(p.numel() for p in model.parameters())

@@ -60,14 +60,16 @@ def check_task(cell: Cell, seed: int) -> CheckTask:
     torch.manual_seed(seed)
     model = build("nara", args, regime.backbone).train()
     config, size = model.peft_config["default"], args.train_batch_size
-    told = None
+    losses_with_level = None
     if is_text:
         add_cheap(model, config)
-        told = losses_of(replace(regime, corruption=replace(regime.corruption, corrupt=told_by(regime))), model, args)
+        losses_with_level = losses_of(
+            replace(regime, corruption=replace(regime.corruption, corrupt=told_by(regime))), model, args
+        )
     elif time_layers(model):
         add_cheap(model, config, time_layers(model))
     samples = max(CheckTask.samples, BINS * size)
-    return CheckTask(model, config, args, *losses_of(regime, model, args), size, told, samples=samples)
+    return CheckTask(model, config, args, *losses_of(regime, model, args), size, losses_with_level, samples=samples)
 
 
 def told_by(regime: Denoising) -> Callable[..., MaskedBatch]:
@@ -117,13 +119,15 @@ def check_row(row: str, seed: int) -> dict[str, Any]:
     """Checks, and says what it found and was made with."""
     wall, core = time.perf_counter(), time.process_time()
     repeats, verdict = decide(check_task(ROWS[row], seed), progress=True)
-    found = {arm: {b: d._asdict() for b, d in each.items()} for arm, each in differences(repeats).items()}
+    by_arm = {
+        arm: {b: d._asdict() for b, d in of_baselines.items()} for arm, of_baselines in differences(repeats).items()
+    }
     return {
         "row": row,
         "seed": seed,
         **{"verdict" if name == "answer" else name: value for name, value in verdict._asdict().items()},
         "repeats": len(repeats),
-        **rounded({"differences": found, "losses": mean_losses(repeats)}),
+        **rounded({"differences": by_arm, "losses": mean_losses(repeats)}),
         "seconds": round(time.perf_counter() - wall, 1),
         "core_seconds": round(time.process_time() - core, 1),
         "date": results.now(),

@@ -95,11 +95,11 @@ def best_rates(title: str, base: str, records: Sequence[Mapping[str, Any]]) -> d
     for record in records:
         if (record["stage"], record["base"], record["arm"]) == ("dev", base, title):
             scores[tuple(record["rates"].items())].append(record["score"])
-    wanted = [tuple(rates.items()) for rates in trials(PLAN["arms"][title])]
-    missing = [rates for rates in wanted if len(scores[rates]) < len(PLAN["stages"]["dev"])]
+    candidates = [tuple(rates.items()) for rates in trials(PLAN["arms"][title])]
+    missing = [rates for rates in candidates if len(scores[rates]) < len(PLAN["stages"]["dev"])]
     if missing:
         raise ValueError(f"{title} lacks trials at {dict(missing[0])}: run --stage dev first.")
-    return dict(min(wanted, key=lambda rates: round(fmean(scores[rates]), 4)))
+    return dict(min(candidates, key=lambda rates: round(fmean(scores[rates]), 4)))
 
 
 @contextmanager
@@ -114,7 +114,7 @@ def own_rates(rates: Mapping[str, float]) -> Iterator[None]:
             chosen = [parameter for key, parameter in named.items() if MARKS[name] in key and parameter.requires_grad]
             numbers = {id(parameter) for parameter in chosen}
             for group in optimizer.param_groups:
-                group["params"] = [each for each in group["params"] if id(each) not in numbers]
+                group["params"] = [weight for weight in group["params"] if id(weight) not in numbers]
             optimizer.add_param_group({"name": name, "params": chosen, "lr": rate})
         return optimizer
 
@@ -176,11 +176,11 @@ class Trial:
 
     def figures(self, folder: Path | None) -> dict[str, Any]:
         """The figures with the adapter in `folder`, or of the pipeline as it is."""
-        after = self.evaluation.measure(folder, "after")
+        measurement = self.evaluation.measure(folder, "after")
         end = end_error(self.evaluation, self.losses[1], folder)
-        self.samples = after.images
-        figures = {"score": after.validation_loss, "by_step": after.curve, "end": end}
-        return figures | {"similarity": after.similarity, "alignment": after.text_alignment}
+        self.samples = measurement.images
+        figures = {"score": measurement.validation_loss, "by_step": measurement.curve, "end": end}
+        return figures | {"similarity": measurement.similarity, "alignment": measurement.text_alignment}
 
     def untrained(self, pictures: Path | None) -> Iterator[dict[str, Any]]:
         """The base's figures with each sampler, number of calls and guidance."""
@@ -195,13 +195,13 @@ class Trial:
                 pipe.scheduler = kind.from_config(sampler.config, **options)
                 how = {"num_inference_steps": steps, "guidance_scale": guidance}
                 settings = replace(evaluation.settings, call=evaluation.settings.call | how)
-                shown = replace(evaluation, settings=settings).measure(None, "base")
+                measurement = replace(evaluation, settings=settings).measure(None, "base")
                 guided = ", guidance" if guidance > 1 else ""
-                keep(pictures, f"{name}, {steps} steps{guided}", shown.images)
+                keep(pictures, f"{name}, {steps} steps{guided}", measurement.images)
                 call = settings.call | {"output_type": "latent"}
                 ends = pipe(prompt=list(held_out.prompts), latents=held_out.trajectories[:, 0].clone(), **call).images
                 figures = {"end": (ends - held_out.trajectories[:, -1]).square().mean().item()}
-                figures |= {"similarity": shown.similarity, "alignment": shown.text_alignment}
+                figures |= {"similarity": measurement.similarity, "alignment": measurement.text_alignment}
                 yield {"arm": name, "calls": calls, "guidance": guidance, **figures}
         pipe.scheduler = sampler
 
@@ -257,10 +257,10 @@ def started(base: str, seed: int, arm: Mapping[str, Any], steps: int, kind: Kind
     for name, value in settings.items():
         if str(value).startswith("examples/"):
             settings[name] = str(ROOT / value)
-    kept = Path(tempfile.gettempdir()) / "nara-few-steps"  # trajectories serve all arms of a seed
+    trajectories_dir = Path(tempfile.gettempdir()) / "nara-few-steps"  # trajectories serve all arms of a seed
     settings |= {**PLAN["shared"], **arm, "seed": seed, "max_train_steps": steps}
     settings |= {"validation_steps": None, "checkpointing_steps": None}
-    settings["trajectories_dir"] = str(kept)
+    settings["trajectories_dir"] = str(trajectories_dir)
     with tempfile.TemporaryDirectory() as folder:
         settings["output_dir"] = f"{folder}/out"
         args = DreamBoothArguments(**settings)
@@ -281,13 +281,13 @@ def run(
     base: str, title: str, width: str, seed: int, rates: Mapping[str, float], steps: int, pictures: Path | None = None
 ) -> dict[str, Any]:
     """Distil by one arm, and return its figures. The time has that of the teacher, if the run made its samples."""
-    given = {name: rate for name, rate in rates.items() if name not in MARKS}
-    others = {name: rate for name, rate in rates.items() if name in MARKS}
+    flag_rates = {name: rate for name, rate in rates.items() if name not in MARKS}
+    marked_rates = {name: rate for name, rate in rates.items() if name in MARKS}
     arm = PLAN["arms"][title]
     kind: Kind = AllWeights if "all_weights" in arm else Trial
     if "step_table" in arm:
         kind = partial(WithTable, arm["step_table"]["layers"], arm["step_table"]["learning_rate"])
-    with started(base, seed, flags(title, width) | given, steps, kind) as trial, own_rates(others):
+    with started(base, seed, flags(title, width) | flag_rates, steps, kind) as trial, own_rates(marked_rates):
         start = time.process_time()
         trial.train()
         seconds = time.process_time() - start
@@ -306,16 +306,16 @@ def measure_costs(base: str, titles: Sequence[str], width: str, rounds: int = 40
     but for the model's own and the optimizer's.
     """
     steps: dict[str, Callable[[], None]] = {}
-    known: dict[str, list[Tensor]] = {}
+    tensors: dict[str, list[Tensor]] = {}
     with ExitStack() as runs:
         for title in titles:
             trial = runs.enter_context(started(base, PLAN["stages"]["dev"][0], flags(title, width), 1, Trial))
-            steps[title], known[title] = step_of(trial)
+            steps[title], tensors[title] = step_of(trial)
         with one_thread():
             times = times_in_turn(steps, rounds, time.process_time)
         peaks = {}
         for title, step in steps.items():
-            counter = LiveStorages(known[title])
+            counter = LiveStorages(tensors[title])
             with counter:
                 step()
             peaks[title] = counter.peak
@@ -371,11 +371,11 @@ def draw(folder: Path) -> None:
 def sample_untrained(base: str, seeds: Sequence[int], output: Path, pictures: Path | None) -> None:
     """Add the base's figures with Diffusers' samplers to `output`, unless it has them."""
     for seed in seeds:
-        own = {"stage": "samplers", "base": base, "seed": seed}
-        if not any(own.items() <= record.items() for record in results.read(output)):
+        key = {"stage": "samplers", "base": base, "seed": seed}
+        if not any(key.items() <= record.items() for record in results.read(output)):
             with started(base, seed, {}, 1, Trial) as trial:
-                found = list(trial.untrained(pictures))
-            results.append(output, [{**made_in("samplers"), **own, **figures} for figures in found])
+                measurements = list(trial.untrained(pictures))
+            results.append(output, [{**made_in("samplers"), **key, **figures} for figures in measurements])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -404,21 +404,23 @@ def main(argv: list[str] | None = None) -> int:
         sample_untrained(args.base, args.seeds or PLAN["stages"]["confirm"], args.output, args.pictures)
         return 0
     if args.stage == "costs":
-        own = {"stage": "costs", "base": args.base, "width": args.width}
+        key = {"stage": "costs", "base": args.base, "width": args.width}
         for figures in measure_costs(args.base, args.arms, args.width):
-            results.append(args.output, [{**made_in(args.stage), **own, **figures}])
+            results.append(args.output, [{**made_in(args.stage), **key, **figures}])
         return 0
     made_in(args.stage)  # refuses changes before anything runs
     arms = [title for title in args.arms if args.stage == "confirm" or "grid" in PLAN["arms"][title]]
     for seed, title in itertools.product(args.seeds or PLAN["stages"][args.stage], arms):
         cell = {"stage": args.stage, "base": args.base, "width": args.width, "steps": args.steps}
-        known = results.read(args.output)
-        for rates in trials(PLAN["arms"][title]) if args.stage == "dev" else [best_rates(title, args.base, known)]:
-            own = {**cell, "arm": title, "seed": seed, "rates": rates}
-            if not any(own.items() <= record.items() for record in results.read(args.output)):
+        development = results.read(args.output)
+        for rates in (
+            trials(PLAN["arms"][title]) if args.stage == "dev" else [best_rates(title, args.base, development)]
+        ):
+            key = {**cell, "arm": title, "seed": seed, "rates": rates}
+            if not any(key.items() <= record.items() for record in results.read(args.output)):
                 record = made_in(args.stage)
                 figures = run(args.base, title, args.width, seed, rates, args.steps, args.pictures)
-                results.append(args.output, [{**record, **own, **figures}])
+                results.append(args.output, [{**record, **key, **figures}])
     return 0
 
 
@@ -436,12 +438,12 @@ def report(records: list[dict[str, Any]]) -> str:
         if record["stage"] == "confirm" and record["base"] in PLAN["bases"]:
             cell = (record["base"], record["width"], record["steps"])
             cells[cell][record["arm"]][record["seed"]] = record
-    for (base, width, steps), found in cells.items():
-        arms = {title: own for title, own in found.items() if len(own) > 2}
+    for (base, width, steps), of_cell in cells.items():
+        arms = {title: by_seed for title, by_seed in of_cell.items() if len(by_seed) > 2}
         if not arms:
             continue
-        seeds = sorted(set.intersection(*(set(own) for own in arms.values())))
-        rows = [row_of(title, [own[seed] for seed in seeds]) for title, own in arms.items()]
+        seeds = sorted(set.intersection(*(set(by_seed) for by_seed in arms.values())))
+        rows = [row_of(title, [by_seed[seed] for seed in seeds]) for title, by_seed in arms.items()]
         pairs = [pair for pair in PLAN["pairs"] if {*pair} <= arms.keys()]
         differences = [[*pair, *differences_of(arms, pair, seeds)] for pair in pairs]
         parts += [f"{base}, {width}, {steps} steps, {len(seeds)} seeds", table(COLUMNS, rows)]
@@ -451,13 +453,13 @@ def report(records: list[dict[str, Any]]) -> str:
 
 def base_report(records: Sequence[Mapping[str, Any]]) -> str:
     """The untrained base's table: means over all seeds."""
-    found = defaultdict(list)
+    by_setting = defaultdict(list)
     for record in records:
         if record["stage"] == "samplers":
-            found[record["base"], record["arm"], record["calls"], record["guidance"]].append(record)
+            by_setting[record["base"], record["arm"], record["calls"], record["guidance"]].append(record)
     rows = []
-    for key, own in found.items():
-        rows.append([*map(str, key), str(len(own)), *(mean_of(own, name) for name in MEASURES[1:])])
+    for key, measured in by_setting.items():
+        rows.append([*map(str, key), str(len(measured)), *(mean_of(measured, name) for name in MEASURES[1:])])
     return table(["base", "sampler", "calls", "guidance", "seeds", *MEASURES[1:]], rows)
 
 
@@ -471,11 +473,13 @@ def cells_table(records: Sequence[Mapping[str, Any]]) -> str:
         suffix = PLAN["layers"][layers]
         titles = [f"{name}, {suffix}" for name in CORES]
         runs = [runs_of(records, base, title, width, steps) for title in titles]
-        found = {title: own for title, own in zip(titles, runs, strict=True) if len(own) > 1}
-        if {*titles[:2]} <= found.keys():
-            seeds = sorted(set.intersection(*map(set, found.values())))
-            scores = [mean_of([found[t][s] for s in seeds], "score") if t in found else "–" for t in titles]
-            changes = [differences_of(found, [titles[1], t], seeds)[0] if t in found else "–" for t in titles[::2]]
+        by_title = {title: by_seed for title, by_seed in zip(titles, runs, strict=True) if len(by_seed) > 1}
+        if {*titles[:2]} <= by_title.keys():
+            seeds = sorted(set.intersection(*map(set, by_title.values())))
+            scores = [mean_of([by_title[t][s] for s in seeds], "score") if t in by_title else "–" for t in titles]
+            changes = [
+                differences_of(by_title, [titles[1], t], seeds)[0] if t in by_title else "–" for t in titles[::2]
+            ]
             ranks = "/".join(str(PLAN["arms"][title]["rank"][WIDTHS.index(width)]) for title in titles[:2])
             rows.append([f"{base}, {layers}", ranks, str(steps), str(len(seeds)), *scores, *changes])
     header = ["base, layers", "ranks", "steps", "seeds", *CORES, "Knots-DoRA − DoRA", "− without λ"]
@@ -487,12 +491,12 @@ def seconds_table(records: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for base, simple, more, arm, steps, *other in PLAN["seconds"]:
         width = other[0] if other else "narrow"
-        found = {title: runs_of(records, base, title, width, n) for title, n in ((simple, more), (arm, steps))}
-        seeds = sorted(set.intersection(*map(set, found.values())))
+        by_title = {title: runs_of(records, base, title, width, n) for title, n in ((simple, more), (arm, steps))}
+        seeds = sorted(set.intersection(*map(set, by_title.values())))
         if len(seeds) > 1:
-            score = mean_of([found[simple][seed] for seed in seeds], "score")
+            score = mean_of([by_title[simple][seed] for seed in seeds], "score")
             row = [f"{base}, {simple}, {more} steps", score, f"{arm}, {steps} steps"]
-            rows.append([*row, differences_of(found, [arm, simple], seeds)[0], str(len(seeds))])
+            rows.append([*row, differences_of(by_title, [arm, simple], seeds)[0], str(len(seeds))])
     return table(["simpler", "score", "arm", "arm − simpler", "seeds"], rows)
 
 
@@ -500,8 +504,8 @@ def runs_of(
     records: Sequence[Mapping[str, Any]], base: str, title: str, width: str, steps: int
 ) -> dict[int, Mapping[str, Any]]:
     """{fresh seed: the record of an arm}."""
-    own = {"stage": "confirm", "base": base, "arm": title, "width": width, "steps": steps}.items()
-    return {record["seed"]: record for record in records if own <= record.items()}
+    fields = {"stage": "confirm", "base": base, "arm": title, "width": width, "steps": steps}.items()
+    return {record["seed"]: record for record in records if fields <= record.items()}
 
 
 def costs_report(records: Sequence[Mapping[str, Any]]) -> str:

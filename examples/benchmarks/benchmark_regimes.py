@@ -53,8 +53,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--regimes", nargs="+", default=NAMES, help=f"of {' '.join(NAMES)}")
-    own = f"in place of regimes, groups of results/alternatives_plan.md: {' '.join(GROUPS)}"
-    parser.add_argument("--alternatives", nargs="+", choices=GROUPS, metavar="GROUP", help=own)
+    groups_help = f"in place of regimes, groups of results/alternatives_plan.md: {' '.join(GROUPS)}"
+    parser.add_argument("--alternatives", nargs="+", choices=GROUPS, metavar="GROUP", help=groups_help)
     parser.add_argument("--methods", nargs="+", choices=tuple(ARMS), help="default: all that the plan has of a regime")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the plan")
     parser.add_argument("--output", type=Path, help="the results file (default: the committed one)")

@@ -102,10 +102,10 @@ def times_of(
 
 def ratios_of(times: dict[str, Any]) -> dict[str, dict[str, float]]:
     """{"NaRA / LoRA": {"train" or "inference": the median of the rounds' ratios}}."""
-    found: dict[str, dict[str, float]] = {}
+    ratios: dict[str, dict[str, float]] = {}
     for ours, theirs in RATIOS:
-        found[f"{ours} / {theirs}"] = {kind: median_ratio(of[ours], of[theirs]) for kind, of in times.items()}
-    return found
+        ratios[f"{ours} / {theirs}"] = {kind: median_ratio(of[ours], of[theirs]) for kind, of in times.items()}
+    return ratios
 
 
 def main(

@@ -97,6 +97,6 @@ def reads_of_generation(method: str) -> int:
         with DeviceReads() as reads:
             generate(model, prompts.to(DEVICE), gen_length=steps, steps=steps, block_length=2, stop_at_eos=False)
         counts.append(reads.count)
-    of_step, rest = divmod(counts[1] - counts[0], 4)
-    assert rest == 0, counts
+    of_step, remainder = divmod(counts[1] - counts[0], 4)
+    assert remainder == 0, counts
     return of_step

@@ -62,14 +62,14 @@ def chain(method: str | None, layers: int) -> nn.Module:
 def of_training(model: nn.Module) -> tuple[Counter[str], Counter[str]]:
     """Kernels of a forward and of its backward."""
     x = torch.randn(SAMPLES, 8, WIDTH, dtype=torch.bfloat16, requires_grad=True)
-    found = []
+    forwards = []
     with at_levels(model), torch.autocast("cpu", torch.bfloat16):
         with Kernels() as forward:
             output: Tensor = model.train()(x)
-        found.append(forward.counts)
+        forwards.append(forward.counts)
     with Kernels() as backward:
         output.sum().backward()
-    return found[0], backward.counts
+    return forwards[0], backward.counts
 
 
 def of_inference(model: nn.Module) -> Counter[str]:
@@ -90,15 +90,15 @@ def kernels_of_layer(method: str) -> dict[str, dict[str, float]]:
         "backward": lambda model: of_training(model)[1],
         "inference": of_inference,
     }
-    found: dict[str, dict[str, float]] = {}
+    by_method: dict[str, dict[str, float]] = {}
     for name, run in runs.items():
         counts: Counter[str] = Counter()
         for sign, of in ((1, method), (-1, None)):
             for side, layers in ((1, 8), (-1, 4)):
                 for operation, count in run(chain(of, layers)).items():
                     counts[operation] += sign * side * count
-        found[name] = {operation: count / 4 for operation, count in sorted(counts.items()) if count}
-    return found
+        by_method[name] = {operation: count / 4 for operation, count in sorted(counts.items()) if count}
+    return by_method
 
 
 def kernels_of_hypernetwork() -> Counter[str]:

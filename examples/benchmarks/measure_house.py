@@ -98,16 +98,16 @@ def frames() -> Rows:
     looking = {file for file in sources("nara_diffusion") if FRAMES.search(text(file))}
     names = {file.stem for file in looking}
     calling = {file for file, node in nodes(ast.ImportFrom) if (node.module or "").rpartition(".")[2] in names}
-    found = sorted(str(file.relative_to(ROOT)) for file in looking | calling)
-    return {"modules that look at stack frames": len(found), "these modules": found}
+    modules = sorted(str(file.relative_to(ROOT)) for file in looking | calling)
+    return {"modules that look at stack frames": len(modules), "these modules": modules}
 
 
 def options() -> Rows:
     rows = {}
     for file in ("train_scripts/dllm.py", "train_scripts/dreambooth.py"):
-        shown = {*FLAG.findall(python(file, "--help"))} - {"help", "help_all"}
-        every = shown | {*FLAG.findall(python(file, "--help_all"))} - {"help", "help_all"}
-        counts = [sum(name[3:] not in names or name[:3] != "no_" for name in names) for names in (every, shown)]
+        listed = {*FLAG.findall(python(file, "--help"))} - {"help", "help_all"}
+        every = listed | {*FLAG.findall(python(file, "--help_all"))} - {"help", "help_all"}
+        counts = [sum(name[3:] not in names or name[:3] != "no_" for name in names) for names in (every, listed)]
         rows[f"{file}: options / shown by --help"] = f"{counts[0]} / {counts[1]}"
     return rows
 
@@ -133,17 +133,20 @@ def snapshot() -> dict[tuple[str, str], tuple[Any, Any]]:
     modules = {name: module for name, module in sys.modules.items() if name.split(".")[0] in LIBRARIES}
     classes = {kind for module in modules.values() for kind in [*vars(module).values()] if isinstance(kind, type)}
     owners = modules | {f"{kind.__module__}.{kind.__qualname__}": kind for kind in classes}
-    found, places = {}, [(owner, *item) for owner, values in owners.items() for item in vars(values).items()]
+    values_by_place, places = {}, [(owner, *item) for owner, values in owners.items() for item in vars(values).items()]
     for owner, name, value in places:
         if isinstance(value, property):
             value = value.fget
         elif isinstance(value, staticmethod | classmethod):
             value = value.__func__
         if isinstance(value, dict | list | set):
-            found[owner, name] = (None, {str(item) for item in value} if len(value) < 2000 else set())
+            values_by_place[owner, name] = (None, {str(item) for item in value} if len(value) < 2000 else set())
         elif callable(value):
-            found[owner, name] = (value, None if isinstance(value, type) else getattr(value, "__code__", None))
-    return found
+            values_by_place[owner, name] = (
+                value,
+                None if isinstance(value, type) else getattr(value, "__code__", None),
+            )
+    return values_by_place
 
 
 def replaced() -> Rows:
@@ -156,11 +159,11 @@ def replaced() -> Rows:
         with contextlib.suppress(ImportError):  # torch.ops has namespaces that aren't modules
             importlib.import_module(name)
     pipeline()
-    before = snapshot()
+    originals = snapshot()
     pipeline(TOY)
     functions, additions, registries = set(), set(), set()
     for (owner, name), (value, detail) in snapshot().items():
-        old, old_detail = before.get((owner, name), (None, None))
+        old, old_detail = originals.get((owner, name), (None, None))
         if value is None and any("nara" in item.lower() for item in detail - (old_detail or set())):
             registries.add(name)
         elif value and old is None and "nara_diffusion" in str(getattr(value, "__module__", "")):
@@ -256,14 +259,14 @@ def main() -> None:
     if args.list_modules:
         importlib.import_module("nara_diffusion") if args.list_modules == "imports" else pipeline(TOY)
         return print(json.dumps([name for name in sys.modules if name.split(".")[0] in LIBRARIES]))
-    found: dict[str, Rows] = {}
+    results: dict[str, Rows] = {}
     print("| measure | value |\n|---|---|")
     for name in args.only or MEASURES:
-        found[name] = MEASURES[name](*[args.seconds] * (name == "tests"))
-        for label, value in found[name].items():
+        results[name] = MEASURES[name](*[args.seconds] * (name == "tests"))
+        for label, value in results[name].items():
             print(f"| {label} | {', '.join(value) if isinstance(value, list) else value} |", flush=True)
     if args.json:
-        args.json.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -53,8 +53,8 @@ def main(rounds: int = 20, width: int = 1280) -> dict[str, dict[str, int]]:
 def _beside_aims(figures: dict[str, int] | dict[str, float], aims: dict[str, int] | dict[str, float]) -> str:
     parts = []
     for name, figure in figures.items():
-        shown = f"{name} {figure:.2f}" if isinstance(figure, float) else f"{name} {figure}"
-        parts.append(f"{shown} (aim {aims[name]})" if name in aims else shown)
+        text = f"{name} {figure:.2f}" if isinstance(figure, float) else f"{name} {figure}"
+        parts.append(f"{text} (aim {aims[name]})" if name in aims else text)
     return ", ".join(parts)
 
 

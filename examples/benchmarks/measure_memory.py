@@ -71,7 +71,7 @@ def measured_bytes(size: str, device: str) -> int:
             tensor.normal_(std=0.02)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
-    known = nbytes(tensors_of(model))
+    of_model = nbytes(tensors_of(model))
     counter = LiveStorages(tensors_of(model))
     with counter:
         for _ in range(STEPS):
@@ -82,7 +82,7 @@ def measured_bytes(size: str, device: str) -> int:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    return known + counter.peak if device == "cpu" else torch.cuda.max_memory_allocated()
+    return of_model + counter.peak if device == "cpu" else torch.cuda.max_memory_allocated()
 
 
 if __name__ == "__main__":

@@ -26,12 +26,12 @@ MEMORY = {"cpu": "tiny", "cuda": "1b"}
 
 def outcomes(file: str) -> dict[str, str]:
     """Return {test: "passed", "failed" or "skipped"} of a JUnit file."""
-    found = {}
+    by_test = {}
     for case in ElementTree.parse(file).iter("testcase"):
         states = {child.tag for child in case}
         is_bad = states & {"failure", "error"}
-        found[case.attrib["name"]] = "failed" if is_bad else "skipped" if "skipped" in states else "passed"
-    return found
+        by_test[case.attrib["name"]] = "failed" if is_bad else "skipped" if "skipped" in states else "passed"
+    return by_test
 
 
 def main(device: str = "cuda", tests: str = "", output_dir: str = "outputs/on_gpu") -> dict[str, Any]:

@@ -122,11 +122,11 @@ def measure(folder: Path) -> tuple[int, int]:
         train(*parts)
         seen.append(resident("VmHWM"))
 
-    before = resident("VmRSS")
+    at_start = resident("VmRSS")
     text.train = watched
     with start_run(parse_arguments(text.Arguments, words), "run", text.write_checkpoint) as run:
         text.fine_tune(text.prepare(run.args, run))
-    return figures["peak"], seen[0] - before
+    return figures["peak"], seen[0] - at_start
 
 
 def random_model(folder: Path) -> Path:
@@ -156,10 +156,10 @@ if __name__ == "__main__":
         print(f"planned {plan / 1e9:.2f} GB, resident {real / 1e9:.2f} GB, ratio {plan / real:.2f}")
         raise SystemExit
     if "--cards" in sys.argv:
-        for each in CARDS:
-            print(card_row(each), flush=True)
+        for card in CARDS:
+            print(card_row(card), flush=True)
         raise SystemExit
     print(HEAD)
     print("|---|" + "---:|" * (HEAD.count("|") - 2), flush=True)
-    for each in RUNS:
-        print(row(each), flush=True)
+    for name in RUNS:
+        print(row(name), flush=True)

@@ -60,7 +60,7 @@ class Float32Module(nn.Module):
 
         return super()._apply(keep_dtype, recurse)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Load the tensors of this module and its submodules as float32.
 
         `assign=True` would keep the dtypes of `state_dict`, which is a copy.
@@ -204,6 +204,7 @@ class HypernetworkCore(Core):
         """Return D = η F(e(λ)) (b, r, r), float32, for λ (b,)."""
         with without_autocast(noise_level.device):
             h = self.embeddings["noise_level"](noise_level.float())  # (b, e)
-            for layer in self.layers[:-1]:
+            *hidden, last = self.layers
+            for layer in hidden:
                 h = F.silu(layer(h))
-            return self.scale * self.layers[-1](h).unflatten(-1, (self.rank, self.rank))
+            return self.scale * last(h).view(-1, self.rank, self.rank)

@@ -46,7 +46,7 @@ def register_core(name: str, factory: CoreFactory) -> None:
 class CustomCore(Core):
     """A core from a registered factory, which runs in float32 and checks the shape of its C."""
 
-    def __init__(self, core: Any, rank: int, name: str) -> None:
+    def __init__(self, core: object, rank: int, name: str) -> None:
         super().__init__(rank)
         if not isinstance(core, nn.Module):
             raise ValueError(

@@ -57,6 +57,9 @@ class BlockText:
         size = state.are_answers(positions).sum(1).clamp(min=1)
         return state.masked_at(positions).sum(1).float() / size
 
+    def size(self, state: State) -> int:
+        return self.block_length
+
     def logits(self, state: State, rows: Tensor, positions: Tensor, level: Tensor) -> Tensor:
         end = self.start + self.block_length
         clean = (self.start - self.cached) // self.block_length  # blocks

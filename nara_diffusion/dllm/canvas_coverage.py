@@ -19,12 +19,15 @@ def trained_canvas(
     batch_size: int,
     gen_length: int,
     block_length: int,
+    has_clean_copies: bool = False,
 ) -> tuple[str, list[str]]:
     """Compare the canvas of generation with the part of it that training covers.
 
     Args:
         stream: the training stream. Only the first samples are read.
         batch_size: the number of samples of a forward.
+        has_clean_copies: whether a forward reads the blocks of the answers beside clean copies of
+            the text (`noise.blocks`).
 
     Returns:
         A line for the run's facts, and warnings. There is a warning if generation goes beyond the
@@ -39,7 +42,12 @@ def trained_canvas(
         batch = rows[first : first + batch_size]
         ends = collator.answer_lengths(batch)
         trained += ends
-        positions += len(batch) * max(map(operator.add, prompts[first:], ends))
+        width = max(map(operator.add, prompts[first:], ends))
+        if has_clean_copies:
+            start = min(prompts[first : first + batch_size]) // block_length * block_length
+            width += -width % block_length
+            width += width - start - block_length
+        positions += len(batch) * width
     padding = f"(trained_padding {collator.trained_padding})"
     fact = (
         f"prompts {_span(prompts)}, answers {_span(answers)}, trained to {_span(trained)} tokens "

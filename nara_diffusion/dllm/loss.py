@@ -191,7 +191,8 @@ def by_chunks(
 ) -> Tensor:
     """Return the losses (m,) of m places, computed chunk by chunk.
 
-    Backward computes each chunk again, so the logits of only one chunk exist at a time.
+    Backward begins with the last chunk and computes each chunk before it again, so the logits of
+    only one chunk exist at a time.
 
     Args:
         loss: a function of hidden states (n, c, d) and tokens (c,) that returns losses (c,).
@@ -200,8 +201,9 @@ def by_chunks(
         chunk_size: the maximum of c.
     """
     losses: list[Tensor] = []
-    for chunk in zip(hidden.split(chunk_size, 1), targets.split(chunk_size), strict=True):
-        if torch.is_grad_enabled():
+    chunks = list(zip(hidden.split(chunk_size, 1), targets.split(chunk_size), strict=True))
+    for chunk in chunks:
+        if torch.is_grad_enabled() and chunk is not chunks[-1]:
             recomputed: Any = checkpoint(loss, *chunk, use_reentrant=False)
             losses.append(recomputed)
         else:

@@ -7,11 +7,15 @@ A step runs the model at λ, the masked share of each answer, and places tokens 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Protocol
 
 import torch
+
+from nara_diffusion.noise.context import find_holders
 
 from .decoding import Sampling
 from .models.backbone import Backbone
@@ -90,6 +94,10 @@ class Reader(Protocol):
 
     def level(self, state: State, positions: torch.Tensor) -> torch.Tensor:
         """Return λ (b,) for the next step at these positions (b, k)."""
+        ...
+
+    def size(self, state: State) -> int:
+        """Return the number of tokens that λ is the masked share of, if no row is shorter."""
         ...
 
     def logits(
@@ -174,17 +182,31 @@ class State:
         return self.sequences.gather(1, self.positions)  # (b, g)
 
     def fill(self, reader: Reader, on_step_end: Callable[[GenerationStep], None] | None) -> None:
-        """Fill all masks, block by block. The host reads once per step which rows have one left."""
-        for positions in reader.blocks(self):
-            for count in filter(None, self.sampling.tokens_per_step()):
-                masked = self.masked_at(positions)
-                rows = [row for row, is_open in enumerate(masked.any(1).tolist()) if is_open]
-                if not rows:
-                    break
-                level = reader.level(self, positions)
-                self.step(reader, rows, positions, level, count)
-                if on_step_end is not None and self._is_stopped(on_step_end, level):
-                    return
+        """Fill all masks, block by block. The host reads once per step which rows have one left.
+
+        If the rule is `steps`, their λ are known before, and adapters compute C for all at once.
+        """
+        with ExitStack() as plans:
+            if on_step_end is None and set(self.sampling.rules) <= {"steps"}:
+                levels = self.planned_levels(reader.size(self))
+                for holder in find_holders(self.backbone.model):
+                    plans.enter_context(holder.planning(levels))
+            for positions in reader.blocks(self):
+                for count in filter(None, self.sampling.tokens_per_step()):
+                    masked = self.masked_at(positions)
+                    rows = [row for row, is_open in enumerate(masked.any(1).tolist()) if is_open]
+                    if not rows:
+                        break
+                    level = reader.level(self, positions)
+                    self.step(reader, rows, positions, level, count)
+                    if on_step_end is not None and self._is_stopped(on_step_end, level):
+                        return
+
+    def planned_levels(self, size: int) -> torch.Tensor:
+        """Return λ of the steps, and 0, for a masked share of `size` tokens: (n,), on the CPU."""
+        counts = self.sampling.tokens_per_step() * (size // self.sampling.block)
+        masks = {0, *accumulate(reversed(counts))}  # from the last step to the first
+        return torch.tensor(sorted(masks), dtype=torch.float32) / size
 
     def are_answers(self, positions: torch.Tensor) -> torch.Tensor:
         """Return which positions (b, k) belong to the answers, as bool."""

@@ -184,9 +184,14 @@ def run_facts(
 ) -> dict[str, str]:
     """Return {what: value} about the run, and warn if training and generation don't agree."""
     args, run, data = setup.args, setup.run, setup.data
-    block = setup.base.sampling.block
-    size = args.train_batch_size
-    canvas, warnings = trained_canvas(stream, data.collator, size, args.gen_length, block)
+    canvas, warnings = trained_canvas(
+        stream,
+        data.collator,
+        args.train_batch_size,
+        args.gen_length,
+        setup.base.sampling.block,
+        has_clean_copies=setup.base.kind.traits.attends_by_blocks,
+    )
     _warn(run, warnings)
     training, validation = data.descriptions
     return {

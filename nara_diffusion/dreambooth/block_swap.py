@@ -15,17 +15,26 @@ from pinned memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-_SWAPS: WeakKeyDictionary[nn.Module, BlockSwap] = WeakKeyDictionary()
-"""{denoiser: what swaps its blocks}."""
+
+class Swap(Protocol):
+    """What swaps the weights of a denoiser."""
+
+    def whole(self, denoiser: nn.Module) -> AbstractContextManager[None]:
+        """Keep all weights of `denoiser` in one place inside the context."""
+        ...
+
+
+SWAPS: WeakKeyDictionary[nn.Module, Swap] = WeakKeyDictionary()
+"""{denoiser: what swaps its weights}."""
 
 
 def swappable(denoiser: nn.Module) -> list[nn.Module]:
@@ -48,6 +57,26 @@ def chosen_blocks(denoiser: nn.Module, count: int) -> list[nn.Module]:
     return [blocks[i * len(blocks) // count] for i in range(count)]
 
 
+Weights = list[tuple[nn.Parameter, Tensor]]
+"""Frozen parameters with their values on the host."""
+
+
+def host_weights(module: nn.Module, device: torch.device) -> Weights:
+    """Return the parameters of a frozen module on the CPU, with values that a GPU can copy fast."""
+    pairs = []
+    for parameter in module.parameters():
+        # bitsandbytes' own class of 4-bit weights doesn't copy
+        host = parameter.data.as_subclass(Tensor)
+        pairs.append((parameter, host if device.type == "cpu" else host.pin_memory()))
+    return pairs
+
+
+def empty(weights: Weights, device: torch.device) -> None:
+    """Free the copies of weights on a device."""
+    for parameter, host in weights:
+        parameter.data = torch.empty(0, dtype=host.dtype, device=device)
+
+
 class BlockSwap:
     """The weights of the swapped blocks of denoisers that share them.
 
@@ -60,22 +89,17 @@ class BlockSwap:
     def __init__(self, denoiser: nn.Module, count: int, device: torch.device) -> None:
         self.count, self.device = count, device
         self.stream = None if device.type == "cpu" else torch.Stream(device=device)
-        self.weights: list[list[tuple[nn.Parameter, Tensor]]] = []  # on the host
+        self.weights: list[Weights] = []
         self.copied: dict[int, Any] = {}  # {loaded block: event at the end of its copy}
         self.differentiated: set[int] | None = None  # blocks of the present backward
         for block in chosen_blocks(denoiser, count):
-            pairs = []
-            for parameter in block.parameters():
-                # bitsandbytes' own class of 4-bit weights doesn't copy
-                host = parameter.data.as_subclass(Tensor)
-                pairs.append((parameter, host.pin_memory() if self.stream else host))
-            self.weights.append(pairs)
+            self.weights.append(host_weights(block, device))
         for number in range(count):
             self.drop(number)
 
     def attach(self, denoiser: nn.Module) -> None:
         """Swap the blocks of `denoiser`, which has the weights of this object."""
-        _SWAPS[denoiser] = self
+        SWAPS[denoiser] = self
         for number, block in enumerate(chosen_blocks(denoiser, self.count)):
             block.register_forward_pre_hook(partial(self.enter, number))
             block.register_forward_hook(partial(self.leave, number), always_call=True)
@@ -92,10 +116,9 @@ class BlockSwap:
     def drop(self, number: int) -> None:
         """Free the copy of a block on the device."""
         self.copied.pop(number, None)
-        for parameter, host in self.weights[number]:
-            parameter.data = torch.empty(0, dtype=host.dtype, device=self.device)
+        empty(self.weights[number], self.device)
 
-    def enter(self, number: int, *_: Any) -> None:
+    def enter(self, number: int, *_: object) -> None:
         self.load(number)
         self.load(number + (1 if self.differentiated is None else -1))
         self.wait(number)
@@ -108,7 +131,7 @@ class BlockSwap:
             for parameter, _host in self.weights[number]:
                 parameter.data.record_stream(present)
 
-    def leave(self, number: int, *_: Any) -> None:
+    def leave(self, number: int, *_: object) -> None:
         if self.differentiated is None:
             self.drop(number)
         else:
@@ -123,6 +146,18 @@ class BlockSwap:
         finally:
             numbers, self.differentiated = self.differentiated, None
             for number in numbers:
+                self.drop(number)
+
+    @contextmanager
+    def whole(self, denoiser: nn.Module) -> Iterator[None]:
+        """Keep all blocks on the device inside the context."""
+        for number in range(self.count):
+            self.load(number)
+            self.wait(number)
+        try:
+            yield
+        finally:
+            for number in range(self.count):
                 self.drop(number)
 
     def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -147,29 +182,22 @@ class _Block:
 
 class _Recomputed(CheckpointFunction):
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
         with ctx.run_function.swap.backward():
             return CheckpointFunction.backward(ctx, *gradients)
 
 
 def checkpoint_of(denoiser: nn.Module) -> Callable[..., Any] | None:
     """Return the checkpoint function of a denoiser with swapped blocks; None without them."""
-    swap = _SWAPS.get(denoiser)
-    return None if swap is None else swap.checkpoint
+    swap = SWAPS.get(denoiser)
+    return swap.checkpoint if isinstance(swap, BlockSwap) else None
 
 
 @contextmanager
-def resident(denoiser: nn.Module) -> Iterator[None]:
-    """Keep all blocks on the device inside the context: adapters are made from whole weights."""
-    swap = _SWAPS.get(denoiser)
-    if swap is None:
+def resident(*denoisers: nn.Module) -> Iterator[None]:
+    """Keep the weights of models whole inside the context: adapters are made from them."""
+    with ExitStack() as stack:
+        for denoiser in denoisers:
+            if denoiser in SWAPS:
+                stack.enter_context(SWAPS[denoiser].whole(denoiser))
         yield
-        return
-    for number in range(swap.count):
-        swap.load(number)
-        swap.wait(number)
-    try:
-        yield
-    finally:
-        for number in range(swap.count):
-            swap.drop(number)

@@ -14,11 +14,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import zip_longest
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from PIL.Image import Image
 from torch import Tensor
+from torch.nn.functional import pixel_unshuffle
 
 from .dataset import TrainingSample
 from .draws import seeded_normal
@@ -68,11 +71,22 @@ class LatentCache:
     Args:
         vae: a frozen autoencoder with a posterior. It is used in its own dtype and on its device.
         memory_mib: the size of the cache in MiB. An SDXL latent at 1024² takes 512 KiB in float32.
+        mask_floor: the weight outside of masks.
+        source_pixels: a function that resizes an image to edit and returns its pixels (1, 3, h, w).
     """
 
-    def __init__(self, vae: ModelMixin, *, memory_mib: float = 1024.0) -> None:
+    def __init__(
+        self,
+        vae: ModelMixin,
+        *,
+        memory_mib: float = 1024.0,
+        mask_floor: float = 0.0,
+        source_pixels: Callable[[Image], Tensor] | None = None,
+    ) -> None:
         self.vae = vae
+        self.mask_floor = mask_floor
         self.cache = TensorCache(memory_mib)
+        self.source_pixels = source_pixels
 
     def sample(self, samples: Sequence[TrainingSample], *, seed: int) -> Tensor:
         """Return the latents (b, c, h / f, w / f) of samples of one size, float32 on the CPU.
@@ -92,6 +106,41 @@ class LatentCache:
         """Return the same latents as `sample`, but with ε = 0, for a validation loss."""
         mean, _ = self._posterior(samples)
         return scale_latents(self.vae, mean)
+
+    def sources(self, samples: Sequence[TrainingSample]) -> tuple[Tensor, ...]:
+        """Return the latents of the images to edit, each (b, c, h_i, w_i), with ε = 0."""
+        latents = []
+        for number in range(len(samples[0].image.sources)):
+            means = []
+            for sample in samples:
+                encode = partial(self.encode_source, sample, number)
+                means += self.cache.get(sample.source_keys[number], encode)
+            latents.append(scale_latents(self.vae, torch.stack(means).float()))
+        return tuple(latents)
+
+    def encode_source(self, sample: TrainingSample, number: int) -> tuple[Tensor]:
+        """Return μ (c, h, w) of one of a sample's sources."""
+        assert self.source_pixels is not None
+        weight = next(self.vae.parameters())
+        pixels = self.source_pixels(sample.source_images()[number])
+        mean, _ = posterior_of(self.vae, pixels.to(device_of(self.vae), weight.dtype))
+        return (mean[0],)
+
+    def weights(self, samples: Sequence[TrainingSample], latents: Tensor) -> Tensor | None:
+        """Return the weights of squared errors at `latents`, float32 on the CPU; None without masks.
+
+        Their shape is (b, 1, h', w'), or that of patches of 2 × 2, with the channels of `scale_latents`.
+        """
+        if not any(sample.image.mask for sample in samples):
+            return None
+        patch = 2 if hasattr(self.vae, "bn") else 1
+        grid = (patch * latents.shape[2], patch * latents.shape[3])
+        means = []
+        for sample in samples:
+            key = f"mask {sample.image.mask and sample.image.mask.key} {sample.key}"
+            means += self.cache.get(key, partial(sample.mask_values, grid))
+        weights = pixel_unshuffle(torch.stack(means).clamp_min(self.mask_floor), patch)
+        return weights if patch == 1 else weights.repeat(1, latents.shape[1] // patch**2, 1, 1)
 
     def _posterior(self, samples: Sequence[TrainingSample]) -> tuple[Tensor, Tensor]:
         """Return μ and σ (b, c, h', w'), float32 on the CPU."""
@@ -125,19 +174,33 @@ class PromptCache:
         self.family = family or family_of(pipe)
         self.cache = TensorCache(memory_mib=8192.0)  # FLUX.1's take 4 MiB each
 
-    def fill(self, prompts: Iterable[str]) -> None:
-        """Encode prompts until the cache is full."""
-        for prompt in prompts:
+    def fill(self, prompts: Iterable[str], samples: Sequence[TrainingSample | None] = ()) -> None:
+        """Encode prompts, with the samples that `get` takes, until the cache is full."""
+        for prompt, sample in zip_longest(prompts, samples):
             if not self.cache.full:
-                self.get([prompt])
+                self.get([prompt], [sample])
 
-    def get(self, prompts: Sequence[str]) -> Embeddings:
-        """Return the embeddings of b prompts: parts (b, …), on the CPU, in the encoders' dtype."""
-        entries = [self.cache.get(prompt, partial(self._encode, prompt)) for prompt in prompts]
+    def get(
+        self, prompts: Sequence[str], samples: Sequence[TrainingSample | None] = ()
+    ) -> Embeddings:
+        """Return the embeddings of b prompts: parts (b, …), on the CPU, in the encoders' dtype.
+
+        Args:
+            samples: the samples of the prompts, with the images that a text encoder may read too.
+        """
+        entries = []
+        for prompt, sample in zip_longest(prompts, samples):
+            key = prompt
+            if self.family.source_encoder is not None and sample is not None:
+                key = "\n".join([*sample.source_keys, prompt])
+            entries.append(self.cache.get(key, partial(self._encode, prompt, sample)))
         return tuple(stack_padded(parts) for parts in zip(*entries, strict=True))
 
-    def _encode(self, prompt: str) -> list[Tensor]:
-        return [part[0] for part in self.family.encode(self.pipe, [prompt])]
+    def _encode(self, prompt: str, sample: TrainingSample | None) -> list[Tensor]:
+        encode = self.family.source_encoder
+        if encode is None or sample is None:
+            return [part[0] for part in self.family.encode(self.pipe, [prompt])]
+        return [part[0] for part in encode(self.pipe, prompt, sample.source_images())]
 
 
 def posterior_of(vae: ModelMixin, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,7 +231,7 @@ def scale_latents(vae: ModelMixin, z: Tensor) -> Tensor:
     if hasattr(vae, "bn"):
         mean = _per_channel(vae.bn.running_mean, z)
         variance = _per_channel(vae.bn.running_var, z)
-        patches = torch.nn.functional.pixel_unshuffle(z, 2)
+        patches = pixel_unshuffle(z, 2)
         return (patches - mean) / (variance + config.batch_norm_eps).sqrt()
     mean = getattr(config, "latents_mean", None)
     std = getattr(config, "latents_std", None)

@@ -19,6 +19,7 @@ from nara_diffusion.utils.wording import listed
 logger = logging.getLogger(__name__)
 
 METADATA_FILE = "metadata.jsonl"
+TRIGGER = "[trigger]"
 
 
 def check_prompt(prompt: str, name: str) -> str:
@@ -28,6 +29,19 @@ def check_prompt(prompt: str, name: str) -> str:
             f"{name} is empty: write what the images show, such as 'a photo of sks dog'."
         )
     return prompt.strip()
+
+
+def put_trigger(prompt: str, trigger: str | None) -> str:
+    """Return `prompt` with the word `trigger` in place of [trigger].
+
+    Raises:
+        ValueError: the prompt has [trigger], but there is no word for it.
+    """
+    if trigger is None and TRIGGER in prompt:
+        raise ValueError(
+            f"{prompt!r} has {TRIGGER}, but there is no word for it: give --trigger, such as sks."
+        )
+    return prompt.replace(TRIGGER, trigger or "")
 
 
 def own_captions(images: Sequence[Path], column: str | None = None) -> list[str]:

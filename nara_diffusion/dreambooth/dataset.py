@@ -15,6 +15,7 @@ come from `draws`.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from diffusers.training_utils import find_nearest_bucket
 from PIL import Image, ImageOps
+from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils.data import Dataset
 
 from nara_diffusion.utils.data_order import ShuffledStream
@@ -61,9 +63,55 @@ class TrainingSample:
         """The key of the pixels in caches: content, scaling, cut and flip."""
         return f"{self.image.key} {self.target} {self.top} {self.left} {self.flip}"
 
+    @property
+    def source_sizes(self) -> tuple[Size, ...]:
+        """The sizes of `source_images`."""
+        return source_sizes(self.image, self.target)
+
+    @property
+    def source_keys(self) -> list[str]:
+        """The keys of `source_images` in caches."""
+        return [f"{source.key} for {self.key}" for source in self.image.sources]
+
+    def cut_image(self) -> Image.Image:
+        """Return the image, scaled and cut in one resampling."""
+        return self._cut(self.image.load())
+
+    def source_images(self) -> list[Image.Image]:
+        """Return the sources: of the image's proportions, cut like it; otherwise whole.
+
+        They have the area of the target. Then the model's pipeline resizes them.
+        """
+        images = []
+        for source, size in zip(self.image.sources, self.source_sizes, strict=True):
+            image = source.load()
+            if size == self.target:
+                images.append(self._cut(image))
+                continue
+            scaled = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+            images.append(ImageOps.mirror(scaled) if self.flip else scaled)
+        return images
+
     def pixel_values(self) -> torch.Tensor:
-        """Return the pixels (3, h, w), float32 in [−1, 1], scaled and cut in one resampling."""
-        image = self.image.load()
+        """Return the pixels (3, h, w) of `cut_image`, float32 in [−1, 1]."""
+        values = np.array(self.cut_image(), dtype=np.float32)  # (h, w, 3) in 0 … 255
+        return (torch.from_numpy(values) / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+    def mask_values(self, grid: Size) -> tuple[torch.Tensor]:
+        """Return the mask (1, *grid), float32 in [0, 1], cut like the image; ones without a mask.
+
+        Each value is the mean over an area; sharper filters give weight to pixels beyond an edge.
+        """
+        if self.image.mask is None:
+            return (torch.ones(1, *grid),)
+        cut = self._cut(self.image.mask.load().convert("L").convert("F"), Image.Resampling.BOX)
+        values = torch.from_numpy(np.array(cut) / 255)
+        return (adaptive_avg_pool2d(values[None], grid),)
+
+    def _cut(
+        self, image: Image.Image, resampling: Image.Resampling = Image.Resampling.LANCZOS
+    ) -> Image.Image:
+        """Return the sample's part of an image with the proportions of `self.image`."""
         height, width = scaled_size(self.image.size, self.target)
         h, w = self.target
         left = width - w - self.left if self.flip else self.left  # before mirroring
@@ -71,11 +119,8 @@ class TrainingSample:
         right = min((left + w) * x, image.width)
         bottom = min((self.top + h) * y, image.height)
         box = (left * x, self.top * y, right, bottom)
-        cut = image.resize((w, h), Image.Resampling.LANCZOS, box=box)
-        if self.flip:
-            cut = ImageOps.mirror(cut)
-        values = np.array(cut, dtype=np.float32)  # (h, w, 3) in 0 … 255
-        return (torch.from_numpy(values) / 127.5 - 1).permute(2, 0, 1).contiguous()
+        cut = image.resize((w, h), resampling, box=box)
+        return ImageOps.mirror(cut) if self.flip else cut
 
 
 def scaled_size(original: Size, target: Size) -> Size:
@@ -83,6 +128,19 @@ def scaled_size(original: Size, target: Size) -> Size:
     scale = max(target[0] / original[0], target[1] / original[1])
     height, width = round(original[0] * scale), round(original[1] * scale)
     return max(target[0], height), max(target[1], width)
+
+
+def source_sizes(image: ImageRecord, target: Size) -> tuple[Size, ...]:
+    """Return the sizes (h, w) of an image's sources for samples of the size `target`."""
+    sizes = []
+    for source in image.sources:
+        proportion = source.size[0] * image.size[1] / (source.size[1] * image.size[0])
+        if abs(proportion - 1) < 0.01:
+            sizes.append(target)
+        else:
+            scale = math.sqrt(target[0] * target[1] / (source.size[0] * source.size[1]))
+            sizes.append((round(source.size[0] * scale), round(source.size[1] * scale)))
+    return tuple(sizes)
 
 
 class BucketOrder:
@@ -96,7 +154,7 @@ class BucketOrder:
     is the order of `ShuffledStream`.
     """
 
-    def __init__(self, buckets: Sequence[Size], batch_size: int, seed: int) -> None:
+    def __init__(self, buckets: Sequence[tuple[Any, ...]], batch_size: int, seed: int) -> None:
         self.batch_size, self.seed = batch_size, seed
         sizes = sorted(set(buckets))
         # the bucket of each batch of a round, before shuffling
@@ -123,13 +181,17 @@ class DreamBoothDataset(Dataset):
         instances: the images of the subject.
         buckets: the sizes (h, w) to train at; a single size for a fixed resolution.
         batch_size: the number of samples in one forward on one process (`train_batch_size`). They
-            are all in the same bucket.
+            are all in the same bucket, and so are their sources.
         seed: the seed of order, crops, flips and dropped captions.
         class_images: the images for prior preservation; empty without prior preservation.
-        crop: "center", or "random" for one of `CROPS` places of each image.
+        crop: "center", or "random" for one of `CROPS` places of each image. An image with sources is
+            cut in the middle.
         flip: True to mirror half of the samples.
         caption_dropout: the probability that an instance gets the empty prompt instead of its
             caption.
+        repeats: how often an epoch shows each image.
+
+    `add` adds further folders of images, which have their own sizes, class images and repeats.
     """
 
     def __init__(
@@ -143,27 +205,55 @@ class DreamBoothDataset(Dataset):
         crop: str = "center",
         flip: bool = False,
         caption_dropout: float = 0.0,
+        repeats: int = 1,
     ) -> None:
-        self.instances, self.class_images = list(instances), list(class_images)
+        self.batch_size, self.seed = batch_size, seed
         self.crop, self.flip = crop, flip
-        self.seed, self.caption_dropout = seed, caption_dropout
+        self.caption_dropout = caption_dropout
+        self.instances: list[ImageRecord] = []
+        self.class_images: list[ImageRecord] = []
         self.targets: list[Size] = []
-        for image in self.instances:
+        self.epoch: list[int] = []  # the index of each instance, as often as an epoch shows it
+        self._class_orders: list[ShuffledStream | None] = []  # of each instance
+        self.add(instances, buckets, class_images, repeats)
+
+    def add(
+        self,
+        instances: Sequence[ImageRecord],
+        buckets: Sequence[Size],
+        class_images: Sequence[ImageRecord] = (),
+        repeats: int = 1,
+    ) -> None:
+        """Add a folder of images. All samples of a batch have a class image, or none has."""
+        class_order = ShuffledStream(class_images, self.seed + 1) if class_images else None
+        for image in instances:
+            self.epoch += [len(self.targets)] * repeats
             nearest = find_nearest_bucket(*image.size, buckets)
             self.targets.append(buckets[nearest or 0])
-        self._order = BucketOrder(self.targets, batch_size, seed)
-        self._class_order = None
-        if self.class_images:
-            self._class_order = ShuffledStream(self.class_images, seed + 1)
+            self._class_orders.append(class_order)
+        self.instances += instances
+        self.class_images += class_images
+        batches = []
+        for number in self.epoch:
+            target, has_class = self.targets[number], self._class_orders[number] is not None
+            batches.append((target, has_class, source_sizes(self.instances[number], target)))
+        self._order = BucketOrder(batches, self.batch_size, self.seed)
 
-    def warn_of_sizes(self) -> None:
-        """Warn if images have to be enlarged, or if random crops remove more than a fifth of one."""
+    def log_sizes(self) -> None:
+        """Log a table of the sizes. Warn of images that are enlarged, or much cropped at random."""
         small, shares = [], []
+        by_size: dict[Size, list[float]] = {}
         for image, target in zip(self.instances, self.targets, strict=True):
             if image.size[0] < target[0] or image.size[1] < target[1]:
                 small.append(image.name)
             height, width = scaled_size(image.size, target)
             shares.append(1 - target[0] * target[1] / (height * width))
+            by_size.setdefault(target, []).append(shares[-1])
+        lines = ["height x width  images  cropped away"]
+        for (height, width), number in self.buckets.items():
+            size, share = f"{height} x {width}", 100 * sum(by_size[height, width]) / number
+            lines.append(f"{size:>14}  {number:6}  {share:10.0f} %")
+        logger.info("sizes of training images\n%s", "\n".join(lines))
         images = counted(len(shares), "image")
         if small:
             logger.warning(
@@ -172,7 +262,7 @@ class DreamBoothDataset(Dataset):
                 *(len(small), images, small[0]),
             )
         cropped = sum(share > 0.2 for share in shares)
-        if self.crop == "random" and cropped:
+        if self.crop == "random" and cropped and not self.has_sources:
             logger.warning(
                 "random crops remove more than a fifth of %d of %s, and up to %.0f %%. --aspect_ratio_buckets auto "
                 "removes less, --center_crop keeps the middle.",
@@ -180,9 +270,16 @@ class DreamBoothDataset(Dataset):
             )
 
     @property
+    def has_sources(self) -> bool:
+        """Whether the images are made from sources."""
+        return bool(self.instances[0].sources)
+
+    @property
     def buckets(self) -> dict[Size, int]:
         """{size: number of instances} of the sizes that are trained at, the most frequent first."""
-        return dict(Counter(self.targets).most_common())
+        images = Counter(self.targets)
+        epoch = Counter(self.targets[number] for number in self.epoch)
+        return {size: images[size] for size, _ in epoch.most_common()}
 
     @property
     def sample_size(self) -> Size:
@@ -194,14 +291,15 @@ class DreamBoothDataset(Dataset):
 
     def samples_at(self, position: int) -> list[TrainingSample]:
         """Return the instance at `position`, followed by its class image, if there are any."""
-        number = self._order[position]
+        number = self.epoch[self._order[position]]
         image, target = self.instances[number], self.targets[number]
         u = numpy_generator(self.seed, "caption dropout", position).random()
         prompt = "" if u < self.caption_dropout else image.prompt
         samples = [self._sample(image, target, position, "instance", prompt)]
-        if self._class_order is not None:
-            image = self.class_images[self._class_order.sample_at(position)]
-            samples.append(self._sample(image, target, position, "class", image.prompt))
+        class_order = self._class_orders[number]
+        if class_order is not None:
+            prior: Any = class_order.samples[class_order.sample_at(position)]
+            samples.append(self._sample(prior, target, position, "class", prior.prompt))
         return samples
 
     def plain_samples(self) -> list[TrainingSample]:
@@ -225,7 +323,7 @@ class DreamBoothDataset(Dataset):
         generator = numpy_generator(self.seed, f"crop {role}", position)
         flip = bool(generator.random() < 0.5) and self.flip
         top, left = _middle(image, target)
-        if self.crop == "random":
+        if self.crop == "random" and not image.sources:
             choice = int(generator.integers(CROPS))
             place = f"position {image.key} {target} {flip}"
             generator = numpy_generator(self.seed, place, choice)

@@ -8,6 +8,7 @@ Text encoders run before λ is known, so their adapters have C = I.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import fields, replace
 from typing import Any
@@ -37,7 +38,7 @@ TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 class AdaptedDenoiser(nn.Module):
-    """The denoiser of `pipe` with an adapter, and its text encoders if `train_text_encoder`.
+    """The denoisers of `pipe` with adapters, and its text encoders if `train_text_encoder`.
 
     The trained weights are float32; all other weights keep their dtype. The modules of `pipe` are
     adapted in place.
@@ -71,35 +72,34 @@ class AdaptedDenoiser(nn.Module):
             check_storable(config, self.family.denoiser)
         self.pipe = pipe  # not a module: it saves the adapter and has the tokenizers
         self.config = config
-        base = getattr(pipe, self.family.denoiser)
-        if gradient_checkpointing:
-            base.enable_gradient_checkpointing(checkpoint_of(base))
-        with resident(base):
-            setattr(self, self.family.denoiser, adapt(base, config))
-        if beside is not None:
-            base.set_adapters([beside, ADAPTER])
-            set_requires_grad(base, beside, requires_grad=False)  # PEFT trains what is active
-        for holder in find_holders(self.denoiser):
-            holder.finder.length = pipe.scheduler.config.get("num_train_timesteps")
+        for name in self.family.trained:
+            base = getattr(pipe, name)
+            if gradient_checkpointing:
+                base.enable_gradient_checkpointing(checkpoint_of(base))
+            with resident(base):
+                setattr(self, name, adapt(base, deepcopy(config)))  # PEFT writes into it
+            if beside is not None:
+                base.set_adapters([beside, ADAPTER])
+                set_requires_grad(base, beside, requires_grad=False)  # PEFT trains what is active
+            for holder in find_holders(getattr(self, name)):
+                holder.finder.length = pipe.scheduler.config.get("num_train_timesteps")
         for name in self.family.text_encoders if train_text_encoder else ():
             encoder = getattr(pipe, name)
             if gradient_checkpointing:
                 recompute_activations(encoder)
-            setattr(
-                self, name, adapt(encoder, deepcopy(text_config(config)))
-            )  # PEFT writes into it
+            setattr(self, name, adapt(encoder, deepcopy(text_config(config))))
             if name in self.family.cut_short:
                 _freeze_last_layer(encoder)
 
     @property
     def denoiser(self) -> Any:
-        """The denoiser, with its adapter."""
-        return getattr(self, self.family.denoiser)
+        """The first trained denoiser, with its adapter."""
+        return getattr(self, self.family.trained[0])
 
     @property
     def components(self) -> dict[str, Any]:
         """The trained models, by their names in the pipeline."""
-        names = (self.family.denoiser, *self.family.text_encoders)
+        names = (*self.family.trained, *self.family.text_encoders)
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     @property
@@ -114,6 +114,8 @@ class AdaptedDenoiser(nn.Module):
         time_ids: Tensor,
         prompts: list[str] | None = None,
         embeddings: Placed | None = None,
+        sources: Sequence[Tensor] = (),
+        expert: str | None = None,
     ) -> Tensor:
         """Return the prediction (b, c, h, w), as the objective defines it.
 
@@ -123,11 +125,14 @@ class AdaptedDenoiser(nn.Module):
             time_ids: (b, 6).
             prompts: b prompts, if the text encoders are trained.
             embeddings: the prompts' embeddings, `placed`, if the text encoders are frozen.
+            sources: latents of the images to edit, each (b, c, h_i, w_i).
+            expert: the name of the denoiser to call; None means the first trained one.
         """
         if embeddings is None:
             assert prompts is not None
             embeddings = self.family.encode(self.pipe, prompts)
-        return self.family.predict(self.denoiser, sample, timestep, time_ids, embeddings)
+        denoiser = self.denoiser if expert is None else getattr(self, expert)
+        return self.family.predict(denoiser, sample, timestep, time_ids, embeddings, sources)
 
 
 def adapt(model: nn.Module, config: PeftConfig, name: str = ADAPTER) -> nn.Module:

@@ -2,6 +2,7 @@
 
     NaRA's family          pytorch_nara_weights.safetensors   pipe.load_nara_weights(folder)
     lora, dora, rslora     pytorch_lora_weights.safetensors   pipe.load_lora_weights(folder)
+      of Wan 2.2           one file for each of `EXPERT_LORAS`, as other programs want them
     PEFT's other adapters  COMPONENT/adapter_config.json, …   PeftModel.from_pretrained(
                                                                   pipe.unet, "folder/unet")
 
@@ -31,9 +32,15 @@ from nara_diffusion.training.adapter_weights import TRAINABLE
 
 from .block_swap import resident
 from .denoiser import ADAPTER, AdaptedDenoiser
+from .families import HIGH, LOW
 from .pipelines import family_of
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+EXPERT_LORAS = {
+    HIGH: "pytorch_lora_weights_high_noise.safetensors",
+    LOW: "pytorch_lora_weights_low_noise.safetensors",
+}
+"""{denoiser of Wan 2.2: the file of its LoRA, with keys of `transformer`}."""
 
 
 def write_adapter(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
@@ -63,14 +70,23 @@ def _write_lora(model: AdaptedDenoiser, folder: Path) -> None:
         )
         weights = {}
         for key, tensor in tensors.items():
-            if key.endswith("_vector") and name != model.family.denoiser:
+            if key.endswith("_vector") and name not in model.family.trained:
                 # Transformers looks up DoRA's magnitudes by the full name, which PEFT shortens
                 key += ".weight"
             weights[key] = tensor.detach().cpu().contiguous()
         layers[f"{name}_lora_layers"] = weights
         metadata[f"{name}_lora_adapter_metadata"] = component.peft_config[ADAPTER].to_dict()
     pipeline: Any = type(model.pipe)  # each family's class has LoRA's methods
-    pipeline.save_lora_weights(folder, **layers, **metadata)
+    if model.family.experts is None:
+        pipeline.save_lora_weights(folder, **layers, **metadata)
+        return
+    for name in model.family.trained:
+        pipeline.save_lora_weights(
+            folder,
+            layers[f"{name}_lora_layers"],
+            weight_name=EXPERT_LORAS[name],
+            transformer_lora_adapter_metadata=metadata[f"{name}_lora_adapter_metadata"],
+        )
 
 
 def write_checkpoint(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
@@ -124,12 +140,15 @@ def adapter_loaded(pipe: Any, folder: Path | None, beside: str | None = None) ->
     family = family_of(pipe)
     with ExitStack() as stack:
         stack.callback(_unload, pipe, beside)
-        with resident(getattr(pipe, family.denoiser)):
-            if (folder / LORA_WEIGHTS).is_file():
-                _load_lora(pipe, folder)
-            elif not (folder / family.denoiser).is_dir():
+        with resident(*(getattr(pipe, name) for name in family.denoisers)):
+            loras = [
+                name for name in (LORA_WEIGHTS, *EXPERT_LORAS.values()) if (folder / name).is_file()
+            ]
+            for name in loras:
+                _load_lora(pipe, folder / name)
+            if not loras and not any((folder / name).is_dir() for name in family.denoisers):
                 pipe.load_nara_weights(folder, adapter_name=ADAPTER)
-            for name in (family.denoiser, *family.text_encoders):
+            for name in (*family.denoisers, *family.text_encoders):
                 if (folder / name).is_dir():
                     stack.callback(load_peft_adapter(getattr(pipe, name), folder / name).unload)
         if beside is not None:
@@ -145,18 +164,21 @@ def _unload(pipe: Any, beside: str | None) -> None:
         pipe.set_adapters(beside)
 
 
-def _load_lora(pipe: Any, folder: Path) -> None:
+def _load_lora(pipe: Any, file: Path) -> None:
+    is_low = file.name == EXPERT_LORAS[LOW]
+    into = {"load_into_transformer_2": True} if is_low else {}
     level = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()  # it warns of each text encoder that the file lacks
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-            pipe.load_lora_weights(folder, adapter_name=ADAPTER)
+            pipe.load_lora_weights(file, adapter_name=ADAPTER, **into)
     finally:
         diffusers_logging.set_verbosity(level)
     parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(folder / LORA_WEIGHTS).items():
+    for key, tensor in load_file(file).items():
         component, _, name = key.partition(".")
         parts.setdefault(component, {})[name] = tensor
     for component, tensors in parts.items():
-        check_loaded(getattr(pipe, component), ADAPTER, tensors, str(folder / LORA_WEIGHTS))
+        model = getattr(pipe, LOW if is_low else component)
+        check_loaded(model, ADAPTER, tensors, str(file))

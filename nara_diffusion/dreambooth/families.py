@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from PIL.Image import Image
 from torch import Tensor, nn
 
 Embeddings = tuple[Tensor, ...]
@@ -24,6 +26,8 @@ Embeddings = tuple[Tensor, ...]
 Placed = tuple[Tensor | list[int], ...]
 """Embeddings on a device, with the number of tokens of each prompt instead of a mask."""
 
+HIGH, LOW = "transformer", "transformer_2"
+"""The denoisers of Wan 2.2 for much and for little noise."""
 TRANSFORMER_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -37,6 +41,20 @@ class Call:
     embeddings: tuple[Any, ...]
     time_ids: Tensor  # (b, 6), the (H, W, top, left, h, w) of each `TrainingSample`, in pixels
     family: Family  # with the settings of the run
+    # latents of the images to edit, each (b, c, h_i, w_i), whose tokens follow those of the sample
+    sources: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The two denoisers of one pipeline, as in Wan 2.2: `HIGH` from a timestep on, `LOW` below it."""
+
+    boundary: float  # that timestep
+    trained: tuple[str, ...] = (HIGH, LOW)
+
+    def at(self, timestep: Tensor) -> str:
+        """Return the name of the denoiser that the pipeline calls at a timestep, ()."""
+        return HIGH if timestep >= self.boundary else LOW
 
 
 @dataclass(frozen=True)
@@ -68,10 +86,31 @@ class Family:
     images_of: Callable[[Any], Any] = lambda output: output.images
     # code for model cards: takes the first image from that output
     picked: str = ".images[0]"
+    most_sources: int = 0  # images that an edit model takes
+    needs_source: bool = False  # whether it takes at least one
+    # (pipe, image to edit) → pixels (1, 3, h, w) in [−1, 1], resized as the pipeline resizes it
+    source_pixels: Callable[[Any, Image], Tensor] | None = None
+    # (pipe, prompt, images to edit) → embeddings, if the text encoder reads these images
+    source_encoder: Callable[[Any, str, list[Image]], Embeddings] | None = None
     # settings:
     max_sequence_length: int | None = None  # tokens of a prompt; None if it has only CLIP's length
     guidance: float | None = None  # that of a denoiser with distilled guidance; None for others
     timestep_of_tokens: bool = False  # whether the denoiser takes one timestep for each token
+    experts: Experts | None = None  # None for a pipeline with one denoiser
+
+    @property
+    def denoisers(self) -> tuple[str, ...]:
+        """The names of the pipeline's denoisers."""
+        return (self.denoiser,) if self.experts is None else (HIGH, LOW)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The names of the denoisers that are trained."""
+        return (self.denoiser,) if self.experts is None else self.experts.trained
+
+    def denoiser_at(self, timestep: Tensor) -> str:
+        """Return the name of the denoiser that the pipeline calls at a timestep, ()."""
+        return self.denoiser if self.experts is None else self.experts.at(timestep)
 
     @property
     def sample_call(self) -> dict[str, Any]:
@@ -86,6 +125,10 @@ class Family:
         """
         return tuple(self.encoder(pipe, list(prompts), self.max_sequence_length))
 
+    def pixels_of_sources(self, pipe: DiffusionPipeline) -> Callable[[Image], Tensor] | None:
+        """Return `source_pixels` for a pipeline."""
+        return None if self.source_pixels is None else partial(self.source_pixels, pipe)
+
     def predict(
         self,
         denoiser: nn.Module,
@@ -93,6 +136,7 @@ class Family:
         timestep: Tensor,
         time_ids: Tensor,
         embeddings: Placed,
+        sources: Sequence[Tensor] = (),
     ) -> Tensor:
         """Return the prediction (b, c, h, w) of the objective's target.
 
@@ -105,7 +149,8 @@ class Family:
             if isinstance(part, Tensor):
                 part = part.to(dtype) if part.is_floating_point() else _tokens(part)
             cast.append(part)
-        call = Call(sample.to(dtype), timestep, tuple(cast), time_ids, self)
+        beside = tuple(source.to(dtype) for source in sources)
+        call = Call(sample.to(dtype), timestep, tuple(cast), time_ids, self, beside)
         return self.output(denoiser(**self.inputs(call), return_dict=False)[0], call)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +59,7 @@ class Evaluation:
     alignment: Encoder | None = None  # compares samples with their prompts
     reconstruction: Reconstruction | None = None  # of `references`
     has_teacher: bool = False  # whether each sample has a teacher's sample in `references`
+    sources: Sequence[Image] = ()  # the image that each prompt edits to `references`
     beside: str | None = None  # an adapter of `pipe` that stays active
 
     @property
@@ -98,7 +99,8 @@ class Evaluation:
         """Return the image similarity; None without an encoder or references."""
         if self.similarity is None or references is None:
             return None
-        compare = paired_similarity if self.has_teacher else image_similarity
+        is_paired = self.has_teacher or self.sources
+        compare = paired_similarity if is_paired else image_similarity
         return compare(self.similarity, images, references)
 
     def measure_model(self, model: torch.nn.Module, name: str) -> Measurement:
@@ -135,16 +137,26 @@ class Evaluation:
             logger.info("step %d: %s", self.run.step, text)
         return values
 
+    def write_sheet(self, path: Path, columns: Mapping[str, Sequence[Image]]) -> None:
+        """Write a sheet of samples with the subject, or with the source and target of each row."""
+        prompts, number = self.settings.prompts, self.settings.images_per_prompt
+        if self.sources:
+            targets = self.references[::number]
+            write_grid(path, prompts, {"source": self.sources, **columns, "target": targets})
+        else:
+            write_grid(path, prompts, columns, self.subject)
+
     def _show(self, images: Sequence[Image]) -> None:
         """Write a sheet of the samples, and pass them to the trackers."""
         step, prompts = self.run.step, self.settings.prompts
         path = self.run.folder / "validation" / f"step-{step}.png"
         path.parent.mkdir(exist_ok=True)
-        write_grid(path, prompts, {f"step {step}": images}, self.subject)
-        pixels = np.stack([np.asarray(image) for image in images])
-        by_prompt = {}
-        for prompt, part in zip(prompts, np.split(pixels, len(prompts)), strict=True):
-            by_prompt[f"validation: {prompt}"] = part  # (n, h, w, 3)
+        self.write_sheet(path, {f"step {step}": images})
+        by_prompt: dict[str, np.ndarray] = {}
+        count = self.settings.images_per_prompt
+        for number, prompt in enumerate(prompts):
+            pixels = [np.asarray(image) for image in images[number * count : (number + 1) * count]]
+            by_prompt[f"validation: {prompt}"] = np.stack(pixels)  # (n, h, w, 3)
         for tracker in self.run.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

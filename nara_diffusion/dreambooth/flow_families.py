@@ -13,9 +13,10 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from PIL.Image import Image
 from torch import Tensor
 
-from .families import Call, Embeddings, Family, stack_padded
+from .families import Call, Embeddings, Experts, Family, stack_padded
 
 N = 1000
 
@@ -34,10 +35,11 @@ def _fit_guidance(pipe: DiffusionPipeline, family: Family) -> Family:
 
 
 def _packed(call: Call) -> dict[str, Any]:
-    """Return the inputs of packed latents: tokens (b, h w / 4, 4 c) and σ."""
-    b, c, h, w = call.sample.shape
+    """Return the inputs of packed latents: tokens (b, h w / 4, 4 c), then the sources', and σ."""
+    grids = (call.sample, *call.sources)
+    tokens = [FluxPipeline._pack_latents(grid, *grid.shape) for grid in grids]
     return {
-        "hidden_states": FluxPipeline._pack_latents(call.sample, b, c, h, w),
+        "hidden_states": torch.cat(tokens, dim=1),
         "timestep": call.timestep.float() / N,
         "encoder_hidden_states": call.embeddings[0],
     }
@@ -45,6 +47,7 @@ def _packed(call: Call) -> dict[str, Any]:
 
 def _unpacked(tokens: Tensor, call: Call) -> Tensor:
     height, width = call.sample.shape[2:]
+    tokens = tokens[:, : height * width // 4]  # without those of sources
     return FluxPipeline._unpack_latents(tokens, height, width, 1)
 
 
@@ -89,13 +92,19 @@ SD3 = Family(
 
 
 def _flux_inputs(call: Call) -> dict[str, Any]:
-    (states, pooled), (b, _, h, w) = call.embeddings, call.sample.shape
+    states, pooled = call.embeddings
     like: dict[str, Any] = {"device": call.sample.device, "dtype": call.sample.dtype}
+    ids = []
+    for grid in (call.sample, *call.sources):
+        b, _, h, w = grid.shape
+        ids.append(FluxPipeline._prepare_latent_image_ids(b, h // 2, w // 2, **like))
+        if grid is not call.sample:  # as in the pipeline
+            ids[-1][:, 0] = 1
     return _packed(call) | {
         "guidance": _guidance(call),
         "pooled_projections": pooled,
         "txt_ids": torch.zeros(states.shape[1], 3, **like),
-        "img_ids": FluxPipeline._prepare_latent_image_ids(b, h // 2, w // 2, **like),
+        "img_ids": torch.cat(ids),
     }
 
 
@@ -119,15 +128,35 @@ FLUX = Family(
 
 def _flux2_inputs(call: Call) -> dict[str, Any]:
     (states,), device = call.embeddings, call.sample.device
+    # (b, h w, c): these latents are patches already
+    tokens = [Flux2Pipeline._pack_latents(grid) for grid in (call.sample, *call.sources)]
+    ids = [Flux2Pipeline._prepare_latent_ids(call.sample)]
+    if call.sources:
+        of_sources = Flux2Pipeline._prepare_image_ids([source[:1] for source in call.sources])
+        ids.append(of_sources.expand(len(call.sample), -1, -1))
     return {
-        # (b, h w, c): these latents are patches already
-        "hidden_states": Flux2Pipeline._pack_latents(call.sample),
+        "hidden_states": torch.cat(tokens, dim=1),
         "timestep": call.timestep.float() / N,
         "guidance": _guidance(call),
         "encoder_hidden_states": states,
         "txt_ids": Flux2Pipeline._prepare_text_ids(states).to(device, non_blocking=True),
-        "img_ids": Flux2Pipeline._prepare_latent_ids(call.sample).to(device, non_blocking=True),
+        "img_ids": torch.cat(ids, dim=1).to(device, non_blocking=True),
     }
+
+
+def unpacked_flux2(tokens: Tensor, call: Call) -> Tensor:
+    """Return the prediction (b, c, h, w) from the first tokens, those of the sample."""
+    height, width = call.sample.shape[2:]
+    return tokens[:, : height * width].transpose(1, 2).reshape(call.sample.shape)
+
+
+def flux2_source(pipe: DiffusionPipeline, image: Image) -> Tensor:
+    """Return the pixels of an image to edit, of at most 1024²."""
+    processor, multiple = pipe.image_processor, pipe.vae_scale_factor * 2
+    processor.check_image_input(image)
+    image = processor._resize_if_exceeds_area(image)
+    height, width = (side // multiple * multiple for side in (image.height, image.width))
+    return processor.preprocess(image, height=height, width=width, resize_mode="crop")
 
 
 FLUX2 = Family(
@@ -139,9 +168,11 @@ FLUX2 = Family(
         :1
     ],
     inputs=_flux2_inputs,
-    output=lambda tokens, call: tokens.transpose(1, 2).reshape(call.sample.shape),
+    output=unpacked_flux2,
     defaults={"resolution": 1024, "guidance_scale": 4.0, "num_inference_steps": 28},
     fit=_fit_guidance,
+    most_sources=10,
+    source_pixels=flux2_source,
     max_sequence_length=512,
     guidance=4.0,
 )
@@ -176,21 +207,26 @@ Z_IMAGE = Family(
 def _encode_qwen_image(
     pipe: DiffusionPipeline, prompts: list[str], length: int | None
 ) -> Embeddings:
+    return masked_states(*pipe.encode_prompt(prompts, max_sequence_length=length))
+
+
+def masked_states(states: Tensor, mask: Tensor | None) -> Embeddings:
     """Return Qwen2.5-VL's states (b, l, d) and mask (b, l), 1 for text and 0 for padding."""
-    states, mask = pipe.encode_prompt(prompts, max_sequence_length=length)
     if mask is None:
         mask = torch.ones(states.shape[:2], dtype=torch.int64, device=states.device)
     return states, mask
 
 
 def _qwen_image_inputs(call: Call) -> dict[str, Any]:
-    (states, tokens), (b, _, h, w) = call.embeddings, call.sample.shape
+    states, tokens = call.embeddings
     mask, length = None, states.shape[1]
     if min(tokens) < length:
         ends = torch.tensor(tokens).to(states.device, non_blocking=True)
         mask = torch.arange(length, device=states.device) < ends[:, None]  # (b, l)
-    shapes = [[(1, h // 2, w // 2)]] * b
-    return _packed(call) | {"encoder_hidden_states_mask": mask, "img_shapes": shapes}
+    grids = (call.sample, *call.sources)
+    shapes = [(1, grid.shape[2] // 2, grid.shape[3] // 2) for grid in grids]
+    arguments = {"encoder_hidden_states_mask": mask, "img_shapes": [shapes] * len(states)}
+    return _packed(call) | arguments
 
 
 def _sampling_qwen_image(call: dict[str, Any], count: int) -> dict[str, Any]:
@@ -232,12 +268,13 @@ def _wan_inputs(call: Call) -> dict[str, Any]:
 
 
 def _fit_wan(pipe: DiffusionPipeline, family: Family) -> Family:
-    if pipe.transformer is None or pipe.transformer_2 is not None:
-        raise ValueError(
-            "it has two transformers, one for high and one for low noise. Name a model with one, such as Wan 2.1 or "
-            "Wan 2.2's 5B."
-        )
-    return replace(family, timestep_of_tokens=bool(pipe.config["expand_timesteps"]))
+    if pipe.transformer is None:
+        raise ValueError("it has no transformer for high noise, which samples begin with.")
+    ratio, experts = pipe.config["boundary_ratio"], None
+    if ratio is not None and pipe.transformer_2 is not None:
+        experts = Experts(ratio * pipe.scheduler.config.num_train_timesteps)
+    timestep_of_tokens = bool(pipe.config["expand_timesteps"])
+    return replace(family, experts=experts, timestep_of_tokens=timestep_of_tokens)
 
 
 WAN = Family(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from nara_diffusion.training.adapters import check_adapter
 from nara_diffusion.training.arguments import check_arguments
 from nara_diffusion.training.methods import method_of
+from nara_flags.hints import OTHERS
 from nara_flags.images import ImageFlags
+from nara_flags.options import converted, kinds_of
+from nara_flags.parser import hint, read_yaml
 
-from .captions import check_prompt
-from .families import Family
+from .captions import check_prompt, put_trigger
+from .families import HIGH, LOW, Family
 from .pipelines import family_of, family_of_model
 
 
@@ -33,11 +37,61 @@ class DreamBoothArguments(ImageFlags):
             raise ValueError(
                 f"--adapter {self.adapter} {reasons[method]}. Choose another adapter for images."
             )
+        if self.trigger is not None:
+            check_prompt(self.trigger, "trigger")
         for name in ("instance_prompt", "class_prompt"):
-            if getattr(self, name) is not None:
-                check_prompt(getattr(self, name), name)
-        for prompt in self.validation_prompts or []:
-            check_prompt(prompt, "a validation prompt")
+            prompt = getattr(self, name)
+            if prompt is not None:
+                check_prompt(prompt, name)
+                setattr(self, name, put_trigger(prompt, self.trigger))
+        if self.validation_prompts is not None:
+            for prompt in self.validation_prompts:
+                check_prompt(prompt, "a validation prompt")
+            prompts = [put_trigger(prompt, self.trigger) for prompt in self.validation_prompts]
+            self.validation_prompts = prompts
+
+
+FOLDER_KEYS = (
+    "instance_data_dir", "instance_prompt", "trigger", "caption_column", "repeats", "resolution",
+    "aspect_ratio_buckets", "class_data_dir", "class_prompt", "num_class_images",
+    "alpha_mask",
+)  # fmt: skip
+"""The flags that a folder of `--dataset_config` may set for itself."""
+
+
+def folder_arguments(args: DreamBoothArguments) -> list[DreamBoothArguments]:
+    """Return the arguments of each folder: those of the run, and those in `--dataset_config`.
+
+    Raises:
+        ValueError: the file isn't a list of folders, or a folder has an unknown key or wrong value.
+    """
+    path = args.dataset_config
+    if path is None:
+        return [args]
+    origin = f"--dataset_config {path}"
+    entries = read_yaml(path, origin)
+    if not entries or not isinstance(entries, list):
+        raise ValueError(f"{origin} must be a list of folders, each `- instance_data_dir: FOLDER`.")
+    kinds = kinds_of(type(args))
+    options = {field.name: field.metadata for field in fields(args)}
+    folders = []
+    for number, entry in enumerate(entries, 1):
+        place = f"{origin}, folder {number}: "
+        if not isinstance(entry, dict):
+            raise ValueError(f"{place}expected `key: value` lines, got {entry!r}.")
+        values: dict[str, Any] = {"dataset_config": None}
+        try:
+            for key, value in entry.items():
+                if key not in FOLDER_KEYS:
+                    advice = (
+                        f"here it is {OTHERS[key]}" if key in OTHERS else hint(key, FOLDER_KEYS)
+                    )
+                    raise ValueError(f"unrecognized {key}: {advice}")
+                values[key] = converted(key, value, kinds[key], options[key])
+            folders.append(replace(args, **values))
+        except ValueError as error:
+            raise ValueError(f"{place}{error}") from error
+    return folders
 
 
 def run_family(args: DreamBoothArguments, pipe: DiffusionPipeline | None = None) -> Family:
@@ -54,8 +108,19 @@ def run_family(args: DreamBoothArguments, pipe: DiffusionPipeline | None = None)
     else:
         family = family_of(pipe)
     reasons = {}
+    if family.experts is not None:
+        reasons["distill_to"] = "has two transformers, which a student can't replace yet"
+        reasons["load_in_8bit"] = "has two transformers, and 8-bit weights can't leave the device"
+        reasons["block_swap"] = "has two transformers, and only one is on the device"
+        if args.expert in ("high", "low"):
+            trained = (HIGH if args.expert == "high" else LOW,)
+            family = replace(family, experts=replace(family.experts, trained=trained))
+    elif pipe is not None:
+        reasons["expert"] = "has one denoiser"
     if not family.text_encoders:
         reasons["train_text_encoder"] = "can't be trained together with its text encoders"
+    if not family.most_sources:
+        reasons["source_data_dir"] = reasons["validation_source_dir"] = "doesn't edit images"
     if family.max_sequence_length is None:
         reasons["max_sequence_length"] = "has a fixed length of prompts"
     if family.guidance is None:

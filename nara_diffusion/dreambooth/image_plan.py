@@ -16,6 +16,8 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from PIL.Image import Image
+from PIL.Image import new as new_image
 from torch import Tensor, nn
 
 from nara_diffusion.training.adapters import adapter_config
@@ -27,13 +29,15 @@ from .block_swap import chosen_blocks, swappable
 from .dataset import TrainingSample, collate_samples
 from .denoiser import AdaptedDenoiser
 from .families import Family, Placed
-from .image_arguments import DreamBoothArguments, run_family
+from .image_arguments import DreamBoothArguments, folder_arguments, run_family
 from .image_records import ImageRecord
 from .pipelines import family_named, model_index, modules_of, quantised_parts, training_sizes
 from .training_step import training_step
 
 _WIDTHS = ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim", "text_dim")
 """The names of the width of a prompt's states in the configurations of denoisers."""
+TOKENS_OF_EDIT = 1500
+"""States of a prompt with an image of 1024² pixels, in Qwen2.5-VL's patches of 28²."""
 
 
 def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
@@ -45,12 +49,17 @@ def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
     pipe = pipeline_on_meta(args)
     family = run_family(args, pipe)
     cpu = torch.device("cpu")
-    step = training_step(args, pipe, family, cpu, args.train_batch_size)
-    size = max(training_sizes(args, family, pipe), key=lambda size: size[0] * size[1])
+    batch_size = args.train_batch_size
+    step = training_step(args, pipe, family, cpu, batch_size, batch_size)
+    folders = folder_arguments(args)
+    sizes = [size for folder in folders for size in training_sizes(folder, family, pipe)]
+    size = max(sizes, key=lambda size: size[0] * size[1])
+    has_class = any(folder.class_prompt is not None for folder in folders)
     convention = step.objective.source.convention
     config: Any = adapter_config(args, noise_convention=convention, strength=schedule_of(args))
     models = modules_of(pipe)
-    denoiser = models.pop(family.denoiser)
+    denoisers = {name: models.pop(name) for name in family.trained}
+    denoiser = next(iter(denoisers.values()))
     packed: dict[Tensor, float] = {}
     if args.bits:
         index = model_index(args.pretrained_model_name_or_path, revision=args.revision)
@@ -58,7 +67,8 @@ def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
             weights = rounded_weights(getattr(pipe, name))
             packed |= dict.fromkeys(weights, NF4 if args.load_in_4bit else INT8)
     swapped = [list(block.parameters()) for block in chosen_blocks(denoiser, args.block_swap)]
-    blocks = len(swappable(denoiser))
+    blocks = len(swappable(denoiser)) if family.experts is None else 0
+    resting = [weight for model in [*denoisers.values()][1:] for weight in model.parameters()]
     if args.train_text_encoder:
         for name in family.text_encoders:
             models.pop(name)
@@ -72,24 +82,36 @@ def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
         )
     prompts: Any = None if args.train_text_encoder else PlannedPrompts(pipe, family)
     step = replace(step, model=model, prompts=prompts)
+    has_source = family.needs_source or args.source_data_dir is not None
     items: list[dict[str, Any]] = []
-    for position in range(args.train_batch_size):
+    for position in range(batch_size):
         samples = []
-        for role in ("instance", "class") if args.class_prompt is not None else ("instance",):
+        for role in ("instance", "class") if has_class else ("instance",):
             image = ImageRecord("planned", bytes, size, "", f"{role} {position}")
+            if has_source:
+                image = replace(image, sources=(replace(image, key=f"source {position}"),))
             samples.append(PlannedSample(image, size, 0, 0, False, position, role, ""))
         items.append({"samples": samples})
     batch = collate_samples(items)
+    if (
+        has_source and family.source_pixels
+    ):  # the pipeline's image processor can't work on fake tensors
+        pixels = family.source_pixels(pipe, new_image("RGB", (size[1], size[0])))
+        step.latents.source_pixels = lambda image: pixels
     return PlannedStep(
         model=model,
         loss=lambda: step(batch).loss,
         forward=f"{len(batch['samples'])} x {size[0]} x {size[1]} pixels",
-        parts={family.denoiser: denoiser, **models},
+        parts={**denoisers, **models},
         beside="vae",
         packed=packed,
         swapped=swapped,
         swappable=blocks,
-        encode=lambda: step.latents.sample(batch["samples"], seed=args.seed),
+        resting=resting,
+        encode=lambda: (
+            step.latents.sample(batch["samples"], seed=args.seed),
+            step.latents.sources(batch["samples"]),
+        ),
     )
 
 
@@ -132,7 +154,7 @@ def pipeline_on_meta(args: DreamBoothArguments) -> Any:
         fields["requires_safety_checker"] = False
     pipe = kind(**fields)
     for part, tokenizer in pipe.components.items():
-        if isinstance(tokenizer, PlannedTokenizer):
+        if isinstance(tokenizer, PlannedTokenizer) and part != "processor":
             config = getattr(pipe, part.replace("tokenizer", "text_encoder")).config
             tokenizer.model_max_length = getattr(config, "max_position_embeddings", 77)
     return pipe
@@ -156,6 +178,9 @@ def _component(described: Sequence[str], folder: str, dtype: torch.dtype, **sour
 class PlannedSample(TrainingSample):
     """A sample with pixels of zero."""
 
+    def source_images(self) -> list[Image]:
+        return [Image()] * len(self.image.sources)
+
     def pixel_values(self) -> Tensor:
         return torch.zeros(3, *self.target)
 
@@ -168,6 +193,8 @@ class PlannedPrompts:
         length = family.max_sequence_length or 0
         if family.max_sequence_length is None or family.name == "stable-diffusion-3":
             length += pipe.tokenizer.model_max_length
+        if family.source_encoder is not None:
+            length = TOKENS_OF_EDIT
         width = next(config[name] for name in _WIDTHS if name in config)
         pooled = config.get("pooled_projection_dim")
         if family.name == "stable-diffusion-xl":
@@ -175,7 +202,7 @@ class PlannedPrompts:
         self.shapes = [(length, width), (pooled,)] if pooled else [(length, width)]
         self.has_mask = family.name in ("z-image", "qwen-image")
 
-    def get(self, prompts: Sequence[str]) -> Placed:
+    def get(self, prompts: Sequence[str], samples: Sequence[TrainingSample]) -> Placed:
         """Return the embeddings of b prompts of the maximal length, each (b, …)."""
         parts: list[Tensor | list[int]] = []
         for shape in self.shapes:
@@ -194,7 +221,7 @@ class PlannedTokenizer:
         """Return no tokens: none of `prompt` is a textual inversion."""
         return []
 
-    def __call__(self, prompts: Sequence[str], padding: Any = None, **_: Any) -> Any:
+    def __call__(self, prompts: Sequence[str], padding: object = None, **_: object) -> Any:
         length = self.model_max_length if padding == "max_length" else 2
         ids = torch.zeros(len(prompts), length, dtype=torch.long)
         return transformers.BatchEncoding({"input_ids": ids, "attention_mask": ids + 1})

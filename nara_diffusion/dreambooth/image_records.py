@@ -21,12 +21,16 @@ from tqdm.auto import tqdm
 
 from nara_diffusion.utils.wording import counted
 
-from .captions import METADATA_FILE, check_prompt, fill_captions, own_captions
+from .captions import METADATA_FILE, check_prompt, fill_captions, own_captions, put_trigger
 
 logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
+MASK_FOLDER = "mask"
+"""The folder of the images' masks, inside of theirs."""
+SOURCE_FOLDER = "source"
+"""The usual folder of the images that an edit model edits, inside of theirs."""
 IMAGE_SUFFIXES = frozenset(
     [".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"]
 )
@@ -41,6 +45,8 @@ class ImageRecord:
     size: Size  # (H, W), upright
     prompt: str  # its caption
     key: str  # a digest of its bytes, for caches
+    sources: tuple[ImageRecord, ...] = ()  # the images that an edit model makes it from
+    mask: ImageRecord | None = None  # weights its errors (`masks`); None weights all by 1
 
     def load(self) -> Image.Image:
         """Return the image, upright, in mode RGB. Raise ValueError if it can't be decoded."""
@@ -96,13 +102,14 @@ def image_files(folder: str | Path) -> list[Path]:
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     images = [entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES]
     read = {*images, folder / METADATA_FILE, folder / "README.md"}
+    read |= {folder / MASK_FOLDER, folder / SOURCE_FOLDER}
     read.update(image.with_suffix(".txt") for image in images)
     unread = [entry.name for entry in entries if entry not in read]
     for name in unread:
         if re.match(r"\d+_", name) and (folder / name).is_dir():
             raise ValueError(
-                f"{folder} contains the folder {name!r}. Repeats and prompts in a folder's name aren't supported: put "
-                "the images directly into one folder, and give --instance_prompt."
+                f"{folder} contains the folder {name!r}. Repeats and prompts in a folder's name aren't supported: name "
+                "the folder in --dataset_config, with repeats and instance_prompt."
             )
     names = ", ".join(unread[:4])
     if not images:
@@ -118,6 +125,7 @@ def records_from_folder(
     *,
     prompt: str | None = None,
     caption_column: str | None = None,
+    trigger: str | None = None,
     progress: bool = True,
 ) -> list[ImageRecord]:
     """Return the images of a folder, by name, with their captions.
@@ -125,6 +133,7 @@ def records_from_folder(
     Args:
         prompt: the prompt of images without a caption.
         caption_column: the key of captions in metadata.jsonl; None takes "text".
+        trigger: the word that replaces [trigger] in captions.
 
     Raises:
         ValueError: there are no images; some images are broken (the message names all of them); or
@@ -134,6 +143,7 @@ def records_from_folder(
     images = image_files(folder)
     names = [image.name for image in images]
     captions = fill_captions(own_captions(images, caption_column), names, prompt)
+    captions = [put_trigger(caption, trigger) for caption in captions]
     sources = [(str(path), path.read_bytes) for path in images]
     return make_records(sources, captions, progress=progress)
 
@@ -189,12 +199,13 @@ def trained_on(
     folder: str | Path,
     prompt: str | None,
     class_images: Sequence[ImageRecord] = (),
+    repeats: int = 1,
 ) -> str:
     """Return a description of the images, with their number and the origin of their captions."""
-    prior = ""
+    prior = "" if repeats == 1 else f", {repeats} times an epoch"
     if class_images:
         number = counted(len(class_images), "image")
-        prior = f", and {number} of “{class_images[0].prompt}” for prior preservation"
+        prior += f", and {number} of “{class_images[0].prompt}” for prior preservation"
     captioned = sum(record.prompt != (prompt or "").strip() for record in records)
     images = counted(len(records), "image")
     if not captioned:

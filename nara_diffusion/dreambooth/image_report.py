@@ -15,9 +15,10 @@ from nara_diffusion.training.report import core_import, needs_schedule, reads_no
 from nara_diffusion.tuner.usage import FewStepSampling
 from nara_diffusion.utils.wording import counted
 
-from .families import Family
+from .denoiser_files import EXPERT_LORAS
+from .families import LOW, Family
 from .fidelity import Evaluation, Measurement
-from .image_arguments import DreamBoothArguments
+from .image_arguments import DreamBoothArguments, run_family
 from .pipelines import family_of
 from .samples import SampleSettings, write_grid, write_images
 
@@ -30,7 +31,7 @@ from diffusers import {pipeline}
 {imports}
 pipe = {pipeline}.from_pretrained({base!r}, dtype={dtype}{options})
 {loading}
-image = pipe(
+image = pipe({image}
     prompt={prompt!r},
     generator=torch.Generator().manual_seed({seed}),
     {call},
@@ -55,7 +56,7 @@ def write_samples(evaluation: Evaluation, before: Measurement, after: Measuremen
         columns = {"teacher": evaluation.references, **columns}
         write_grid(folder / GRID, settings.prompts, columns)
     else:
-        write_grid(folder / GRID, settings.prompts, columns, evaluation.subject)
+        evaluation.write_sheet(folder / GRID, columns)
     for name, images in columns.items():
         write_images(folder / f"samples-{name}", images, settings)
 
@@ -76,12 +77,16 @@ def subject_card(evaluation: Evaluation, after: Measurement, data: str) -> dict[
         "can't be compared. Alignment often falls a little while similarity rises. If samples no "
         "longer show what prompts ask for, train fewer steps, or use a strength below 1."
     )
+    images, sheet = "images of the subject", "training images, and samples before and after"
+    if evaluation.sources:
+        ending = f"Over {samples}. Similarity is the mean cosine of each sample and its target."
+        images, sheet = "pairs", "source, samples before and after, and target"
     source = "training" if args.validation_data_dir is None else "held-out"
     return {
-        "measured_on": f"{source} images of the subject",
+        "measured_on": f"{source} {images}",
         "unit": "mean squared error",
         "about": f"for `{args.pretrained_model_name_or_path}`, trained on {data}.",
-        "how_good": (f"![training images, and samples before and after]({GRID})", ending),
+        "how_good": (f"![{sheet}]({GRID})", ending),
         "instance_prompt": args.instance_prompt,
         **_front_and_loading(evaluation, "dreambooth"),
     }
@@ -120,7 +125,12 @@ def _front_and_loading(evaluation: Evaluation, tag: str, sampler: str = "") -> d
     load_from = run.hub_id or str(run.folder)
     return {
         "loading": loading_code(run.args, settings, load_from, pipe, sampler, evaluation.beside),
-        "tags": ["text-to-image", family_of(pipe).name, "diffusers", tag],
+        "tags": [
+            "image-to-image" if evaluation.sources else "text-to-image",
+            family_of(pipe).name,
+            "diffusers",
+            tag,
+        ],
         "library": "diffusers",
         "widget": widget,
     }
@@ -140,12 +150,16 @@ def loading_code(
         beside: the name for the adapter of --init_adapter, if the new one needs it.
     """
     dtypes: dict[str | None, str] = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}
-    method, family = method_of(args).family, family_of(pipe)
+    method, family = method_of(args).family, run_family(args, pipe)
     lines = _loading_lines(args, family, load_from, beside)
     has_nara = any("load_nara_weights" in line for line in lines)
     imports = _IMPORTS.get("nara" if has_nara else method, "")
     if needs_schedule(args):
         imports += "\nfrom nara_diffusion import StrengthSchedule\n"
+    image = ""
+    if settings.by_prompt:
+        imports = f"from diffusers.utils import load_image\n{imports}"
+        image = '\n    image=load_image("source.png"),'
     if sampler:
         lines.append(sampler)
         scheduler = sampler.removeprefix("pipe.scheduler = ").split(".")[0]
@@ -164,6 +178,7 @@ def loading_code(
         base=args.pretrained_model_name_or_path,
         dtype=dtypes.get(args.mixed_precision, "torch.float32"),
         loading=core_import(args) + "\n".join(lines),
+        image=image,
         prompt=settings.prompts[0],
         seed=settings.seed,
         call=",\n    ".join(f"{name}={value!r}" for name, value in call.items()),
@@ -185,16 +200,30 @@ def _loading_lines(
             f"pipe.set_adapters([{beside!r}, 'few_steps'])",
         ]
     if needs_schedule(args):
-        load = f"pipe.load_lora_weights({load_from!r}, adapter_name={SUBJECT!r})"
-        return [load, schedule_line(args, family)]
-    if method in ("nara", "lora"):
-        return [f"pipe.load_{method}_weights({load_from!r})"]
-    trained = [family.denoiser]  # PEFT changes the component itself
+        loads = _lora_lines(load_from, family, f", adapter_name={SUBJECT!r}")
+        return [*loads, schedule_line(args, family)]
+    if method == "lora":
+        return _lora_lines(load_from, family)
+    if method == "nara":
+        return [f"pipe.load_nara_weights({load_from!r})"]
+    trained = [*family.trained]  # PEFT changes the component itself
     if args.train_text_encoder:
         trained += family.text_encoders
     lines = []
     for name in trained:
         lines.append(f"PeftModel.from_pretrained(pipe.{name}, {load_from!r}, subfolder={name!r})")
+    return lines
+
+
+def _lora_lines(load_from: str, family: Family, name: str = "") -> list[str]:
+    """Return the code that loads a LoRA; `name` has the argument for its name, if any."""
+    if family.experts is None:
+        return [f"pipe.load_lora_weights({load_from!r}{name})"]
+    lines = []
+    for denoiser in family.trained:
+        into = f", weight_name={EXPERT_LORAS[denoiser]!r}{name}"
+        into += ", load_into_transformer_2=True" if denoiser == LOW else ""
+        lines.append(f"pipe.load_lora_weights({load_from!r}{into})")
     return lines
 
 

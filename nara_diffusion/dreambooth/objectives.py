@@ -169,7 +169,13 @@ def _flow(levels: int, shift: float, weighting_scheme: str) -> Objective:
     return Objective(FLOW, source, 1 - sigma, sigma, -one, one, timestep, weight)
 
 
-def squared_errors(prediction: Tensor, batch: Corrupted) -> Tensor:
-    """Return the weighted mean squared error of each sample, (b,) float32."""
+def squared_errors(prediction: Tensor, batch: Corrupted, weights: Tensor | None = None) -> Tensor:
+    """Return the weighted mean squared error of each sample, (b,) float32.
+
+    Args:
+        weights: weights inside of images, (b, 1 or c, h, w).
+    """
     errors = (prediction.float() - batch.target.float()) ** 2  # (b, c, h, w)
+    if weights is not None:
+        errors = errors * weights.to(errors.device, non_blocking=True)
     return batch.weight * errors.flatten(1).mean(1)

@@ -32,11 +32,14 @@ from nara_diffusion.utils.repositories import (
     refuse_file,
 )
 
-from .families import Family
+from .edit_families import FLUX_KONTEXT, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS
+from .families import LOW, Family
 from .flow_families import FLUX, FLUX2, QWEN_IMAGE, SD3, WAN, Z_IMAGE
 from .unet_families import SD, SDXL
 
-FAMILIES = (SD, SDXL, SD3, FLUX, FLUX2, Z_IMAGE, QWEN_IMAGE, WAN)
+FAMILIES = (
+    SD, SDXL, SD3, FLUX, FLUX_KONTEXT, FLUX2, Z_IMAGE, QWEN_IMAGE, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS, WAN,
+)  # fmt: skip
 BY_PIPELINE = {pipeline: family for family in FAMILIES for pipeline in family.pipelines}
 
 
@@ -159,13 +162,13 @@ _LOADING_ERRORS = (
 
 
 def quantised_parts(index: Mapping[str, Any]) -> list[str]:
-    """Return the models of a `model_index.json` that are quantised: denoiser and language models.
+    """Return the models of a `model_index.json` that are quantised: denoisers and language models.
 
     CLIP's text encoders are small and stay as they are.
     """
     parts = [family_named(str(index["_class_name"])).denoiser]
     for part, described in index.items():
-        if part.startswith("text_encoder") and described[1] and "CLIP" not in described[1]:
+        if part.startswith(("text_encoder", LOW)) and described[1] and "CLIP" not in described[1]:
             parts.append(part)
     return parts
 

@@ -1,7 +1,8 @@
 """Which models of a run are on its device: the denoiser, and others only while they are needed.
 
     before training    each text encoder in turn; their embeddings are kept in the cache
-    training           the denoiser; beside it the autoencoder, for latents that aren't cached yet
+    training           the denoiser, of two the one that runs (`expert_swap`); beside it the
+                       autoencoder, for latents that aren't cached yet
     sampling           text encoders in turn, the denoiser, beside it the autoencoder
 
 A pipeline for samples shares its weights with the trained one, so both have the same rules.
@@ -28,7 +29,7 @@ class Visit(ModelHook):
         self.execution_device = execution_device
         self.leaving = leaving
 
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def pre_forward(self, module: nn.Module, *args: object, **kwargs: object) -> tuple[Any, Any]:
         for other in self.leaving:
             move(other, torch.device("cpu"))
         move(module, self.execution_device)
@@ -49,7 +50,7 @@ def take_turns(
     if device == torch.device("cpu"):
         return
     models = modules_of(pipe)
-    denoiser = models.pop(family.denoiser)
+    denoisers = [models.pop(name) for name in family.denoisers]
     for name in staying:
         models.pop(name).to(device)
     vae = models.pop("vae")
@@ -58,15 +59,16 @@ def take_turns(
         move(model, torch.device("cpu"))
         leaving = [encoder for encoder in encoders if encoder is not model]
         if model is not vae:
-            leaving += [vae, denoiser] if is_tight else [vae]
+            leaving += [vae, *denoisers] if is_tight and family.experts is None else [vae]
         add_hook_to_module(model, Visit(device, leaving))
     hook = Visit(device, [*encoders, vae])
-    denoiser.register_forward_pre_hook(partial(_before_denoiser, hook))
+    for denoiser in denoisers:
+        denoiser.register_forward_pre_hook(partial(_before_denoiser, hook))
     # the pipeline looks for its device at a model that has a hook
-    pipe._exclude_from_cpu_offload = [family.denoiser, *staying]
+    pipe._exclude_from_cpu_offload = [*family.denoisers, *staying]
 
 
-def _before_denoiser(hook: Visit, denoiser: nn.Module, _: Any) -> None:
+def _before_denoiser(hook: Visit, denoiser: nn.Module, _: object) -> None:
     hook.pre_forward(denoiser)
 
 

@@ -39,6 +39,8 @@ class SampleSettings:
     batch_size: int
     # height, width, num_inference_steps, guidance_scale, …, by these names in every family
     call: dict[str, Any]
+    # further arguments for each prompt, such as the image to edit; each image is then made alone
+    by_prompt: Sequence[Mapping[str, Any]] = ()
 
     @property
     def pairs(self) -> list[tuple[str, int]]:
@@ -93,7 +95,13 @@ def sample_images(
         pairs = [settings.pairs[i] for i in indices]
         # CPU generators, so that a seed gives the same noise on any device
         generators = [torch.Generator().manual_seed(seed) for _, seed in pairs]
-        return render(pipe, [prompt for prompt, _ in pairs], generators, settings.call)
+        if not settings.by_prompt:
+            return render(pipe, [prompt for prompt, _ in pairs], generators, settings.call)
+        images = []
+        for i, (prompt, _), generator in zip(indices, pairs, generators, strict=True):
+            call = {**settings.call, **settings.by_prompt[i // settings.images_per_prompt]}
+            images += render(pipe, [prompt], [generator], call)
+        return images
 
     return made_in_batches(make, len(settings.pairs), settings.batch_size, accelerator, desc)
 
@@ -147,8 +155,8 @@ def write_grid(
     Args:
         prompts: the prompts, one for each row. A row is headed by its prompt and the titles of the
             columns, between which a cell is empty.
-        columns: {title: images}, for example before and after training. All columns have the same
-            number of images, ordered by prompt.
+        columns: {title: images}, for example before and after training. Each column has as many
+            images for one prompt as for another, ordered by prompt.
         references: {title: images of the subject} for the rows on top. At most eight are shown.
     """
     from matplotlib.figure import Figure

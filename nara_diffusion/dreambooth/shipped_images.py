@@ -27,7 +27,8 @@ def shipped_run(
     """Return the arguments of the shipped run, or the defaults of the `given` model if any."""
     if "pretrained_model_name_or_path" in given:
         return family_defaults(given)
-    data = ("instance_data_dir", "instance_prompt", "validation_prompts", "identifier")
+    source = "dataset_config" if "dataset_config" in given else "instance_data_dir"
+    data = (source, "instance_data_dir", "instance_prompt", "validation_prompts", "identifier")
     data += ("validation_steps",)  # the shipped run validates only at its end
     sdxl = "sdxl_dreambooth"
     if "distill_to" in given:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from peft import PeftConfig
 
@@ -20,15 +21,18 @@ from .class_images import generate_class_images
 from .cut_prompts import prompt_sources, warn_of_cut_prompts
 from .dataset import DreamBoothDataset, collate_samples
 from .encoders import load_encoders
+from .expert_swap import ExpertSwap
 from .families import Family
 from .fidelity import Evaluation, Measurement
-from .image_arguments import DreamBoothArguments, run_family
+from .image_arguments import DreamBoothArguments, folder_arguments, run_family
 from .image_records import ImageRecord, class_records, records_from_folder, trained_on
 from .image_report import figures, forgetting, subject_card
+from .masks import with_masks
 from .pipelines import load_base, sharing_pipeline, training_sizes
 from .placement import take_turns
 from .reconstruction import reconstruct
 from .samples import SampleSettings, sample_call
+from .source_images import records_of_pairs
 from .task import Task
 from .training_step import TrainingStep, training_step
 from .validation_loss import ValidationLoss
@@ -39,6 +43,7 @@ FIGURES = {
     "text_alignment": "alignment with the prompt",
     "validation_loss": "validation loss",
 }
+FIGURES_OF_PAIRS = {"similarity": "similarity to the target", "validation_loss": "validation loss"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class Subject:
     config: PeftConfig
     dataset: DreamBoothDataset
     measured_on: DreamBoothDataset  # of the validation loss
+    trained_on: str  # the images, in words
+    prompts: Sequence[str]  # of samples
 
 
 def load_subject(args: DreamBoothArguments, run: Run) -> Subject:
@@ -62,20 +69,36 @@ def load_subject(args: DreamBoothArguments, run: Run) -> Subject:
     Raises:
         ValueError: an argument doesn't fit the images or the model.
     """
-    run_family(args)  # before the model is loaded
-    captions: Any = {"prompt": args.instance_prompt, "caption_column": args.caption_column}
-    folder = str(args.instance_data_dir)
-    instances = records_from_folder(folder, progress=run.is_main, **captions)
+    family = run_family(args)  # before the model is loaded
+    folders = folder_arguments(args)
+    images = []
+    for folder in folders:
+        place, source = str(folder.instance_data_dir), folder.source_data_dir
+        images.append(read_images(folder, family, place, source, progress=run.is_main))
     held_out: list[ImageRecord] = []
     if args.validation_data_dir:
-        held_out = records_from_folder(args.validation_data_dir, **captions)
+        place, source = args.validation_data_dir, args.validation_source_dir
+        held_out = read_images(folders[0], family, place, source, progress=False)
+    has_sources = {bool(image.sources) for records in (*images, held_out) for image in records}
+    if len(has_sources) == 2:
+        raise ValueError(
+            "some folders of images have sources and others have none: give sources for all of them, or for none."
+        )
+    if has_sources == {True} and (
+        any(folder.class_prompt for folder in folders) or args.validation_prompts
+    ):
+        raise ValueError(
+            "samples of pairs have the pairs' captions, and class images have no sources: leave --validation_prompts "
+            "and --class_prompt out."
+        )
     run.record_data_digest("validation data", digested(held_out))
     device = run.accelerator.device
     encoders = load_encoders(args, device)
 
     pipe = load_base(args, run)
     family = run_family(args, pipe)
-    step = training_step(args, pipe, family, device, run.global_batch)
+    forward_size = args.train_batch_size * run.accelerator.num_processes
+    step = training_step(args, pipe, family, device, run.global_batch, forward_size)
     config: Any = adapter_config(
         args,
         noise_convention=step.objective.source.convention,
@@ -83,33 +106,90 @@ def load_subject(args: DreamBoothArguments, run: Run) -> Subject:
         strength=schedule_of(args),
     )
     # errors that need the model come before hours of making class images
-    sizes = training_sizes(args, family, pipe)
+    sizes = [training_sizes(folder, family, pipe) for folder in folders]
     check_target_modules(step.model, getattr(config, "target_modules", None))
-    class_images: list[ImageRecord] = []
-    if args.class_prompt is not None:
-        class_images = _class_images(args, run, pipe, family)
-    run.record_data_digest("training data", digested([*instances, *class_images]))
-
     cut: Any = {"batch_size": args.train_batch_size, "seed": args.seed}
     dataset = DreamBoothDataset(
-        instances,
-        sizes,
+        [],
+        [],
         **cut,
-        class_images=class_images,
         crop="center" if args.center_crop else "random",
         flip=args.random_flip,
         caption_dropout=args.caption_dropout,
     )
+    digests, described = [], []
+    for folder, records, buckets in zip(folders, images, sizes, strict=True):
+        class_images: list[ImageRecord] = []
+        if folder.class_prompt is not None:
+            class_images = _class_images(folder, run, pipe, family)
+        dataset.add(records, buckets, class_images, folder.repeats)
+        digests += digested([*records, *class_images])
+        if args.dataset_config is not None:  # flags are compared by themselves
+            digests.append(f"{folder.repeats} {buckets} {len(class_images)}")
+        place, prompt = str(folder.instance_data_dir), folder.instance_prompt
+        described.append(trained_on(records, place, prompt, class_images, folder.repeats))
+    run.record_data_digest("training data", digests)
     if run.is_main:
-        dataset.warn_of_sizes()
-        warn_of_cut_prompts(pipe, prompt_sources(args, [*instances, *held_out]))
-    measured_on = DreamBoothDataset(held_out, sizes, **cut) if held_out else dataset
-    return Subject(args, run, encoders, pipe, family, step, config, dataset, measured_on)
+        dataset.log_sizes()
+        records = [*dataset.instances, *held_out, *dataset.class_images]
+        warn_of_cut_prompts(pipe, prompt_sources(args, records))
+    measured_on = DreamBoothDataset(held_out, sizes[0], **cut) if held_out else dataset
+    captions = [records[0].prompt for records in images]  # one of each folder comes first
+    captions += [record.prompt for record in dataset.instances]
+    return Subject(
+        args,
+        run,
+        encoders,
+        pipe,
+        family,
+        step,
+        config,
+        dataset,
+        measured_on,
+        trained_on="; ".join(described),
+        prompts=args.prompts or list(dict.fromkeys(captions))[:4],
+    )
+
+
+def read_images(
+    args: DreamBoothArguments,
+    family: Family,
+    folder: str,
+    source_folder: str | None,
+    *,
+    progress: bool,
+) -> list[ImageRecord]:
+    """Return the images of a folder, with captions and masks, and with sources for an edit model.
+
+    Raises:
+        ValueError: see `records_of_pairs`, or there are no sources and the family needs them.
+    """
+    captions: dict[str, Any] = {
+        "prompt": args.instance_prompt,
+        "caption_column": args.caption_column,
+        "trigger": args.trigger,
+        "progress": progress,
+    }
+    if family.most_sources:
+        records = records_of_pairs(folder, source_folder, most=family.most_sources, **captions)
+    else:
+        records = records_from_folder(folder, **captions)
+    if family.needs_source and not records[0].sources:
+        raise ValueError(
+            f"{family.title} edits images, and those in {folder} have no sources: give --source_data_dir, or the key "
+            "source in metadata.jsonl."
+        )
+    return with_masks(records, folder, from_alpha=args.alpha_mask)
 
 
 def digested(records: Sequence[ImageRecord]) -> list[str]:
     """Return everything that a sample depends on, for the digest of the data."""
-    return [text for record in records for text in (record.key, record.prompt)]
+    texts = []
+    for record in records:
+        texts += [record.key, record.prompt, *(source.key for source in record.sources)]
+        if record.mask is not None:
+            texts.append(record.mask.key)
+    return texts
 
 
 def _class_images(
@@ -117,8 +197,17 @@ def _class_images(
 ) -> list[ImageRecord]:
     """Return the images of prior preservation, after making missing ones."""
     folder, prompt = str(args.class_data_dir), str(args.class_prompt)
+    device = run.accelerator.device
+
+    def load() -> DiffusionPipeline:
+        sampling = sharing_pipeline(pipe, run.dtype)
+        if family.experts is None or device.type == "cpu":
+            return sampling.to(device)
+        sampling.enable_model_cpu_offload(device=device)
+        return sampling
+
     generate_class_images(
-        lambda: sharing_pipeline(pipe, run.dtype).to(run.accelerator.device),
+        load,
         folder,
         prompt,
         args.num_class_images,
@@ -141,7 +230,7 @@ def subject_task(subject: Subject) -> Task:
         run,
         sampling,
         SampleSettings(
-            args.prompts or list(dict.fromkeys(record.prompt for record in instances))[:4],
+            subject.prompts,
             args.num_validation_images,
             args.seed,
             args.sample_batch_size,
@@ -161,14 +250,19 @@ def subject_task(subject: Subject) -> Task:
         **subject.encoders,
         reconstruction=reconstruct(subject.pipe.vae, dataset.plain_samples()),
     )
-    loss_data = "on the training images"
+    titles, noun = FIGURES, "image"
+    if dataset.has_sources:
+        evaluation = replace(evaluation, **of_pairs(subject, evaluation.settings))
+        titles, noun = FIGURES_OF_PAIRS, "pair"
+    loss_data = f"on the training {noun}s"
     if subject.measured_on is not dataset:
-        loss_data = f"on {counted(len(subject.measured_on.instances), 'image')} held out"
+        loss_data = f"on {counted(len(subject.measured_on.instances), noun)} held out"
     sizes = []
     for (height, width), number in dataset.buckets.items():
         sizes.append(f"{counted(number, 'image')} at {height} x {width}")
-    folder = str(args.instance_data_dir)
-    data = trained_on(instances, folder, args.instance_prompt, dataset.class_images)
+    data = subject.trained_on
+    if dataset.has_sources:
+        data += ", each made from its source"
     return Task(
         subject.pipe,
         subject.family,
@@ -176,7 +270,7 @@ def subject_task(subject: Subject) -> Task:
         subject.step,
         dataset,
         collate_samples,
-        len(instances),
+        len(dataset.epoch),
         evaluation,
         facts={
             **start_facts(args),
@@ -184,12 +278,32 @@ def subject_task(subject: Subject) -> Task:
             "sizes (height x width)": f"{', '.join(sizes)}; samples at {size[0]} x {size[1]}",
             "validation loss": loss_data,
         },
-        report=partial(_report, evaluation, data),
+        report=partial(_report, evaluation, data, titles),
     )
 
 
+def of_pairs(subject: Subject, settings: SampleSettings) -> dict[str, Any]:
+    """Return the fields of an `Evaluation` that edits up to four pairs, held-out ones if there are any."""
+    samples = subject.measured_on.plain_samples()[:4]
+    sources, targets, by_prompt = [], [], []
+    for sample in samples:
+        images, (height, width) = sample.source_images(), sample.target
+        sources.append(Flux2ImageProcessor.concatenate_images(images))
+        targets += [sample.cut_image()] * settings.images_per_prompt
+        image = images if len(images) > 1 else images[0]
+        by_prompt.append({"image": image, "height": height, "width": width})
+    prompts = [sample.prompt for sample in samples]
+    return {
+        "settings": replace(settings, prompts=prompts, by_prompt=by_prompt),
+        "sources": sources,
+        "references": targets,
+        "alignment": None,
+        "reconstruction": None,
+    }
+
+
 def place_models(subject: Subject, sampling: DiffusionPipeline) -> None:
-    """Encode all prompts, then put the denoiser on the device."""
+    """Encode all prompts, then put the denoiser on the device, or the first that runs of two."""
     args, family, device = subject.args, subject.family, subject.run.accelerator.device
     staying = family.text_encoders if args.train_text_encoder else ()
     for pipe in (subject.pipe, sampling):
@@ -198,7 +312,17 @@ def place_models(subject: Subject, sampling: DiffusionPipeline) -> None:
         images = [*subject.dataset.instances, *subject.dataset.class_images]
         dropped = [""] if args.caption_dropout else []
         prompts = [image.prompt for image in [*images, *subject.measured_on.instances]]
-        subject.step.prompts.fill(dict.fromkeys([*dropped, *prompts]))
+        if family.source_encoder is None:
+            subject.step.prompts.fill(dict.fromkeys([*dropped, *prompts]))
+        else:
+            samples = subject.dataset.plain_samples() + subject.measured_on.plain_samples()
+            for sample in samples:
+                texts = [sample.prompt, *dropped]
+                subject.step.prompts.fill(texts, [sample] * len(texts))
+    if family.experts is not None:
+        if device.type != "cpu":
+            ExpertSwap(subject.pipe, family, device).attach(sampling)
+        return
     denoiser = getattr(subject.pipe, family.denoiser)
     if args.block_swap:
         swap = BlockSwap(denoiser.to("cpu"), args.block_swap, device)
@@ -208,11 +332,15 @@ def place_models(subject: Subject, sampling: DiffusionPipeline) -> None:
 
 
 def _report(
-    evaluation: Evaluation, data: str, before: Measurement, after: Measurement
+    evaluation: Evaluation,
+    data: str,
+    titles: Mapping[str, str],
+    before: Measurement,
+    after: Measurement,
 ) -> dict[str, Any]:
     return {
-        "names": (*FIGURES, "curve"),
-        "figures": figures(before, after, FIGURES),
+        "names": (*titles, "curve"),
+        "figures": figures(before, after, titles),
         "warnings": forgetting(before, after),
         "describe": partial(subject_card, evaluation, after, data),
     }

@@ -9,6 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from accelerate import DistributedDataParallelKwargs
+
 from nara_diffusion.training.adapters import title_of, window_facts
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.command import run_command
@@ -82,6 +84,9 @@ def teach(task: Task, args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     trainable = sum(parameter.numel() for parameter in model.trained.values())
 
     # training
+    if len(task.family.trained) > 1:  # in a forward, one of them gets no gradients
+        accelerator: Any = run.accelerator
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     parts = prepare_training(run, model, task.samples, task.collate)
     rounded = f", in {args.bits} bits" if args.bits else ""
     facts = {

@@ -18,8 +18,8 @@ from nara_diffusion.training.arguments import window_of
 
 from .caches import LatentCache, PromptCache
 from .dataset import TrainingSample
-from .draws import draw_indices, draw_noise, drawable_levels
-from .families import Family, placed
+from .draws import ExpertDraw, draw_indices, draw_noise, drawable_levels
+from .families import HIGH, Experts, Family, placed
 from .image_arguments import DreamBoothArguments
 from .objectives import Corrupted, Objective, build_objective, squared_errors
 
@@ -47,18 +47,25 @@ class TrainingStep:
     noise_offset: float = 0.0  # κ of `draw_noise`
     prior_loss_weight: float = 1.0
     drawable: Tensor | None = None  # the noise levels to draw from, (k,) of `drawable_levels`
+    experts: ExpertDraw | None = None  # draws the denoiser, and has the levels of each
 
     def __call__(self, batch: Mapping[str, Any]) -> DreamBoothLoss:
-        samples = batch["samples"]
-        corrupted = self._corrupt(samples)
+        samples, drawable, options = batch["samples"], self.drawable, {}
+        if self.experts is not None:
+            options["expert"] = self.experts(samples[0].position)
+            drawable = self.experts.levels[options["expert"]]
+        corrupted = self._corrupt(samples, drawable)
         time_ids = batch["time_ids"].to(self.device, non_blocking=True)
-        inputs = (corrupted.model_input, corrupted.timestep, time_ids)
         if self.prompts is None:
-            prediction = self.model(*inputs, prompts=batch["prompts"])
+            options["prompts"] = batch["prompts"]
         else:
-            embeddings = placed(self.prompts.get(batch["prompts"]), self.device)
-            prediction = self.model(*inputs, embeddings=embeddings)
-        losses = squared_errors(prediction, corrupted)
+            embeddings = self.prompts.get(batch["prompts"], samples)
+            options["embeddings"] = placed(embeddings, self.device)
+        options["sources"] = placed(self.latents.sources(samples), self.device)
+        inputs = (corrupted.model_input, corrupted.timestep, time_ids)
+        prediction = self.model(*inputs, **options)
+        weights = self.latents.weights(samples, corrupted.target)
+        losses = squared_errors(prediction, corrupted, weights)
         levels = self.objective.source.noise_level(corrupted.timestep)
         if samples[-1].role == "class":  # each loss has the min-SNR weight of its own sample
             instance, prior = losses.chunk(2)
@@ -66,13 +73,12 @@ class TrainingStep:
             levels, _ = levels.chunk(2)
         return DreamBoothLoss(losses.mean(), losses, levels)
 
-    def _corrupt(self, samples: Sequence[TrainingSample]) -> Corrupted:
+    def _corrupt(self, samples: Sequence[TrainingSample], drawable: Tensor | None) -> Corrupted:
         """Return the samples' corrupted latents, with drawn noise levels and noise.
 
         All rows of a role are consecutive: first all instances, then all class images.
         """
         latents = self.latents.sample(samples, seed=self.seed)  # (b, c, h, w)
-        drawable = self.drawable
         if drawable is None:
             drawable = torch.arange(self.objective.levels)
         indices, noise = [], []
@@ -100,8 +106,14 @@ def training_step(
     family: Family,
     device: torch.device,
     group_size: int,
+    forward_size: int,
 ) -> TrainingStep:
-    """Return the loss of a run, for the prediction type of the scheduler of `pipe`."""
+    """Return the loss of a run, for the prediction type of the scheduler of `pipe`.
+
+    Args:
+        group_size: the number of samples in an optimizer step.
+        forward_size: the number of samples in a forward, over all processes.
+    """
     objective = build_objective(
         pipe.scheduler,
         snr_gamma=args.snr_gamma,
@@ -116,10 +128,20 @@ def training_step(
         logit_std=args.logit_std,
         mode_scale=args.mode_scale,
     )
+    experts = None
+    if family.experts is not None:
+        levels = expert_levels(family.experts, drawable, objective.timestep)
+        forwards = group_size // forward_size if args.stratified_timesteps else 1
+        experts = ExpertDraw(levels, args.seed, forward_size, forwards)
+        group_size = forward_size
     return TrainingStep(
         model=getattr(pipe, family.denoiser),
         objective=objective,
-        latents=LatentCache(pipe.vae),
+        latents=LatentCache(
+            pipe.vae,
+            mask_floor=args.mask_floor,
+            source_pixels=family.pixels_of_sources(pipe),
+        ),
         prompts=None if args.train_text_encoder else PromptCache(pipe, family),
         device=device,
         seed=args.seed,
@@ -128,4 +150,23 @@ def training_step(
         noise_offset=args.noise_offset,
         prior_loss_weight=args.prior_loss_weight,
         drawable=drawable,
+        experts=experts,
     )
+
+
+def expert_levels(experts: Experts, drawable: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
+    """Return {trained denoiser: its part of the levels `drawable`}.
+
+    Raises:
+        ValueError: a denoiser has no level in the run's window.
+    """
+    levels = {}
+    for name in experts.trained:
+        is_own = (timesteps[drawable] >= experts.boundary) == (name == HIGH)
+        levels[name] = drawable[is_own]
+        if len(levels[name]) == 0:
+            raise ValueError(
+                f"{name} has no noise level between --min_noise_level and --max_noise_level: widen the window, or "
+                f"give --expert {'low' if name == HIGH else 'high'}."
+            )
+    return levels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -57,7 +58,8 @@ class ValidationLoss:
     @torch.no_grad()
     def _at(self, pipe: DiffusionPipeline, index: int) -> list[float]:
         """Return the loss of each sample at one noise level."""
-        denoiser = getattr(pipe, self.family.denoiser)
+        name = self.family.denoiser_at(self.objective.timestep[index])
+        denoiser = getattr(pipe, name)
         device = denoiser.device
         losses = []
         for batch in self._batches():
@@ -68,20 +70,24 @@ class ValidationLoss:
             corrupted = self.objective.corrupt(latents.to(device), noise.to(device), indices)
             texts = [sample.prompt for sample in batch]
             states = (
-                self.family.encode(pipe, texts) if self.prompts is None else self.prompts.get(texts)
+                self.family.encode(pipe, texts)
+                if self.prompts is None
+                else self.prompts.get(texts, batch)
             )
             embeddings = placed(states, device)
+            sources: Any = placed(self.latents.sources(batch), device)
             time_ids = torch.tensor([sample.time_ids for sample in batch], device=device)
             inputs = (corrupted.model_input, corrupted.timestep)
-            prediction = self.family.predict(denoiser, *inputs, time_ids, embeddings)
-            losses += squared_errors(prediction, corrupted).tolist()
+            prediction = self.family.predict(denoiser, *inputs, time_ids, embeddings, sources)
+            weights = self.latents.weights(batch, latents)
+            losses += squared_errors(prediction, corrupted, weights).tolist()
         return losses
 
     def _batches(self) -> list[list[TrainingSample]]:
-        """Return the samples in batches, each of one size."""
-        by_size: dict[tuple[int, int], list[TrainingSample]] = {}
+        """Return the samples in batches, each of one size, with sources of one size."""
+        by_size: dict[Any, list[TrainingSample]] = {}
         for sample in self.samples:
-            by_size.setdefault(sample.target, []).append(sample)
+            by_size.setdefault((sample.target, *sample.source_sizes), []).append(sample)
         batches = []
         for size in sorted(by_size):
             same = by_size[size]

@@ -74,7 +74,7 @@ class AdaptedLayer(Protocol):
     def _get_embed_scale(self) -> Tensor | None:
         """Return the factor that scales the base embedding's output, as in Gemma, or None."""
 
-    def _cache_store(self, key: str, value: Any) -> None:
+    def _cache_store(self, key: str, value: object) -> None:
         """Store a value that unmerging needs."""
 
     def _cache_pop(self, key: str) -> Any: ...

@@ -79,7 +79,8 @@ class CoreChannel:
         rows: the description of how the model's layers see its batch.
 
     Attributes:
-        local: thread-local storage with an attribute `pushed`, which is a `Pushed` or None.
+        local: thread-local storage with the attributes `pushed`, a `Pushed` or None, and `plan`,
+            the planned levels inside `CoreHolder.planning`.
     """
 
     def __init__(self, holder: CoreSource, rows: ModelRows) -> None:
@@ -113,19 +114,26 @@ class CoreChannel:
 
         D is converted once per forward. If the adapter has a strength, D stays in float32, because
         it may be nearly −I, and after rounding, C = I + D would not be close enough to zero.
+        While gradients are off, one D for all rows in float32 or float64 becomes Cᵀ (r, r), which
+        layers multiply by in one operation.
         """
         dtype, device = like.dtype, like.device
         if key[0] in self.holder.schedules:
             dtype = torch.promote_types(dtype, torch.float32)
-        if deviation.dtype == dtype and deviation.device == device:
+        is_core = not torch.is_grad_enabled() and deviation.shape[0] == 1 and dtype.itemsize >= 4
+        if deviation.dtype == dtype and deviation.device == device and not is_core:
             return deviation.detach()
         pushed = self.pushed()
-        if pushed is None or pushed.deviations.get(key) is not deviation:
-            return deviation.detach().to(device, dtype)
-        name = (key, dtype, device, torch.is_inference_mode_enabled())
-        if name not in pushed.operands:
-            pushed.operands[name] = deviation.detach().to(device, dtype)
-        return pushed.operands[name]
+        name = (key, dtype, device, is_core, torch.is_inference_mode_enabled())
+        operands = {}
+        if pushed is not None and pushed.deviations.get(key) is deviation:
+            operands = pushed.operands
+        if name not in operands:
+            operand = deviation.detach().to(device, dtype)
+            if is_core:
+                operand = operand[0].T + torch.eye(operand.shape[-1], dtype=dtype, device=device)
+            operands[name] = operand
+        return operands[name]
 
     def pushed(self) -> Pushed | None:
         """Return the values that the current forward has pushed, or None outside a forward."""

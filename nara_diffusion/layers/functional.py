@@ -52,8 +52,9 @@ def mixed_channels(deviation: Tensor, h: Tensor) -> Tensor:
 
 def _plus(h: Tensor, D: Tensor, scale: float = 1.0) -> Tensor:
     """Return `scale` (h + h Dᵀ), (n, l, r), for h (n, l, r) and D (n, r, r)."""
-    if len(D) == 1:  # a batched product with one matrix is slow on CPUs
-        return torch.addmm(h[0], h[0], D[0].T, beta=scale, alpha=scale)[None]
+    if D.shape[0] == 1:  # a batched product with one matrix is slow on CPUs
+        rows = h[0]
+        return torch.addmm(rows, rows, D[0].T, beta=scale, alpha=scale)[None]
     return torch.baddbmm(h, h, D.mT, beta=scale, alpha=scale)
 
 
@@ -82,7 +83,8 @@ def linear_in_one(
             this. If None, the update is added to `result`.
         A: the factor (r, d_in).
         deviation: D (n, r, r), float32. Its gradient is computed in float32.
-        operand: D without gradient, in the dtype used to compute h + D h.
+        operand: D without gradient, in the dtype used to compute h + D h; or Cᵀ (r, r), while
+            gradients are off.
         B: the factor (d_out, r).
         scaling: s.
         magnitude: DoRA's magnitude m (d_out,) and norm (n, d_out); the norm gets no gradient. None
@@ -94,6 +96,14 @@ def linear_in_one(
     """
     W, b = (None, None) if base is None else base
     m, norm = (None, None) if magnitude is None else magnitude
+    if not torch.is_grad_enabled():  # an autograd function takes longer
+        rows, A, B = _converted(x, A, B, result.dtype)
+        z, raised = result.flatten(0, -2), _mixed_rows(torch.mm(rows, A.T), operand, scaling)
+        z = torch.addmm(z, raised, B.T, out=None if W is None else z)
+        if m is not None and norm is not None:
+            gain = _gain(m, norm, result.dtype)[:, None]
+            z = scaled(z.view(gain.shape[0], -1, z.shape[1]), gain, b)
+        return z.view_as(result)
     if W is not None:
         result = result.detach()
     return _LinearInOne.apply(x, result, W, b, A, deviation, B, operand, scaling, m, norm)
@@ -182,16 +192,29 @@ def _converted(
     x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return x as rows (b l, d_in), A and B in `dtype`."""
-    return x.reshape(-1, x.shape[-1]).to(dtype), A.to(dtype), B.to(dtype)
+    rows = x.flatten(0, -2)
+    if x.dtype == A.dtype == B.dtype == dtype:  # three calls of `to` take longer
+        return rows, A, B
+    return rows.to(dtype), A.to(dtype), B.to(dtype)
 
 
 def _narrow(rows: Tensor, A: Tensor, operand: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Return h = A x and s (h + D h), both (n, l, r)."""
-    h = torch.mm(rows, A.T).view(len(operand), -1, len(A))
+    h = torch.mm(rows, A.T).view(operand.shape[0], -1, A.shape[0])
     if operand.dtype == h.dtype:
         return h, _plus(h, operand, scale)
     with without_autocast(h.device):
         return h, _plus(h.to(operand.dtype), operand, scale).to(h.dtype)
+
+
+def _mixed_rows(h: Tensor, operand: Tensor, scale: float) -> Tensor:
+    """Return s C h (b l, r) in the dtype of h (b l, r), for an operand Cᵀ (r, r) or D (n, r, r)."""
+    if operand.dtype != h.dtype:
+        with without_autocast(h.device):
+            return _mixed_rows(h.to(operand.dtype), operand, scale).to(h.dtype)
+    if operand.dim() == 2:
+        return torch.addmm(h, h, operand, beta=0, alpha=scale)
+    return _plus(h.view(operand.shape[0], -1, h.shape[1]), operand, scale).flatten(0, 1)
 
 
 def _gain(m: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:

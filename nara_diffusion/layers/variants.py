@@ -45,7 +45,6 @@ from .functional import (
 from .offloading import is_managed, onloaded
 from .row_norm import times_core
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TENSORS = (Tensor, FakeTensor)
 
 
@@ -297,5 +296,6 @@ def is_plain(layer: nn.Module) -> bool:
         type(layer) is nn.Linear
         and "forward" not in attributes
         and type(attributes["_parameters"].get("weight")) in (nn.Parameter, FakeTensor)
-        and not any(attributes[hooks] for hooks in _HOOKS)
+        and not (attributes["_forward_hooks"] or attributes["_forward_pre_hooks"])
+        and not (attributes["_backward_hooks"] or attributes["_backward_pre_hooks"])
     )

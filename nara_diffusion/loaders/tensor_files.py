@@ -269,7 +269,7 @@ def read_peft_tensors(
     return tensors
 
 
-def load_peft_adapter(model: Any, source: str | Path, **options: Any) -> PeftModel:
+def load_peft_adapter(model: nn.Module, source: str | Path, **options: Any) -> PeftModel:
     """Call `PeftModel.from_pretrained`, and check that all tensors of the file were loaded.
 
     Args:

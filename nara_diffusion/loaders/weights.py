@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +112,14 @@ def load_nara_weights(
     models = adaptable_models(self)
     component = denoiser_name(self)
 
-    def base() -> nn.Module:
-        check_not_wrapped(models[component], component, "load_nara_weights")
+    def base(name: str = component) -> nn.Module:
+        check_not_wrapped(models[name], name, "load_nara_weights")
         if fused := getattr(self, "fused_loras", None):
             raise ValueError(
                 f"{listed(fused)} is fused into the base, but the adapter's start factors come from the original "
                 "weights. Call pipe.unfuse_lora() first."
             )
-        return models[component]
+        return models[name]
 
     place: dict[str, Any] = {"weight_name": weight_name, "subfolder": subfolder, "hub": hub}
     if isinstance(source, list):
@@ -128,8 +128,12 @@ def load_nara_weights(
                 "metadata is for a dict of tensors, and windows are files: leave it out."
             )
         _check_several(hotswap)
-        conversion = {"base": base, "rank_mask": rank_mask}
-        _load_windows(self, models, source, adapter_name, place, conversion, low_cpu_mem_usage)
+
+        def read(path: str | os.PathLike[str], name: str) -> Mapping[str, AdapterPart]:
+            conversion: Any = {"base": partial(base, name), "rank_mask": rank_mask}
+            return AdapterFile.read(path, name, for_model=True, **place, **conversion).parts
+
+        _load_windows(self, models, source, adapter_name, place, read, low_cpu_mem_usage)
         return
     with offloading_suspended(self):
         file = AdapterFile.read(
@@ -223,7 +227,7 @@ def _load_windows(
     windows: list[Any],
     adapter_name: str | None,
     place: dict[str, Any],
-    conversion: dict[str, Any],
+    read: Callable[[Any, str], Mapping[str, AdapterPart]],
     low_cpu_mem_usage: bool,
 ) -> None:
     """Load each file for its window of λ and activate all of them or, after an error, load none."""
@@ -235,10 +239,7 @@ def _load_windows(
                 if is_lora(source, **place):
                     load_lora_inside(pipe, window, source, name, **place)
                 else:
-                    file = AdapterFile.read(
-                        source, denoiser_name(pipe), for_model=True, **place, **conversion
-                    )
-                    parts = parts_inside(file.parts, pipe, window)
+                    parts = parts_inside(pipe, window, partial(read, source))
                     _check_parts(parts, models)
                     _insert_all(models, parts, name, low_cpu_mem_usage)
                 restrict(models, name, window)
@@ -301,13 +302,11 @@ def _insert_all(
     low_cpu_mem_usage: bool,
 ) -> None:
     """Insert the parts into all components or, after an error, into none."""
-    with ExitStack() as undo:
-        for component, model in models.items():
-            if component not in parts:
-                continue
-            undo.enter_context(restored_on_error(model))
+    with restored_on_error(*(models[component] for component in parts)):
+        for component, part in parts.items():
+            model = models[component]
             try:
-                insert(model, name, parts[component], low_cpu_mem_usage)
+                insert(model, name, part, low_cpu_mem_usage)
             except ValueError as error:
                 raise ValueError(f"{component}: {error}") from error
             request = getattr(model, REQUEST, None)

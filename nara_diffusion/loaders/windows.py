@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -25,7 +25,7 @@ from nara_diffusion.tuner.strength import check_strength, give_strength, strengt
 
 from .adapter_part import AdapterPart, config_from_fields, config_to_fields
 from .components import TEXT_ENCODER, Pipeline, adapters_of, denoiser_name
-from .tensor_files import PEFT_WEIGHTS_NAME, copied, is_nara, locate, read_tensors
+from .tensor_files import PEFT_WEIGHTS_NAME, is_nara, locate, read_tensors
 from .time_aware import format_of
 
 _EXAMPLE = '[("early.safetensors", (0.5, 1)), ("late.safetensors", (0, 0.5))]'
@@ -99,16 +99,20 @@ def load_lora_inside(
 
 
 def parts_inside(
-    parts: Mapping[str, AdapterPart], pipe: Pipeline, window: NoiseWindow
+    pipe: Pipeline, window: NoiseWindow, read: Callable[[str], Mapping[str, AdapterPart]]
 ) -> dict[str, AdapterPart]:
-    """Return the parts of a file, or its only transformer's part for each denoiser inside the window."""
-    if len(parts) > 1 or not set(parts) <= {"transformer", "transformer_2"}:
-        return dict(parts)
-    inside = {}
+    """Return the parts of a file, or its only transformer's part for each denoiser inside the window.
+
+    Args:
+        read: a function that reads the file for a denoiser. A T-LoRA's start factors are those of
+            the denoiser's own weights.
+    """
+    inside: dict[str, AdapterPart] = {}
     for name in denoisers_inside(pipe, window):
-        for part in parts.values():  # the models would share tensors
-            tensors = {key: copied(tensor) for key, tensor in part.tensors.items()}
-            inside[name] = AdapterPart(part.config, tensors)
+        parts = dict(read(name))
+        if len(parts) == 1 and set(parts) <= {"transformer", "transformer_2"}:
+            parts = dict(zip([name], parts.values(), strict=True))
+        inside |= parts
     return inside
 
 

@@ -87,7 +87,7 @@ class CanvasNoise:
             )
         return level
 
-    def _begin_block(self, schedulers: list[Any], sampler: Any) -> None:
+    def _begin_block(self, schedulers: list[Any], sampler: object) -> None:
         self.local.level, self.local.begins_block = None, sampler is None
         self.local.seen = getattr(sampler, "accepted_token_mask", None)
         for scheduler in schedulers:

@@ -103,7 +103,7 @@ def backward_pass() -> int:
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
-def checked_module(model: Any) -> nn.Module:
+def checked_module(model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"{type(model).__name__} is not a torch.nn.Module: pass the model itself, e.g. pipe.unet."

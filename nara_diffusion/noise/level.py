@@ -86,7 +86,7 @@ def one_if_expanded(values: Tensor) -> Tensor:
     return values[:1] if values.dim() > 0 and values.stride(0) == 0 else values
 
 
-def as_tensor(value: Any) -> Tensor:
+def as_tensor(value: object) -> Tensor:
     """Return `value` as a tensor.
 
     Real numbers from Python and NumPy become float32, whatever the default dtype of torch is.
@@ -99,6 +99,6 @@ def as_tensor(value: Any) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float32) if tensor.is_floating_point() else tensor
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     """Return whether `value` is a real number (not a bool) and its square fits into float32."""
     return isinstance(value, Real) and not isinstance(value, bool) and -1e9 <= float(value) <= 1e9

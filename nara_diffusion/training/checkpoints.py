@@ -4,6 +4,7 @@
                  adapter_model.safetensors
                  optimizer.bin,              as accelerate writes them; scaler.pt only with fp16;
                  scheduler.bin, scaler.pt    see `engine_state` for the optimizer's form
+                 ema.bin                     the average of the weights, with --ema_decay
                  random_states_P.pkl         the random states of process P
                  checkpoint.json             the manifest: step, length of the schedule, losses not
                                              yet logged, number of processes, engine, arguments,

@@ -1,4 +1,4 @@
-"""Save and restore an engine's state: trained weights, optimizer, schedule, random states.
+"""Save and restore an engine's state: weights, their average, optimizer, schedule, random states.
 
 | engine           | weights                        | optimizer, in a checkpoint                  |
 |------------------|--------------------------------|---------------------------------------------|
@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from .engines import SHARDED, zero_stage
 
 DEEPSPEED_FOLDER = "deepspeed"
+AVERAGE = "ema.bin"
 
 
 def trained_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
@@ -82,7 +83,7 @@ def write_trained(accelerator: Accelerator, model: nn.Module, state: Mapping[str
 
 
 def save_state(accelerator: Accelerator, folder: Path) -> None:
-    """Write optimizer, schedule, scaler and random states, but no weights.
+    """Write optimizer, schedule, scaler, random states and the average of weights, but no weights.
 
     Every process calls this function.
     """
@@ -108,6 +109,8 @@ def save_state(accelerator: Accelerator, folder: Path) -> None:
         accelerator.step,
         accelerator.scaler,
     )
+    for average in accelerator._custom_objects:
+        accelerator.save(average.state_dict(), folder / AVERAGE)
 
 
 def load_state(accelerator: Accelerator, folder: Path) -> None:
@@ -138,6 +141,10 @@ def load_state(accelerator: Accelerator, folder: Path) -> None:
         accelerator.scaler,
     )
     accelerator.step = loaded.get("step", accelerator.step)
+    for average in accelerator._custom_objects:
+        average.load_state_dict(
+            torch.load(folder / AVERAGE, map_location=accelerator.device, weights_only=True)
+        )
     for wrapped in accelerator._schedulers:
         schedule = wrapped.scheduler
         rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)

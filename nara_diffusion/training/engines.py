@@ -125,6 +125,8 @@ def check_sharded(accelerator: Accelerator, args: TrainingArguments) -> None:
         reason = f"adapter {args.adapter} is saved by running its own small network, and {name} shards its weights"
     elif args.optimizer == "adafactor":
         reason = f"optimizer adafactor needs the rows of whole matrices, which {name} shards"
+    elif args.ema_decay is not None:
+        reason = f"ema_decay averages whole weights, and {name} shards or casts them"
     elif args.is_quantised:
         reason = f"load_in_4bit and load_in_8bit can't be trained under {name}, which shards or casts weights"
     elif stage and accelerator.mixed_precision == "fp16":

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from nara_diffusion.utils.data_order import stream_loader
 
+from .averaging import WeightAverage, average_weights, averaged
 from .checkpoints import resume_hint
 from .command import InterruptRequest, TrainingDiverged
 from .engine_models import prepare
@@ -48,6 +49,7 @@ class Prepared(NamedTuple):
     optimizer: AcceleratedOptimizer
     scheduler: AcceleratedScheduler
     loader: DataLoader
+    average: WeightAverage | None  # of the trained weights, with --ema_decay
 
 
 def prepare_training(
@@ -64,7 +66,9 @@ def prepare_training(
     left = run.positions_left()
     size = run.args.train_batch_size
     loader = stream_loader(samples, collate, batch_size=size, first=left.start, stop=left.stop)
-    return Prepared(*prepare(run.accelerator, model, optimizer, scheduler, loader))
+    prepared = prepare(run.accelerator, model, optimizer, scheduler, loader)
+    average = average_weights(run.accelerator, prepared[0], run.args.ema_decay)
+    return Prepared(*prepared, average)
 
 
 def train(
@@ -73,7 +77,7 @@ def train(
     compute_loss: Callable[[Any], StepLoss],
     validate: Callable[[], dict[str, float]],
 ) -> None:
-    """Train from `run.step` to `run.total_steps`.
+    """Train from `run.step` to `run.total_steps`. With --ema_decay, the model ends as the average.
 
     Args:
         parts: the result of `prepare_training`.
@@ -87,7 +91,8 @@ def train(
         SystemExit: training was stopped and a checkpoint written. The code is 130 after Ctrl-C and
             143 after SIGTERM.
     """
-    accelerator, args, (model, optimizer, scheduler, loader) = run.accelerator, run.args, parts
+    accelerator, args = run.accelerator, run.args
+    model, optimizer, scheduler, loader, average = parts
     bar = tqdm(
         total=run.total_steps, initial=run.step, desc="train", unit="step", disable=not run.is_main
     )
@@ -106,6 +111,8 @@ def train(
                 optimizer.step()
                 if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                     scheduler.step()
+                    if average is not None:
+                        average.step()
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
@@ -121,7 +128,9 @@ def train(
             if is_logged:
                 _log_losses(run, bar, optimizer)
             if is_validated:
-                run.log(validate())
+                with averaged(average):
+                    figures = validate()
+                run.log(figures)
             if is_saved:
                 run.save_checkpoint()
             if number := interrupt.of_any_process():
@@ -132,6 +141,8 @@ def train(
                     logger.warning("stopped after step %d. %s", run.step, resume_hint(run.folder))
                 run.close()
                 raise SystemExit(128 + number)
+    if average is not None:
+        average.copy_to_model()
 
 
 @dataclass

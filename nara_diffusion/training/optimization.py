@@ -99,7 +99,7 @@ def is_core_parameter(name: str) -> bool:
     return f"{HOLDER_NAME}." in name
 
 
-def freeze_core(optimizer: Any) -> None:
+def freeze_core(optimizer: torch.optim.Optimizer) -> None:
     """Delete the gradients of the core, so that a step doesn't change its weights and moments."""
     for group in optimizer.param_groups:
         if group.get("name") == "core":

@@ -57,6 +57,7 @@ class PlannedStep:
         swapped: frozen weights of blocks that are on the host while others run. Two of these blocks
             are on the device at once.
         swappable: the number of blocks that could be swapped.
+        resting: frozen weights of `model` that are on the host, since only another part of it runs.
         blocks: the parts of `model` that FSDP2 gathers one after the other; empty if `model` can't
             be sharded.
         packed: {quantised weight: bytes per number in 4 or 8 bits}.
@@ -70,6 +71,7 @@ class PlannedStep:
     encode: Callable[[], object] = lambda: None
     swapped: Sequence[Sequence[Tensor]] = ()
     swappable: int = 0
+    resting: Sequence[Tensor] = ()
     blocks: Sequence[nn.Module] = ()
     packed: Mapping[Tensor, float] = field(default_factory=dict)
 
@@ -82,7 +84,7 @@ class Needs:
     parts: Mapping[str, int]  # {part: its frozen weights}
     adapter: int  # of trained weights
     gradients: int
-    optimizer: int
+    optimizer: int  # with the average of the trained weights
     activations: int  # `step` in the module's docstring
     caching: int  # `caching` in the module's docstring
     peak: int
@@ -114,7 +116,8 @@ def measure(step: PlannedStep, args: TrainingArguments) -> Needs:
     parts = {name: size(tensors_of(part)) for name, part in step.parts.items()}
     swapped = [size(block) for block in step.swapped]
     pairs = [one + other for one, other in zip(swapped, [*swapped, 0.0][1:], strict=True)]
-    weights = size(tensors_of(step.model)) - sum(swapped) + max(pairs, default=0.0)
+    weights = size(tensors_of(step.model)) - size(step.resting)
+    weights += max(pairs, default=0.0) - sum(swapped)
     unpacked = max((weight.nbytes for weight in step.packed), default=0)
     gathered = _gathered(step)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -138,6 +141,7 @@ def measure(step: PlannedStep, args: TrainingArguments) -> Needs:
     adapter = gradients = nbytes(trained)
     is_fused = args.optimizer == "AdamW" and dtype_of(args) != torch.float16
     optimizer = optimizer_bytes(trained, args.optimizer)
+    optimizer += 0 if args.ema_decay is None else adapter
     activations = counter.peak + unpacked
     highest = max(activations, gradients + (0 if is_fused else adapter))
     resident = round(weights) + adapter + optimizer

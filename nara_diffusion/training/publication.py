@@ -20,7 +20,7 @@ from .run import Run
 from .run_folder import CONFIG, LOCK, as_yaml
 
 _PLACES = re.compile(
-    r"\w+_(file|dir|path|model)|dataset_name|init_adapter|core_module|resume_from_checkpoint"
+    r"\w+_(file|dir|path|model)|dataset_name|dataset_config|init_adapter|core_module|resume_from_checkpoint"
 )
 """The names of arguments that may be paths."""
 

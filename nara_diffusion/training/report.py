@@ -47,7 +47,7 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     """Write `content` as indented JSON."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
@@ -206,7 +206,7 @@ def finish(
     schedule_line: str,
     warnings: Sequence[str] = (),
     describe: Callable[[], Mapping[str, Any]],
-    **further: Any,
+    **further: object,
 ) -> dict[str, Any]:
     """Write the model card and results.json, upload them if asked to, and return the results.
 

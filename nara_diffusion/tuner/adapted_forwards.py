@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NoReturn
 
@@ -68,6 +68,9 @@ class RootForwards:
     def unhook(self) -> None:
         """Undo `hook`, except for the hooks, which the caller removes through their handles."""
 
+    def check_layers(self, names: Iterable[str]) -> None:
+        """Raise ValueError if one of the named layers cannot be adapted."""
+
     def check_merge(self) -> None:
         """Raise ValueError if the adapters cannot be merged into the weights of this model."""
 
@@ -112,6 +115,14 @@ class TwinForwards(RootForwards):
         vars(self.twins.decoder).pop(_MASK, None)
         vars(self.root).pop(_SAMPLER, None)
         vars(self.root).pop(_COMPILE, None)
+
+    def check_layers(self, names: Iterable[str]) -> None:
+        for name in names:
+            if ".router." in name:
+                raise ValueError(
+                    f"'{name}' is a router, and its update would send tokens to experts that were not trained "
+                    "for them. Leave it out with exclude_modules=r'.*router.*'."
+                )
 
     def check_merge(self) -> None:
         raise ValueError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from copy import copy
 from typing import cast
 
 import torch
@@ -57,19 +56,16 @@ def restored_on_error(*roots: nn.Module) -> Iterator[None]:
     place, since hook handles refer to them. Tensor values that were changed in place are not
     restored. PEFT's initialisations that change the base do not need this: they set new tensors.
     """
-    modules: dict[int, nn.Module] = {}
+    modules = {id(module): module for root in roots for module in root.modules()}
     values = []
-    for root in roots:
-        for module in root.modules():
-            modules[id(module)] = module
-        for parameter in root.parameters():
-            values.append((parameter, parameter.data, parameter.requires_grad))
     states: list[tuple[nn.Module, _State]] = []
     for module in modules.values():
+        for parameter in module.parameters(recurse=False):
+            values.append((parameter, parameter.data, parameter.requires_grad))
         state: _State = []
         for name, value in vars(module).items():
             is_container = type(value) in (dict, list, set, OrderedDict)
-            state.append((name, value, copy(value) if is_container else None))
+            state.append((name, value, value.copy() if is_container else None))
         states.append((module, state))
     try:
         yield

@@ -16,6 +16,8 @@ layer of an adapter names the cores among its own modules (`adapter_layer_names`
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -39,6 +41,7 @@ from nara_diffusion.noise.timesteps import DenoiserNoise
 from .checkpointing import pass_cores, pass_no_cores
 from .finder import LevelFinder
 from .merging import Merging
+from .planned_levels import PlannedLevels
 
 _CORES_OF_LAYER = "nara_cores"
 """The attribute of an adapter's first layer that names its cores: {adapter: cores}."""
@@ -81,7 +84,7 @@ class CoreHolder(nn.Module):
         """Return the adapted model. As a plain attribute, it would be a submodule of the holder."""
         return self.finder.root
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: object) -> object:
         """Return `x`, because a root such as `nn.Sequential` also calls the holder as a child."""
         return x
 
@@ -118,7 +121,7 @@ class CoreHolder(nn.Module):
         self.drop_deleted()
         names = []
         for name, layers in self.layers.items():
-            on = [layer for layer in layers if not (layer.disable_adapters or layer.merged)]
+            on = (layer for layer in layers if not (layer.disable_adapters or layer.merged))
             if any(name in layer.active_adapters for layer in on):
                 names.append(name)
         return names
@@ -212,13 +215,32 @@ class CoreHolder(nn.Module):
             level = torch.zeros(1)
         elif noisy:
             level, parts = self.finder.level_of_forward(noisy, entry, args, kwargs)
-        deviations = self.deviations_of(names, level)
+        plan: PlannedLevels | None = getattr(self.channel.local, "plan", None)
+        deviations = None
+        if plan is not None and level is not None:
+            sources = [(name, self.cores[name], self.schedules.get(name)) for name in names]
+            deviations = plan.deviations(level, sources, partial(self.deviations_of, names))
+        if deviations is None:
+            deviations = self.deviations_of(names, level)
         device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         if device is not None and device.type != "cpu":  # once for all layers
             for key, D in deviations.items():
                 deviations[key] = D.to(device) if D.device.type == "cpu" else D
         innermost = None if torch.compiler.is_compiling() else present.get()
         self.channel.local.pushed = Pushed(innermost, entry, deviations, parts)
+
+    @contextmanager
+    def planning(self, levels: Tensor) -> Iterator[None]:
+        """Inside, in this thread, compute D(λ) of all these `levels` (n,) at once.
+
+        Weights of the cores must not change inside.
+        """
+        local = self.channel.local
+        former, local.plan = getattr(local, "plan", None), PlannedLevels(levels)
+        try:
+            yield
+        finally:
+            local.plan = former
 
     def context(self) -> Entry | None:
         """Return the innermost open `noise_level(…)` of this model, or None if there is none."""

@@ -121,6 +121,7 @@ class NaraModel(LoraModel):
                         low_cpu_mem_usage,
                         layers_only or None,
                     )
+                holder.finder.forwards.check_layers(layers)
                 shared = share_factors(model, adapter_name, layers)
                 owners = {name: layer for name, layer in layers.items() if name not in shared}
                 cores = cores_for(config, adapter_name, owners, low_cpu_mem_usage, is_dispatched)

@@ -59,16 +59,10 @@ def share_factors(root: nn.Module, adapter_name: str, layers: Mapping[str, LoraL
     Repeating is safe.
 
     Raises:
-        ValueError: an encoder layer is adapted without its twin, or has another rank; or a layer of
-            a DiffusionGemma routes tokens to experts.
+        ValueError: an encoder layer is adapted without its twin, or has another rank.
     """
     shared = []
     for name, layer in layers.items():
-        if ".router." in name and twins_of(root) is not None:
-            raise ValueError(
-                f"'{name}' is a router, and its update would send tokens to experts that were not trained "
-                "for them. Leave it out with exclude_modules=r'.*router.*'."
-            )
         twin = decoder_name(root, name)
         if twin is None:
             continue

@@ -60,5 +60,5 @@ def described(annotation: Any) -> str:
     return _KINDS[kind][1] if kind in _KINDS else f"a {kind.__name__}"
 
 
-def _is_union(annotation: Any) -> bool:
+def _is_union(annotation: object) -> bool:
     return type(annotation) is UnionType or get_origin(annotation) is Union

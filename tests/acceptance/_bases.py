@@ -11,6 +11,7 @@ import hashlib
 import math
 import zlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -50,13 +51,16 @@ def drawn(name: str, *shape: int) -> Tensor:
 def filled(model: nn.Module, seed: str) -> Any:
     """`model` in evaluation mode, with values of our own: none is 0, and no norm's weight is 1."""
     for name, parameter in model.named_parameters():
-        value = drawn(f"{seed}.{name.removeprefix('text_model.')}", *parameter.shape)
-        if parameter.dim() > 1:
-            value *= 2.0 ** (1 - round(math.log2(parameter[0].numel()) / 2))  # a power of 2, so nothing is rounded
-        else:
-            value = value / 8 + (1 if name.endswith("norm.weight") or (".norm" in name and "weight" in name) else 0)
-        parameter.data.copy_(value)
+        parameter.data.copy_(_value_of(seed, name.removeprefix("text_model."), parameter.shape))
     return model.eval()
+
+
+@cache
+def _value_of(seed: str, name: str, shape: torch.Size) -> Tensor:
+    value = drawn(f"{seed}.{name}", *shape)
+    if len(shape) > 1:
+        return value * 2.0 ** (1 - round(math.log2(shape[1:].numel()) / 2))  # a power of 2, so nothing is rounded
+    return value / 8 + (1 if name.endswith("norm.weight") or (".norm" in name and "weight" in name) else 0)
 
 
 def digest(model: nn.Module) -> str:

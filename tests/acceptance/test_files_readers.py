@@ -1,4 +1,7 @@
-"""Readers that have no base model refuse a damaged file, by its name, and write nothing: each damage by each reader."""
+"""Readers that have no base model refuse a damaged file, by its name, and write nothing.
+
+`inspect` meets each damage; of the others, which read by the same check, each meets every third.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,8 @@ def damages_of(form: str) -> dict[str, Break]:
 @pytest.mark.parametrize(("form", "reader"), READERS)
 def test_every_damage_is_refused_without_a_base(form: str, reader: str, tmp_path: Path) -> None:
     read, out = (OF_PIPELINES if form == "pipeline" else OF_PEFT)[reader], tmp_path / "out"
-    for number, (row, damage) in enumerate(damages_of(form).items()):
+    first, step = (0, 1) if reader == "inspect" else (READERS.index((form, reader)) % 3, 3)
+    for number, (row, damage) in list(enumerate(damages_of(form).items()))[first::step]:
         folder = Path(shutil.copytree(GOOD[form], tmp_path / str(number)))
         parts = damage(form, folder / WEIGHTS[form])
         with pytest.raises((ValueError, SystemExit)) as caught:

@@ -189,22 +189,23 @@ def test_hotswap_at_equal_rank_gives_the_new_adapter(root: Path) -> None:
 
 
 def test_hotswap_that_would_mix_two_adapters_is_refused(root: Path, tmp_path: Path) -> None:
+    bins = {number: save_nara(tmp_path / f"bins-{number}", core_type="bins", core_bins=number) for number in (2, 4)}
     for old, new, message in [
-        ({"core_type": "bins", "core_bins": 2}, {"core_type": "bins", "core_bins": 4}, "core_bins is 4 .* but 2 in"),
-        ({}, {"noise_convention": "edm"}, "defined as 'edm', but .* as 'b' of this model needs"),
-        ({"text": True}, {}, "no part for 'text_encoder'"),
+        (bins[2], bins[4], "core_bins is 4 .* but 2 in"),
+        (root / "a", save_nara(tmp_path / "edm", noise_convention="edm"), "defined as 'edm', but .* as 'b' of this"),
+        (save_nara(tmp_path / "text", text=True), root / "a", "no part for 'text_encoder'"),
     ]:
         pipe: Any = frozen_sd()
         pipe.load_nara_weights(root / "b", adapter_name="b")
-        pipe.load_nara_weights(save_nara(tmp_path / "old", **old), adapter_name="toy")
+        pipe.load_nara_weights(old, adapter_name="toy")
         original = predict(pipe)
         with pytest.raises(ValueError, match=message):
-            pipe.load_nara_weights(save_nara(tmp_path / "new", seed=2, **new), adapter_name="toy", hotswap=True)
+            pipe.load_nara_weights(new, adapter_name="toy", hotswap=True)
         assert torch.equal(predict(pipe), original)
     with noise_level(pipe.unet, 0.3):
         pipe.fuse_lora(components=["unet"])
     with pytest.raises(ValueError, match="is merged"):
-        pipe.load_nara_weights(tmp_path / "old", adapter_name="toy", hotswap=True)
+        pipe.load_nara_weights(old, adapter_name="toy", hotswap=True)
     pipe = frozen_sd()
     pipe.unet.enable_lora_hotswap(target_rank=5)
     with pytest.raises(ValueError, match="target_rank=5, but 'toy' depends on λ and has rank 4"):

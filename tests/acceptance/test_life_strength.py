@@ -153,8 +153,7 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("kind", ["images", "text"])
-@pytest.mark.parametrize("method", ["NaRA", "LoRA"])
+@pytest.mark.parametrize(("kind", "method"), [("images", "NaRA"), ("text", "LoRA")])
 def test_live_schedule_stays_and_numbers_multiply_it(kind: str, method: str) -> None:
     one, other = Loaded(kind, method), Loaded(kind, method)
     live, half, new, plain = (other.by_hand(schedule) for schedule in (SCHEDULE, HALF, OTHER, None))

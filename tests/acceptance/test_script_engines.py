@@ -208,6 +208,7 @@ def test_zero_3_in_bf16_trains_in_float32(flags: dict[str, Any], tmp_path: Path)
         ("ddp", "fsdp2", {}, "under one process or DDP and this run is under FSDP2 with SHARDED_STATE_DICT"),
         ("zero-2", "ddp", {}, "was written under DeepSpeed ZeRO-2 and this run is under one process or DDP"),
         (None, "fsdp2", {"load_in_4bit": True}, "can't be trained under FSDP, which shards or casts weights"),
+        (None, "fsdp2", {"ema_decay": 0.9}, "ema_decay averages whole weights, and FSDP shards or casts them"),
         (None, "zero-2", {"mixed_precision": "fp16"}, "mixed_precision is fp16, and DeepSpeed would round"),
         (None, "fsdp2", GEMMA, "share their weights, and FSDP would shard them"),
         (None, "zero-3", GEMMA, "share their weights, and DeepSpeed would shard them"),

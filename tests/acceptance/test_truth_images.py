@@ -38,7 +38,7 @@ def write_pictures(folder: Path, sizes: list[tuple[int, int]], seed: int) -> Pat
     return folder
 
 
-@pytest.fixture(scope="module", params=["sdxl", "flow"])
+@pytest.fixture(scope="module", params=["sdxl", pytest.param("flow", marks=pytest.mark.slow)])
 def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     """One step on own images, by each of the two scripts; SDXL in buckets, on two wide and a tall one."""
     folder = tmp_path_factory.mktemp(request.param)

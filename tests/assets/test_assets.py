@@ -21,6 +21,7 @@ from nara_diffusion.dllm import generate, load_backbone
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 MEGABYTES = {"llada-tiny": 6, "dream-tiny": 6, "uniform-tiny": 6, "clip-tiny": 3, "sdxl-tiny": 13, "sd-tiny-flow": 8}
+MEGABYTES["kontext-tiny"] = 7
 PROMPTS = (
     "a photo of a red car on the beach",
     "a photo of a blue house in the snow",

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from unittest.mock import Mock
 
 import make_clip_tiny
+import make_kontext_tiny
+import make_pairs
 import make_sd_tiny_flow
 import make_sdxl_tiny
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from nara_diffusion.dllm import load_backbone
 from tests.helpers.rounding import assert_near
@@ -102,3 +106,22 @@ def test_make_sd_tiny_flow_writes_a_pipeline(tmp_path):
     results = make_sd_tiny_flow.main(make_sd_tiny_flow.Arguments(output_dir=tmp_path, **sizes, **LESS))
     assert results["validation_loss"] > 0
     DiffusionPipeline.from_pretrained(tmp_path, text_encoder_3=None, tokenizer_3=None)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # of FLUX under autocast
+def test_make_kontext_tiny_writes_a_pipeline(tmp_path):
+    sizes = {"layers": 1, "heads": 1, "steps": 4, "decay_steps": 2, "batch_size": 2, "pairs": 6}
+    options = {**sizes, "held_out": 3, "save_steps": 3}
+    results = make_kontext_tiny.main(make_kontext_tiny.Arguments(output_dir=tmp_path, **options))
+    assert results["validation_loss"] > 0
+    pipe = DiffusionPipeline.from_pretrained(tmp_path)
+    words = [pipe.tokenizer_2(prompt).input_ids for prompt in ("make it blue", "remove it")]
+    assert pipe.tokenizer_2.unk_token_id not in words[0] + words[1]
+
+
+def test_make_pairs_draws_the_shipped_pairs(tmp_path):
+    make_pairs.main(make_pairs.Arguments(output_dir=tmp_path))
+    shipped = Path(make_pairs.__file__).parents[1] / "pairs"
+    for path in tmp_path.rglob("*.png"):
+        with Image.open(path) as drawn, Image.open(shipped / path.relative_to(tmp_path)) as file:
+            assert drawn.tobytes() == file.tobytes()

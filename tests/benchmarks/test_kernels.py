@@ -21,6 +21,7 @@ def test_hypernetwork_launches_ten_kernels_under_autocast() -> None:
     assert kernels.total() <= 10, kernels
 
 
+@pytest.mark.slow  # (of the library: tests/acceptance/test_noise_waiting.py)
 def test_generation_step_reads_one_value() -> None:
     small = {"block_out_channels": (32, 64, 64), "transformer_layers_per_block": 1, "attention_head_dim": 8}
     small["layers_per_block"] = 1

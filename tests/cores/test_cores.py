@@ -121,7 +121,7 @@ ROUNDINGS = (torch.arange(1000) / 1000, 1 - (1000 - torch.arange(1000)) / 1000, 
 @pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
 def test_rank_mask_equals_that_of_tlora(exponent: float) -> None:
     """T-LoRA's line, in Python's float64, at each timestep of 1 000."""
-    for rank in range(1, 129):
+    for rank in (*range(1, 13), 16, 26, 51, 64, 101, 126, 128):  # steps of whole ranks at round timesteps
         for least in {1, 2, rank // 3, rank // 2, rank - 1, rank} & set(range(1, rank + 1)):
             expected = [int(((1000 - t) / 1000) ** exponent * (rank - least)) + least for t in range(1000)]
             for level in ROUNDINGS:

@@ -114,6 +114,7 @@ def test_cache_changes_no_token_of_an_adapted_model(model: Any, rule: str) -> No
     adapted = nara(model, target_modules=targets)
     cached = answers(adapted, True, **RULES[rule])
     torch.testing.assert_close(cached, answers(adapted, False, **RULES[rule]))
+    assert cached.equal(answers(adapted, True, **RULES[rule], on_step_end=lambda _: None))  # λ isn't planned
     assert not cached.equal(base)
 
 

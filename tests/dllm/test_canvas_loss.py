@@ -90,7 +90,8 @@ def test_encoder_logits_exist_one_chunk_at_a_time():
         loss = canvas_loss(model, batch_of(), 0.3, chunk_size=size)
         loss.loss.backward()
         of_encoder = [count for count in rows if count != 3 * CANVAS]
-        assert sum(of_encoder) == 2 * (14 + 11 + 20)  # backward computes each again
+        last = min(size, 45)  # backward computes all others again
+        assert sum(of_encoder) == 2 * (14 + 11 + 20) - last
         assert max(of_encoder) <= size
         losses.append((loss.encoder_loss, model.model.encoder.language_model.layers[0].mlp.up_proj.weight.grad))
     for one, other in zip(*losses, strict=True):

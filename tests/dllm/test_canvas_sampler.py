@@ -171,21 +171,21 @@ def test_generate_matches_a_loop_without_cache() -> None:
     on_the_left = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in PROMPTS])
     torch.manual_seed(5)
     with torch.no_grad():
-        expected, levels = by_hand(adapted, canvases=3, steps=4, bound=0.3)
-    assert len(set(torch.cat(levels).tolist())) > 9
+        expected, levels = by_hand(adapted, canvases=2, steps=3, bound=0.3)
+    assert len(set(torch.cat(levels).tolist())) > 5
     for input_ids, padding in (
         (on_the_right, {"prompt_lengths": lengths}),
         (on_the_left, {"attention_mask": (on_the_left > 0).long()}),
     ):
         torch.manual_seed(5)
-        options: dict[str, Any] = {"gen_length": 48, "steps": 12, "stop_at_eos": False, "return_stats": True}
+        options: dict[str, Any] = {"gen_length": 32, "steps": 6, "stop_at_eos": False, "return_stats": True}
         actual: Any = generate(adapted, input_ids, pad_token_id=3, **padding, **options)
-        assert actual.forwards == len(levels) == 12
+        assert actual.forwards == len(levels) == 6
         assert actual.prompt_lengths.tolist() == lengths
         for row, text in enumerate(expected):
-            padded = F.pad(text[0], (0, width + 48 - text.shape[1]), value=3)
+            padded = F.pad(text[0], (0, width + 32 - text.shape[1]), value=3)
             assert torch.equal(actual.sequences[row], padded)
-            assert torch.equal(actual.answers[row], text[0, -48:])
+            assert torch.equal(actual.answers[row], text[0, -32:])
 
 
 def test_answer_ends_at_first_end_token_if_allowed() -> None:

@@ -137,9 +137,9 @@ def test_captions_are_dropped_at_the_requested_rate_only(instances, class_images
 
 
 def test_images_that_are_too_small_are_named(instances, caplog) -> None:
-    dataset(instances, crop="center").warn_of_sizes()
+    dataset(instances, crop="center").log_sizes()
     assert not caplog.text
-    dataset(instances, buckets=[(64, 64)]).warn_of_sizes()
+    dataset(instances, buckets=[(64, 64)]).log_sizes()
     expected = f"3 of 5 images (such as {instances[0].name}) are smaller than --resolution and were enlarged"
     assert f"{expected}, so the model learns blur." in caplog.text
 
@@ -147,13 +147,13 @@ def test_images_that_are_too_small_are_named(instances, caplog) -> None:
 def test_random_crops_that_lose_much_warn_with_flags(tmp_path, caplog) -> None:
     wide = records_from_folder(folder_of(tmp_path, [(96, 54), (64, 64)]), prompt="a toy")
     squares = {"buckets": [(32, 32)]}
-    dataset(wide, **squares).warn_of_sizes()
+    dataset(wide, **squares).log_sizes()
     assert "random crops remove more than a fifth of 1 of 2 images, and up to 44 %" in caplog.text
     assert "--aspect_ratio_buckets auto" in caplog.text
     assert "--center_crop" in caplog.text
     caplog.clear()
-    dataset(wide, **squares, crop="center").warn_of_sizes()
-    dataset(wide, buckets=[(32, 32), (24, 40)]).warn_of_sizes()
+    dataset(wide, **squares, crop="center").log_sizes()
+    dataset(wide, buckets=[(32, 32), (24, 40)]).log_sizes()
     assert not caplog.text
 
 

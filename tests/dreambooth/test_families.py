@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -21,7 +18,7 @@ from nara_diffusion.dreambooth.families import Family
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.pipelines import family_of
 from tests.helpers.adapted import disturb
-from tests.helpers.denoisers import levels_of_core
+from tests.helpers.denoisers import levels_of_core, recorded
 from tests.helpers.pipelines.families import FAMILY_PIPELINES, small_flux2_dev, small_wan_images
 from tests.helpers.rounding import rounding_of
 
@@ -66,23 +63,6 @@ class Run(NamedTuple):
             ids = self.pipe._prepare_latent_ids(torch.zeros(len(latents), 1, h, w))
             return Flux2Pipeline._unpack_latents_with_ids(latents, ids)
         return latents[:, :, 0] if self.family.name == "wan" else latents
-
-
-@contextmanager
-def recorded(module: Any) -> Iterator[list[dict[str, Any]]]:
-    """Arguments of each forward by name; those that are None, empty or about the form of the result are left out."""
-    signature, calls = inspect.signature(module.forward), []
-
-    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        bound = signature.bind(*args, **kwargs).arguments
-        arguments = {name: value for name, value in bound.items() if name != "return_dict" and value is not None}
-        calls.append({name: value for name, value in arguments.items() if value != {}})
-
-    hook = module.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield calls
-    finally:
-        hook.remove()
 
 
 def configured(name: str, pipe: Any) -> Family:

@@ -38,7 +38,7 @@ def test_family_uses_lengths_and_guidance_of_flags() -> None:
 
 def step_of(**flags: Any) -> TrainingStep:
     pipe: Any = SimpleNamespace(transformer=None, unet=None, vae=None, scheduler=small_sd3().scheduler)
-    family: Any = SimpleNamespace(denoiser="transformer")
+    family: Any = SimpleNamespace(denoiser="transformer", pixels_of_sources=lambda pipe: None)
     return training_step(arguments(train_text_encoder=True, **flags), pipe, family, torch.device("cpu"), 2)
 
 

@@ -58,15 +58,9 @@ def with_encoders(pipe: Any, targets: list[str]) -> dict[str, PlainLora]:
     [
         (partial(small_sd, **ATTENTION_AS_SD15), UNEQUAL, ["--form", "kohya", "--base", "sd15"], ""),
         (small_sdxl, UNEQUAL, ["--form", "kohya", "--base", "sdxl"], ""),
-        (
-            small_sdxl,
-            UNEQUAL,
-            [],
-            "; not for ComfyUI, which needs --form kohya for a UNet",
-        ),
-        (small_sdxl, {"use_dora": True}, [], "; not for ComfyUI, which reads no DoRA"),
+        (small_sdxl, UNEQUAL | {"use_dora": True}, [], "; not for ComfyUI, which reads no DoRA"),
     ],
-    ids=["SD 1.5, kohya", "SDXL of one layer a block, kohya", "SDXL, Diffusers", "DoRA"],
+    ids=["SD 1.5, kohya", "SDXL of one layer a block, kohya", "SDXL with DoRA, Diffusers"],
 )
 def test_diffusers_draws_folded_files_as_the_nara(make, options, words, said, tmp_path, capsys):
     """(Kohya's files of SDXL with two layers a block, and FLUX's, are in tests/acceptance.)"""

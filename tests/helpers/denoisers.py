@@ -7,7 +7,8 @@ give a sample the λ of another. A wrong number of rows is an error everywhere e
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import diffusers
@@ -294,3 +295,20 @@ def levels_of_core(model: nn.Module, call: Callable[[], Any]) -> list[float]:
         handle.remove()
     assert len(levels) == 1  # once a forward
     return levels[0].tolist()
+
+
+@contextmanager
+def recorded(module: Any) -> Iterator[list[dict[str, Any]]]:
+    """Arguments of each forward by name; those that are None, empty or about the form of the result are left out."""
+    signature, calls = inspect.signature(module.forward), []
+
+    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = signature.bind(*args, **kwargs).arguments
+        arguments = {name: value for name, value in bound.items() if name != "return_dict" and value is not None}
+        calls.append({name: value for name, value in arguments.items() if value != {}})
+
+    hook = module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        hook.remove()

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from nara_diffusion import noise_level
 from nara_diffusion.layers import dora, functional, variants
+from nara_diffusion.noise.context import find_holders
 from tests.acceptance._by_hand import LEVELS
 from tests.helpers.adapted import OneLayer, adapted, exact_core, nara_config, relative_error
 
@@ -57,6 +58,40 @@ def test_fused_layer_gives_frozen_tensors_no_gradient(calls: list[bool], use_dor
             torch.equal(gradient, gradients_of_both[0][name]) for name, gradient in gradients_of_both[-1].items()
         )
     assert len(calls) == 4
+
+
+@DORA
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("level", [0.4, LEVELS], ids=["one", "per sample"])
+def test_layer_without_gradients_computes_the_same(
+    calls: list[bool], use_dora: bool, dtype: torch.dtype, level: Any
+) -> None:
+    model, x = one_layer(use_dora).to(dtype), torch.randn(3, 4, 7, dtype=dtype)
+    with noise_level(model, level):
+        expected = model(x).detach()
+        with torch.no_grad():
+            again = [model(x), model(x)]
+        with torch.inference_mode():
+            again.append(model(x).clone())
+    assert len(calls) == 4
+    for output in again:
+        assert output.dtype == dtype
+        tolerance = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+        assert relative_error(output, expected) < tolerance
+
+
+def test_operand_without_gradients_is_the_transposed_core() -> None:
+    model = one_layer(False)
+    channel, key = find_holders(model)[0].channel, ("default", "shared")
+    C = exact_core(model, torch.tensor([0.4])).float()
+    D = C - torch.eye(4)
+    with channel.using({key: D}, None):
+        assert channel.operand(key, D, torch.empty(1)).shape == D.shape
+        with torch.no_grad():
+            torch.testing.assert_close(channel.operand(key, D, torch.empty(1)), C[0].T)
+            assert channel.operand(key, D, torch.empty(1, dtype=torch.bfloat16)).shape == D.shape
+            assert channel.operand(key, D[:, :2, :2], torch.empty(1)).shape == (2, 2)
+        assert channel.operand(key, D, torch.empty(1)).shape == D.shape
 
 
 @DORA

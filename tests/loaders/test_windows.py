@@ -11,9 +11,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 
 import nara_command
+from nara_diffusion.strict import adapter_tensors
 from tests.acceptance._lives import assert_far, assert_near, fill, frozen_sd, predict, save_nara
 from tests.helpers.adapted import nara_config
 from tests.helpers.denoisers import denoiser, inputs_of, run
+from tests.helpers.tlora_files import SETTINGS, lycoris_file, saved
 
 EDGE = torch.tensor([699, 700, 1000])
 """Timesteps around λ = .7; 1000 is λ = 1."""
@@ -128,6 +130,21 @@ def wan(boundary_ratio: float | None = 0.5) -> Any:
         transformer_2=transformers[1],
         boundary_ratio=boundary_ratio,
     )
+
+
+def test_tlora_starts_from_the_factors_of_each_transformer(tmp_path: Path) -> None:
+    pipe, low = wan(), wan(None)
+    pipe.transformer_2.blocks[0].attn1.to_q.weight.data.mul_(-0.7).add_(0.1)
+    low.transformer = pipe.transformer_2  # the same base, in the place that files without a window go to
+    folder = saved(tmp_path, lycoris_file(pipe.transformer, ["blocks.0.attn1.to_q"]), SETTINGS)
+    low.load_nara_weights(folder, "only")
+    expected = {key: value.clone() for key, value in adapter_tensors(low.transformer, "only").items()}
+    low.unload_nara_weights()
+    pipe.load_nara_weights([(folder, (0, 1))], "w")
+    found = [adapter_tensors(getattr(pipe, name), "w_0") for name in ("transformer", "transformer_2")]
+    assert found[1].keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in found[1].items())
+    assert any(not torch.equal(value, expected[key]) for key, value in found[0].items())
 
 
 def test_windows_of_wan_go_into_their_transformer(tmp_path: Path) -> None:

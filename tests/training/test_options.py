@@ -28,6 +28,7 @@ from nara_flags.parser import ArgumentParser, parse_arguments
 from nara_flags.text import REMASKING
 from tests.acceptance._commands import ROOT, refusal, run
 from tests.acceptance._runs import text_flags
+from tests.helpers.pipelines.edits import small_kontext
 from tests.helpers.pipelines.families import FAMILY_PIPELINES
 from tests.helpers.small_pipelines import small_flux, small_sd3, small_sdxl
 
@@ -212,7 +213,7 @@ def test_shipped_settings_for_text_are_read(capsys: pytest.CaptureFixture[str], 
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """{settings: a tiny pipeline of the classes that they are for}."""
     kinds: dict[str, Any] = {"sd3_dreambooth": small_sd3, "flux_dreambooth": small_flux, "sdxl_dreambooth": small_sdxl}
-    kinds |= {"sd_tiny_flow": small_sd3, "sdxl_tiny": small_sdxl}
+    kinds |= {"sd_tiny_flow": small_sd3, "sdxl_tiny": small_sdxl, "kontext_tiny": small_kontext}
     for family in ("flux", "flux2", "qwen_image", "wan"):
         kinds |= {f"{family}_{card}gb": FAMILY_PIPELINES[family] for card in (12, 16, 24)}
     kinds |= {"sdxl_4_steps": small_sdxl, "sdxl_tiny_4_steps": small_sdxl, "sd_tiny_flow_4_steps": small_sd3}

@@ -126,26 +126,33 @@ def test_wrong_size_is_refused(words, message, folders, capsys):
     assert message in capsys.readouterr().err
 
 
-_SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("flux", "flux2", "wan", "sd3")]
+OTHER_FAMILIES = ["z_image", "qwen_image", "flux", "flux2", "wan", "sd3"]
 
 
-@pytest.mark.parametrize("name", ["z_image", "qwen_image", *_SLOW])
-def test_other_families_are_planned_with_their_prompts_shapes(name, tmp_path):
-    pipe = FAMILY_PIPELINES[name]()
-    save_configurations(pipe, tmp_path)
+def family_words(name, folder):
     length = 40 if name == "sd3" else 24
-    words = ["--pretrained_model_name_or_path", str(tmp_path), "--resolution", "32"]
-    args = parse_arguments(
-        images.DreamBoothArguments,
-        [*words, "--plan", "--max_sequence_length", str(length)],
-        defaults=images.shipped_run,
-    )
+    save_configurations(FAMILY_PIPELINES[name](), folder)
+    words = ["--pretrained_model_name_or_path", str(folder), "--resolution", "32"]
+    return [*words, "--max_sequence_length", str(length)]
+
+
+@pytest.mark.parametrize(
+    "name", ["z_image", *[pytest.param(name, marks=pytest.mark.slow) for name in OTHER_FAMILIES[1:]]]
+)
+def test_other_families_are_planned(name, tmp_path):
+    assert planned(images, family_words(name, tmp_path))["flops"] > 0
+
+
+@pytest.mark.parametrize("name", OTHER_FAMILIES)
+def test_planned_prompts_have_the_shapes_of_real_ones(name, tmp_path):
+    pipe = FAMILY_PIPELINES[name]()
+    words = [*family_words(name, tmp_path), "--plan"]
+    args = parse_arguments(images.DreamBoothArguments, words, defaults=images.shipped_run)
     family = run_family(args, pipe)
     expected = family.encode(pipe, ["one two three " * 60])
     expected = placed(expected, torch.device("cpu"))
     actual = PlannedPrompts(pipeline_on_meta(args), family).get(["one"])
     assert [getattr(part, "shape", part) for part in actual] == [getattr(part, "shape", part) for part in expected]
-    assert images.main(args)["flops"] > 0
 
 
 def test_a_run_with_a_teacher_has_no_plan():
@@ -229,6 +236,12 @@ def test_unfused_update_needs_a_copy_of_trained_weights():
     assert scaled.peak == weight + 2 * weight + 2 * weight  # and a gradient and a copy in the update
     prodigy, _ = needs_of_a_layer("--optimizer", "prodigy")
     assert prodigy.peak == weight + 4 * weight + 2 * weight
+
+
+def test_moving_average_takes_as_much_as_its_weights():
+    without, weight = needs_of_a_layer()
+    average, _ = needs_of_a_layer("--ema_decay", "0.9")
+    assert average.peak == without.peak + weight
 
 
 def test_flops_are_those_of_pytorch_and_attention_counts():

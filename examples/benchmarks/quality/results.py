@@ -62,12 +62,12 @@ def _lines(records: Sequence[Mapping[str, Any]], before: bytes) -> list[str]:
     lines = []
     shared = _last_shared(before)
     for record in records:
-        own = {name: value for name, value in record.items() if name not in SHARED or value is None}
+        fields = {name: value for name, value in record.items() if name not in SHARED or value is None}
         changes = {name: record.get(name) for name in SHARED if record.get(name) != shared.get(name)}
         if changes:
             lines.append(_line({MADE_WITH: changes}))
             shared = _changed(shared, changes)
-        lines.append(_line(own))
+        lines.append(_line(fields))
     return lines
 
 
@@ -92,10 +92,10 @@ def _whole_lines(file: Any) -> bytes:
     """What `file` holds up to its last line end, less which it is cut; it stands at its end then."""
     file.seek(0)
     content = file.read()
-    whole = content[: content.rfind(b"\n") + 1]
-    file.truncate(len(whole))
+    complete = content[: content.rfind(b"\n") + 1]
+    file.truncate(len(complete))
     file.seek(0, os.SEEK_END)
-    return whole
+    return complete
 
 
 def now() -> str:

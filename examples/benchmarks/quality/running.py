@@ -111,11 +111,11 @@ class Suite:
         from quality.report.data import read_records, select
 
         records = read_records([RESULTS / f"{self.name}.jsonl"])
-        found = select(records, stage="main", backbone=backbone, method=method)
-        if not found:
+        selected = select(records, stage="main", backbone=backbone, method=method)
+        if not selected:
             raise ValueError(f"{method} has no committed records on {backbone}: give --set learning_rate=…")
         names = ("learning_rate", "core_learning_rate")
-        return {name: found[0][name] for name in names if found[0].get(name) is not None}
+        return {name: selected[0][name] for name in names if selected[0].get(name) is not None}
 
 
 def load_suite(name: str) -> Suite:
@@ -150,7 +150,7 @@ def run_jobs(suite: Suite, jobs: Sequence[Job], path: Path) -> list[str]:
                 continue
             common = {**provenance(), "date": results.now(), "job": job.key}
             last = len(records) - 1
-            results.append(path, [{**each, **common, "last": index == last} for index, each in enumerate(records)])
+            results.append(path, [{**fields, **common, "last": index == last} for index, fields in enumerate(records)])
     return failures
 
 
@@ -166,13 +166,13 @@ def arguments_of(cls: type[Arguments], values: Settings) -> Arguments:
     Raises:
         ValueError: a name that is no argument, or a value that it refuses.
     """
-    own = {name: value for name, value in values.items() if name not in _ADAPTER}
+    plain = {name: value for name, value in values.items() if name not in _ADAPTER}
     core = {name: value for name, value in values.items() if name in _ADAPTER}
-    given = own | ({"adapter_options": core} if core else {})
-    unknown = sorted(given.keys() - cls.__dataclass_fields__.keys())  # type: ignore[attr-defined]
+    options = plain | ({"adapter_options": core} if core else {})
+    unknown = sorted(options.keys() - cls.__dataclass_fields__.keys())  # type: ignore[attr-defined]
     if unknown:
         raise ValueError(f"{', '.join(unknown)} is no argument of {cls.__name__}.")
-    return cls(**given)
+    return cls(**options)
 
 
 def optimize(model: nn.Module, compute_loss: Callable[[int], Tensor], args: Any) -> None:

@@ -29,11 +29,11 @@ Change = Callable[[Tensor], Tensor]
 
 def cores_of(model: nn.Module) -> list[Core]:
     """The cores of `model` that read λ; a core inside of another one is a part of it."""
-    found: dict[str, Core] = {}
+    cores: dict[str, Core] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Core) and module.needs_noise and not any(name.startswith(f"{core}.") for core in found):
-            found[name] = module
-    return list(found.values())
+        if isinstance(module, Core) and module.needs_noise and not any(name.startswith(f"{core}.") for core in cores):
+            cores[name] = module
+    return list(cores.values())
 
 
 @contextmanager

@@ -209,15 +209,11 @@ class Backbone:
         if inner is None or any(self.configured(name) not in (None, 1.0) for name in _LOGIT_FIELDS):
             return None
         head = inner.get_output_embeddings()
-        names = [name for name, module in self.model.named_modules() if module is head]
-        if head is None or not names:
-            return None
-        parts = names[0].split(".")
-        for depth in range(len(parts) + 1):
-            parent = self.model.get_submodule(".".join(parts[:depth]))
-            if parent._compiled_call_impl is not None or hasattr(parent, "_orig_mod"):
+        path = [] if head is None else _path(self.model, head)
+        for module in path:
+            if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
                 return None
-        return head
+        return head if path else None
 
     def _forward(self, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Any) -> Tensor:
         inputs["attention_mask"] = attention_mask
@@ -232,13 +228,27 @@ class Backbone:
         """
         b, length = input_ids.shape
         extra = states.shape[1] - length if states.ndim == 3 and len(states) == b else -1
-        if extra not in (0, self.virtual_tokens):
+        if extra != 0 and extra != self.virtual_tokens:
             raise ValueError(
                 f"the model made hidden states or logits of shape {tuple(states.shape)}, expected "
                 f"({b}, {length}, width): a model that packs its batch, as some do under "
                 "FlashAttention, needs another attn_implementation"
             )
         return states[:, extra:]
+
+
+def _path(module: nn.Module, last: nn.Module) -> list[nn.Module]:
+    """Return the modules from `module` to `last`, a module in it; empty if it isn't there.
+
+    The search begins with the last child, since a head comes after the layers.
+    """
+    if module is last:
+        return [module]
+    for child in reversed(module._modules.values()):
+        path = [] if child is None else _path(child, last)
+        if path:
+            return [module, *path]
+    return []
 
 
 @contextmanager

@@ -84,12 +84,11 @@ def conditioned(model: nn.Module, level: Tensor) -> AbstractContextManager:
     Raises:
         ValueError: an adapter that needs λ was trained with another definition of it.
     """
-    holders = find_holders(model)
-    if not any(holder.needs_noise or holder.merging.binds_level for holder in holders):
+    noisy = {holder: holder.noisy(holder.active_names()) for holder in find_holders(model)}
+    if not any(names or holder.merging.binds_level for holder, names in noisy.items()):
         return nullcontext()
     convention = Backbone(model).traits.noise_convention
-    for holder in holders:
-        names = holder.noisy(holder.active_names())
+    for holder, names in noisy.items():
         for name, other in holder.finder.adopt_convention(names, convention).items():
             raise ValueError(
                 f"Adapter '{name}' was trained with λ defined as {other!r}, and this is "

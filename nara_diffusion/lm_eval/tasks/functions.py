@@ -22,7 +22,7 @@ from nara_diffusion.dllm.exact_match import compare
 SOURCE = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main/dataset"
 
 
-def load(name: str, data_dir: str | None = None, **_: Any) -> dict[str, Dataset]:
+def load(name: str, data_dir: str | None = None, **_: object) -> dict[str, Dataset]:
     """Return the test split, {"test": rows {question, answer}}, of the set in the folder `name`.
 
     Args:

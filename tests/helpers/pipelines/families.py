@@ -138,6 +138,12 @@ def small_wan_images(**options: Any) -> WanPipeline:
     return quiet(pipe)
 
 
+def small_wan_experts(boundary_ratio: float = 0.6) -> WanPipeline:
+    """Wan 2.2 14B, with two transformers that differ."""
+    low = denoiser("WanTransformer3DModel", scale=0.12, rope_max_seq_len=32)
+    return small_wan_images(transformer_2=low, boundary_ratio=boundary_ratio)
+
+
 def small_flux2_klein() -> Flux2KleinPipeline:
     """Its text encoder has 28 layers, of which the pipeline reads the 9th, 18th and 27th."""
     tokenizer = qwen_tokenizer()

@@ -67,8 +67,8 @@ def _character(seen: Seen, level: Tensor) -> Tensor:
 
 def _evidence(seen: Seen, level: Tensor) -> Tensor:
     """log p(z₁ … z_c | λ) (b,)."""
-    kept = torch.where(seen.is_open, seen.known / seen.characters, seen.same.float())
-    return ((1 - level) * kept + level / seen.vocabulary).log().sum(1)
+    unchanged = torch.where(seen.is_open, seen.known / seen.characters, seen.same.float())
+    return ((1 - level) * unchanged + level / seen.vocabulary).log().sum(1)
 
 
 def open_canvases(canvas: int, characters: int, vocabulary: int, count: int = 1000) -> Seen:

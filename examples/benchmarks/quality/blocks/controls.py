@@ -71,10 +71,10 @@ class Control(nn.Module):
         return output
 
     def _embedded(self, module: nn.Module, args: tuple[Any, ...], embeddings: Tensor) -> Tensor:
-        own = self.own(self._current)[:, None]  # (b, 1, d)
+        of_level = self.own(self._current)[:, None]  # (b, 1, d)
         if self.kind == "token":
-            return torch.cat([embeddings[:, :-1], own], 1)  # (b, c + 1, d)
-        return embeddings + own  # (b, c, d)
+            return torch.cat([embeddings[:, :-1], of_level], 1)  # (b, c + 1, d)
+        return embeddings + of_level  # (b, c, d)
 
     def _seen(self, generation_config: Any) -> Any:
         self.sampler = self._prepare_sampler(generation_config)
@@ -83,18 +83,18 @@ class Control(nn.Module):
 
 def with_another_position(inputs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a forward for a canvas with a position more at its end, which sees and is seen as the last."""
-    found, places = dict(inputs), inputs["decoder_input_ids"]
-    found["decoder_input_ids"] = torch.cat([places, places[:, -1:]], 1)
+    longer, places = dict(inputs), inputs["decoder_input_ids"]
+    longer["decoder_input_ids"] = torch.cat([places, places[:, -1:]], 1)
     if (positions := inputs.get("decoder_position_ids")) is not None:
-        found["decoder_position_ids"] = torch.cat([positions, positions[:, -1:] + 1], 1)
+        longer["decoder_position_ids"] = torch.cat([positions, positions[:, -1:] + 1], 1)
     if (logits := inputs.get("self_conditioning_logits")) is not None:
-        found["self_conditioning_logits"] = torch.cat([logits, torch.zeros_like(logits[:, -1:])], 1)
+        longer["self_conditioning_logits"] = torch.cat([logits, torch.zeros_like(logits[:, -1:])], 1)
     masks = inputs.get("decoder_attention_mask")
     if isinstance(masks, dict):
-        found["decoder_attention_mask"] = {kind: with_another_key(mask) for kind, mask in masks.items()}
+        longer["decoder_attention_mask"] = {kind: with_another_key(mask) for kind, mask in masks.items()}
     elif masks is not None:
-        found["decoder_attention_mask"] = with_another_key(masks)
-    return found
+        longer["decoder_attention_mask"] = with_another_key(masks)
+    return longer
 
 
 def with_another_key(mask: Tensor | None) -> Tensor | None:

@@ -27,12 +27,12 @@ Cell = dict[str, dict[int, Record]]
 
 def cell(records: Iterable[Record], *, stage: str = "confirm", base: str = BASE, task: str, steps: int) -> Cell:
     """The records of one base, task and length that didn't diverge."""
-    own = {"stage": stage, "base": base, "task": task, "steps": steps}.items()
-    found: Cell = defaultdict(dict)
+    fields = {"stage": stage, "base": base, "task": task, "steps": steps}.items()
+    by_arm: Cell = defaultdict(dict)
     for record in records:
-        if own <= record.items() and record["score"] is not None:
-            found[record["arm"]][record["seed"]] = record
-    return found
+        if fields <= record.items() and record["score"] is not None:
+            by_arm[record["arm"]][record["seed"]] = record
+    return by_arm
 
 
 def paired(found: Cell, one: str, other: str, figure: str = "score") -> Interval | None:
@@ -54,29 +54,31 @@ def _means(own: Mapping[int, Record], *figures: str) -> list[str]:
 
 def shared(found: Cell, arms: Iterable[str]) -> Cell:
     """Those of `arms`, with the seeds that all of them have."""
-    own = {arm: found[arm] for arm in arms}
-    seeds = sorted(set.intersection(*(set(records) for records in own.values()))) if own else []
-    return {arm: {seed: records[seed] for seed in seeds} for arm, records in own.items()}
+    chosen = {arm: found[arm] for arm in arms}
+    seeds = sorted(set.intersection(*(set(records) for records in chosen.values()))) if chosen else []
+    return {arm: {seed: records[seed] for seed in seeds} for arm, records in chosen.items()}
 
 
 def losses_table(found: Cell) -> str:
     """A row an arm: its losses, and the paired differences of their means."""
     header = ["arm", "parameters", "seeds", "first pass", "second pass", "mean", f"− {REFERENCE}", f"− {BEST}"]
     rows = []
-    for arm, own in found.items():
-        size = next(iter(own.values()))["trainable_parameters"]
+    for arm, by_seed in found.items():
+        size = next(iter(by_seed.values()))["trainable_parameters"]
         differences = [change(paired(found, arm, other), DIGITS) for other in (REFERENCE, BEST)]
-        rows.append([arm, str(size), str(len(own)), *_means(own, "first", "second", "score"), *differences])
+        rows.append([arm, str(size), str(len(by_seed)), *_means(by_seed, "first", "second", "score"), *differences])
     return table(header, rows)
 
 
 def bins_table(found: Cell) -> str:
     """A row an arm: the mean loss of both passes in each bin of λ, of the reference, and differences of the others."""
     rows = []
-    for arm, own in found.items():
-        shared = [seed for seed in own if seed in found[REFERENCE]]
+    for arm, by_seed in found.items():
+        shared = [seed for seed in by_seed if seed in found[REFERENCE]]
         bins = [
-            fmean(_of_bin(own[seed], i) - (arm != REFERENCE) * _of_bin(found[REFERENCE][seed], i) for seed in shared)
+            fmean(
+                _of_bin(by_seed[seed], i) - (arm != REFERENCE) * _of_bin(found[REFERENCE][seed], i) for seed in shared
+            )
             for i in range(10)
         ]
         sign = "" if arm == REFERENCE else "+"
@@ -91,11 +93,13 @@ def _of_bin(record: Record, index: int) -> float:
 def exact_table(found: Cell) -> str:
     """A row an arm: exact match at each number of steps, its mean, at the true λ too, and the loss."""
     rows = []
-    for arm, own in found.items():
-        shares = [f"{100 * fmean(record['exact'][steps] for record in own.values()):.1f} %" for steps in EXACT_STEPS]
+    for arm, by_seed in found.items():
+        shares = [
+            f"{100 * fmean(record['exact'][steps] for record in by_seed.values()):.1f} %" for steps in EXACT_STEPS
+        ]
         differences = (change(paired(found, arm, REFERENCE, figure), DIGITS) for figure in ("exact", "score"))
         exact, loss = differences
-        rows.append([arm, str(len(own)), *shares, _at_true_level(own), exact, *_means(own, "score"), loss])
+        rows.append([arm, str(len(by_seed)), *shares, _at_true_level(by_seed), exact, *_means(by_seed, "score"), loss])
     header = ["arm", "seeds", *(f"{steps} steps" for steps in EXACT_STEPS), "true λ", f"exact − {REFERENCE}"]
     return table([*header, "loss", f"loss − {REFERENCE}"], rows)
 
@@ -137,8 +141,10 @@ def bayes_table() -> str:
     rows = []
     for sizes in CANVASES:
         seen = open_canvases(*sizes)
-        told, untold = (bayes_losses(seen, is_told).mean().item() for is_told in (True, False))
-        rows.append([*map(str, sizes), f"{told:.3f}", f"{untold:.3f}", f"{untold - told:.3f}"])
+        with_level, without_level = (bayes_losses(seen, is_told).mean().item() for is_told in (True, False))
+        rows.append(
+            [*map(str, sizes), f"{with_level:.3f}", f"{without_level:.3f}", f"{without_level - with_level:.3f}"]
+        )
     return table(["positions", "characters", "vocabulary", "told λ", "not told", "difference"], rows)
 
 
@@ -146,10 +152,10 @@ def sections(records: Sequence[Record]) -> str:
     """Everything that `records` say."""
     parts = [trials_table(records)]
     for key in dict.fromkeys((r["base"], r["task"], r["steps"]) for r in records if r["stage"] == "confirm"):
-        found = cell(records, base=key[0], task=key[1], steps=key[2])
-        parts += [f"### {key[0]}, {key[1]}, {key[2]} steps", losses_table(found)]
-        parts += [bins_table(found)] if REFERENCE in found else []
-        parts += [exact_table(found)] if next(iter(next(iter(found.values())).values()))["exact"] else []
+        by_arm = cell(records, base=key[0], task=key[1], steps=key[2])
+        parts += [f"### {key[0]}, {key[1]}, {key[2]} steps", losses_table(by_arm)]
+        parts += [bins_table(by_arm)] if REFERENCE in by_arm else []
+        parts += [exact_table(by_arm)] if next(iter(next(iter(by_arm.values())).values()))["exact"] else []
     return "\n\n".join(parts)
 
 
@@ -158,17 +164,17 @@ def both_lengths_table(records: Sequence[Record]) -> str:
     short, long = (cell(records, task="open", steps=steps) for steps in (SHORT, LONG))
     lengths = {SHORT: short, LONG: shared(long, [arm for arm in long if arm in short])}
     header = ["arm", "parameters"]
-    for steps, found in lengths.items():
-        header += [f"{steps} steps ({len(found[REFERENCE])} seeds)", f"− {REFERENCE}"]
+    for steps, by_arm in lengths.items():
+        header += [f"{steps} steps ({len(by_arm[REFERENCE])} seeds)", f"− {REFERENCE}"]
     rows = []
-    whole = lengths[SHORT][REFERENCE].keys()
-    for arm, own in lengths[SHORT].items():
-        if arm.endswith((TWINS, ONE_PASS)) or not whole <= own.keys():
+    seeds = lengths[SHORT][REFERENCE].keys()
+    for arm, by_seed in lengths[SHORT].items():
+        if arm.endswith((TWINS, ONE_PASS)) or not seeds <= by_seed.keys():
             continue
-        row = [arm, str(next(iter(own.values()))["trainable_parameters"])]
-        for found in lengths.values():
-            row += _means(found[arm], "score") if found.get(arm) else [NOTHING]
-            row.append(change(paired(found, arm, REFERENCE), DIGITS))
+        row = [arm, str(next(iter(by_seed.values()))["trainable_parameters"])]
+        for by_arm in lengths.values():
+            row += _means(by_arm[arm], "score") if by_arm.get(arm) else [NOTHING]
+            row.append(change(paired(by_arm, arm, REFERENCE), DIGITS))
         rows.append(row)
     return table(header, rows)
 
@@ -181,24 +187,24 @@ def page_table(folder: Path) -> str:
 def twins_table(folder: Path) -> str:
     """A row an arm: its short loss on `open` on both twins, over the seeds that all of these arms have."""
     every = cell(read(folder / RECORDS), task="open", steps=SHORT)
-    found = shared(every, [arm for arm in every if arm.endswith(TWINS)])
+    by_arm = shared(every, [arm for arm in every if arm.endswith(TWINS)])
     rows = []
-    for arm, own in found.items():
-        size = next(iter(own.values()))["trainable_parameters"]
-        rows.append([arm, str(size), *_means(own, "score"), change(paired(found, arm, REFERENCE + TWINS), DIGITS)])
-    return table(["arm", "parameters", f"loss ({_seeds(found)} seeds)", f"− {REFERENCE}{TWINS}"], rows)
+    for arm, by_seed in by_arm.items():
+        size = next(iter(by_seed.values()))["trainable_parameters"]
+        rows.append([arm, str(size), *_means(by_seed, "score"), change(paired(by_arm, arm, REFERENCE + TWINS), DIGITS)])
+    return table(["arm", "parameters", f"loss ({_seeds(by_arm)} seeds)", f"− {REFERENCE}{TWINS}"], rows)
 
 
 def one_pass_table(folder: Path) -> str:
     """A row an arm that had no second pass in training: its short losses on `open` in both passes."""
     every = cell(read(folder / RECORDS), task="open", steps=SHORT)
-    found = shared(every, [arm for arm in every if arm.endswith(ONE_PASS)])
+    by_arm = shared(every, [arm for arm in every if arm.endswith(ONE_PASS)])
     rows = []
-    for arm, own in found.items():
-        differences = [change(paired(found, arm, REFERENCE + ONE_PASS, name), DIGITS) for name in ("first", "second")]
-        first, second = _means(own, "first", "second")
+    for arm, by_seed in by_arm.items():
+        differences = [change(paired(by_arm, arm, REFERENCE + ONE_PASS, name), DIGITS) for name in ("first", "second")]
+        first, second = _means(by_seed, "first", "second")
         rows.append([arm.removesuffix(ONE_PASS), first, differences[0], second, differences[1]])
-    return table([f"{_seeds(found)} seeds", "first pass", f"− {REFERENCE}", "second pass", f"− {REFERENCE}"], rows)
+    return table([f"{_seeds(by_arm)} seeds", "first pass", f"− {REFERENCE}", "second pass", f"− {REFERENCE}"], rows)
 
 
 def longer_table(folder: Path) -> str:
@@ -208,9 +214,9 @@ def longer_table(folder: Path) -> str:
     header = ["positions", "seeds", REFERENCE, *(f"{arm} − {REFERENCE}" for arm in arms[1:])]
     rows = []
     for positions in LONGER:
-        found = shared(cell(records, base=f"gemma-{positions}", task="open", steps=200), arms)
-        differences = [change(paired(found, arm, REFERENCE), DIGITS) for arm in arms[1:]]
-        rows.append([positions, _seeds(found), *_means(found[REFERENCE], "score"), *differences])
+        by_arm = shared(cell(records, base=f"gemma-{positions}", task="open", steps=200), arms)
+        differences = [change(paired(by_arm, arm, REFERENCE), DIGITS) for arm in arms[1:]]
+        rows.append([positions, _seeds(by_arm), *_means(by_arm[REFERENCE], "score"), *differences])
     return table(header, rows)
 
 
@@ -226,11 +232,11 @@ def answers_table(folder: Path, task: str) -> str:
 
 def asked_row(folder: Path, arms: Iterable[str]) -> list[str]:
     """The row of RESULTS.md: the simplest that does as well, each of `arms`, and NaRA − LoRA."""
-    found = cell(read(folder / RECORDS), task="open", steps=SHORT)
+    by_arm = cell(read(folder / RECORDS), task="open", steps=SHORT)
     figures = []
-    whole = found[REFERENCE].keys()
+    seeds = by_arm[REFERENCE].keys()
     for arm in (BEST, *arms):
-        own = found[arm] if whole <= found.get(arm, {}).keys() else {}
-        size = next(iter(own.values()))["trainable_parameters"] / 1000 if own else 0
-        figures.append(f"{fmean(r['score'] for r in own.values()):.3f} ({size:.0f} k)" if own else NOTHING)
-    return [*figures, change(paired(found, "NaRA", REFERENCE), 3)]
+        by_seed = by_arm[arm] if seeds <= by_arm.get(arm, {}).keys() else {}
+        size = next(iter(by_seed.values()))["trainable_parameters"] / 1000 if by_seed else 0
+        figures.append(f"{fmean(r['score'] for r in by_seed.values()):.3f} ({size:.0f} k)" if by_seed else NOTHING)
+    return [*figures, change(paired(by_arm, "NaRA", REFERENCE), 3)]

@@ -115,10 +115,10 @@ class Prefixes:
 
     def cache(self, chosen: Tensor) -> DynamicCache:
         """The cache of rows `chosen` (b,)."""
-        found = DynamicCache()
+        of_prefix = DynamicCache()
         for index, (keys, values) in enumerate(self.layers):
-            found.update(keys[chosen], values[chosen], index)
-        return found
+            of_prefix.update(keys[chosen], values[chosen], index)
+        return of_prefix
 
 
 @cache
@@ -156,13 +156,13 @@ class Tuning:
         self.model.at(batch.noise_level)
         if self.arm.on_encoder:
             seen = torch.ones(len(chosen), dtype=torch.bool)
-            found = []
+            of_passes = []
             for number in range(passes):
                 last = number + 1 == passes
-                each = replace(batch, self_conditioned=seen if number else None)
+                of_pass = replace(batch, self_conditioned=seen if number else None)
                 if last or not self.training:
-                    found.append(canvas_loss(self.model.model, each, float(self.training)))
-            return (*(one.token_loss for one in found), found[-1].encoder_loss)
+                    of_passes.append(canvas_loss(self.model.model, of_pass, float(self.training)))
+            return (*(one.token_loss for one in of_passes), of_passes[-1].encoder_loss)
         losses, logits = [], None
         prefixes = prefixes_of(self.run.base, self.run.task, part)
         inner = block_model(self.model.model)
@@ -211,9 +211,9 @@ class Tuning:
     def exact(self) -> dict[str, float]:
         """The share of answers that are right but for the case of letters, by the sampler's steps."""
         self.model.at(None)
-        found: dict[str, float] = {}
+        scores: dict[str, float] = {}
         if self.task.sampled is None:
-            return found
+            return scores
         _, tokenizer = base_of(self.run.base)
         length = self.task.sampled.canvas
         for is_true, steps in itertools.product((False, True)[: 1 + self.arm.reads_level], SAMPLING_STEPS):
@@ -222,8 +222,8 @@ class Tuning:
             rows, model = self.task.sampled, self.model.model
             with true_levels(self.model, block_model(model), rows, tokenizer) if is_true else nullcontext():
                 result = exact_match(model, tokenizer, rows.rows, batch_size=SAMPLED, progress=False, **options)
-            found[f"{steps}, true λ" if is_true else str(steps)] = result.score
-        return found
+            scores[f"{steps}, true λ" if is_true else str(steps)] = result.score
+        return scores
 
 
 def held_out_bins(rows: CanvasRows) -> Iterator[tuple[Tensor, dict[str, Any]]]:
@@ -243,9 +243,9 @@ def held_out_bayes(base: str, is_told: bool) -> float:
     losses = []
     for chosen, key in held_out_bins(rows):
         batch = corrupted(base, rows, chosen, **key)
-        known, is_open = (torch.isin(tokens, characters) for tokens in (batch.canvas, batch.targets))
+        is_known, is_open = (torch.isin(tokens, characters) for tokens in (batch.canvas, batch.targets))
         same = batch.canvas == batch.targets
-        seen = Seen(known, same, is_open, batch.noise_level, len(characters), vocabulary)
+        seen = Seen(is_known, same, is_open, batch.noise_level, len(characters), vocabulary)
         losses.append(bayes_losses(seen, is_told).mean().item())
     return fmean(losses)
 

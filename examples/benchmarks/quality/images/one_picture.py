@@ -48,7 +48,7 @@ def run(job: Job, settings: Settings) -> list[dict[str, Any]]:
     optimize(denoiser, loss_of(SUBJECT, denoiser, args, pictures_of(SUBJECT)[:1]), args)
 
     def measure() -> dict[str, Any]:
-        losses = [held_out_losses(unet, each.rows(HALF)).mean().item() for each in held_out(SUBJECT)]
+        losses = [held_out_losses(unet, noisy.rows(HALF)).mean().item() for noisy in held_out(SUBJECT)]
         figures = {"noise_levels": bin_centres(), "losses": losses, "validation_loss": sum(losses) / len(losses)}
         return figures | judged_samples(SUBJECT, unet, args)
 

@@ -69,11 +69,11 @@ def loss_of(
 def held_out(subject: str) -> list[Shown]:
     """One batch a bin of λ, as the base's own objective shows them."""
     objective = build_objective(base().pipe.scheduler)
-    return [each.corrupted(objective) for each in clean_bins(subject)]
+    return [clean.corrupted(objective) for clean in clean_bins(subject)]
 
 
 def _measure(subject: str, unet: Any, args: Any) -> dict[str, Any]:
-    losses = [held_out_losses(unet, each).mean().item() for each in held_out(subject)]
+    losses = [held_out_losses(unet, noisy).mean().item() for noisy in held_out(subject)]
     figures = {"noise_levels": bin_centres(), "losses": losses, "validation_loss": sum(losses) / len(losses)}
     return figures | judged_samples(subject, unet, args)
 

@@ -36,18 +36,18 @@ def judged_samples(subject: str, unet: Any, args: Any) -> dict[str, Any]:
     call = {"height": args.resolution, "width": args.resolution}
     call |= {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     prompt, seed = instance_prompt(subject), FIRST_SAMPLE_SEED + 100 * args.seed
-    asked = [prompt, *(f"{prompt} {place}" for place in SAMPLED_PLACES)]
-    settings = SampleSettings(asked, args.num_validation_images, seed, args.sample_batch_size, call)
+    sampled_prompts = [prompt, *(f"{prompt} {place}" for place in SAMPLED_PLACES)]
+    settings = SampleSettings(sampled_prompts, args.num_validation_images, seed, args.sample_batch_size, call)
     images = sample_images(pipeline_of(unet), settings)
     prompts, in_places = [prompt for prompt, _ in settings.pairs], places_of(subject)
     vectors, drawn = encoder().images(images), list(in_places)
     similarities = vectors @ encoder().images([record.load() for record in pictures_of(subject)]).T  # (n, 5)
     to_places = vectors @ encoder().images(list(in_places.values())).T  # (n, places)
-    own = [to_places[i, drawn.index(prompt)].item() for i, prompt in enumerate(prompts) if prompt in in_places]
+    of_prompts = [to_places[i, drawn.index(prompt)].item() for i, prompt in enumerate(prompts) if prompt in in_places]
     return {
         "similarity": similarities.mean().item(),
         "text_alignment": text_alignment(encoder(), images, prompts, [IDENTIFIER]),
-        "place_similarity": fmean(own),
+        "place_similarity": fmean(of_prompts),
         "n": len(images),
     }
 

@@ -67,7 +67,7 @@ class Group:
 def _groups() -> tuple[Group, ...]:
     planned = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     grids: dict[str | None, Sequence[Rates]] = {
-        name: [dict(zip(("learning_rate", "core_learning_rate"), each, strict=False)) for each in product(*grid)]
+        name: [dict(zip(("learning_rate", "core_learning_rate"), values, strict=False)) for values in product(*grid)]
         for name, grid in planned["grids"].items()
     }
 
@@ -76,9 +76,9 @@ def _groups() -> tuple[Group, ...]:
         return Arm(Cell(*cell), trained, grids.get(grid, ()))
 
     def group(name: str, fields: Mapping[str, Any]) -> Group:
-        arms = {title: arm(each) for title, each in fields["arms"].items()}
+        arms = {title: arm(values) for title, values in fields["arms"].items()}
         pairs = {
-            key: [(a, b) for a, others in fields.get(key, {}).items() for b in others] for key in ("pairs", "front")
+            key: [(a, b) for a, partners in fields.get(key, {}).items() for b in partners] for key in ("pairs", "front")
         }
         return Group(name, fields["about"], fields["regime"], arms, **pairs)
 
@@ -98,10 +98,10 @@ def development(folder: Path = RESULTS) -> list[Record]:
 
 def trials(arm: Arm, records: Sequence[Record]) -> list[tuple[Rates, float]]:
     """(rates, score) of those that were made, the lowest rate first; infinity of training that diverged."""
-    own = [r for r in records if r["stage"] == DEV and r["seed"] == DEV_SEED and r["arm"] == arm.arm]
-    found = {key_of(r): r for r in own if cell_of(r) == arm.cell}
-    made = [(r["rates"], float("inf") if r["score"] is None else r["score"]) for r in found.values()]
-    return sorted(made, key=lambda trial: tuple(trial[0].values()))
+    of_arm = [r for r in records if r["stage"] == DEV and r["seed"] == DEV_SEED and r["arm"] == arm.arm]
+    by_key = {key_of(r): r for r in of_arm if cell_of(r) == arm.cell}
+    scored = [(r["rates"], float("inf") if r["score"] is None else r["score"]) for r in by_key.values()]
+    return sorted(scored, key=lambda trial: tuple(trial[0].values()))
 
 
 def registered_rates(arm: Arm, records: Sequence[Record]) -> Rates:
@@ -111,8 +111,10 @@ def registered_rates(arm: Arm, records: Sequence[Record]) -> Rates:
 
 def rated(groups: Sequence[Group]) -> list[Rated]:
     """What is trained in them, with its registered rates."""
-    known = development()
-    return [(arm.cell, arm.arm, registered_rates(arm, known)) for group in groups for arm in group.arms.values()]
+    trial_records = development()
+    return [
+        (arm.cell, arm.arm, registered_rates(arm, trial_records)) for group in groups for arm in group.arms.values()
+    ]
 
 
 def described(rates: Rates) -> str:
@@ -134,14 +136,14 @@ def rates_table(records: Sequence[Record]) -> str:
 
 def confirmed(group: Group, records: Sequence[Record]) -> Confirmed:
     """What `records` say of a group, under the titles of its arms, and of what isn't trained."""
-    found: dict[tuple[str, int], Record] = {}
+    by_run: dict[tuple[str, int], Record] = {}
     for title, arm in group.arms.items():
-        own = [r for r in records if r["stage"] == CONFIRM and r["arm"] == arm.arm and cell_of(r) == arm.cell]
-        found |= {(title, record["seed"]): record for record in own}
+        of_arm = [r for r in records if r["stage"] == CONFIRM and r["arm"] == arm.arm and cell_of(r) == arm.cell]
+        by_run |= {(title, record["seed"]): record for record in of_arm}
     for record in records:
         if record["seed"] is None and record["regime"] == group.regime:
-            found |= {(record["arm"], seed): record for seed in SEEDS}
-    return Confirmed(group, found, SEEDS)
+            by_run |= {(record["arm"], seed): record for seed in SEEDS}
+    return Confirmed(group, by_run, SEEDS)
 
 
 def _size(cell: Confirmed, title: str) -> str:

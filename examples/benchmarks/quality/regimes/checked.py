@@ -35,10 +35,10 @@ def check_table(records: Sequence[Record], known: Sequence[Record]) -> str:
 
 
 def _row(record: Record, known: Sequence[Record]) -> list[str]:
-    cell, found = _confirmed(record["row"], known), record["differences"]
-    cheap = next((way for way in WAYS if way in found), None)
+    cell, by_arm = _confirmed(record["row"], known), record["differences"]
+    cheap = next((way for way in WAYS if way in by_arm), None)
     pairs = [("nara", "lora"), ("nara", "untold"), ("nara", cheap), (cheap, "lora")]
-    differences = [_described(found[arm][other]) if arm and other else NOTHING for arm, other in pairs]
+    differences = [_described(by_arm[arm][other]) if arm and other else NOTHING for arm, other in pairs]
     named = [f"{record['row']}, {record['seed']}", _known(record["row"], cell), *differences, str(record["repeats"])]
     verdict, way = record["verdict"], record["way"]
     judged = _judged(verdict, _pays(record["row"], cell))
@@ -61,8 +61,12 @@ def _pays(row: str, cell: Confirmed | None) -> bool | None:
     """Whether NaRA is below LoRA and below itself without λ, both clear of zero; None where runs say nothing."""
     if cell is None:
         return ALONE.get(row)
-    found = [cell.difference("nara", other) for other in ("lora", "nara_constant") if other in cell.planned.arms]
-    return None if None in found else all(each is not None and below_zero(each) for each in found)
+    intervals = [cell.difference("nara", other) for other in ("lora", "nara_constant") if other in cell.planned.arms]
+    return (
+        None
+        if None in intervals
+        else all(one_interval is not None and below_zero(one_interval) for one_interval in intervals)
+    )
 
 
 def _known(row: str, cell: Confirmed | None) -> str:

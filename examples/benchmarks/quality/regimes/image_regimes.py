@@ -192,13 +192,13 @@ class Conversion:
 
     def held_out(self) -> list[Shown]:
         """One batch a bin of λ, the same for every method and seed."""
-        return [each.corrupted(self.objective) for each in clean_bins(SUBJECT)]
+        return [clean.corrupted(self.objective) for clean in clean_bins(SUBJECT)]
 
     @torch.no_grad()
     def figures(self, unet: Any) -> dict[str, Any]:
         """losses: of each bin; score: their mean, by which rates are chosen."""
         denoiser, held_out = ControlledDenoiser(unet, None), self.held_out()
-        losses = [squared_errors(self.prediction(denoiser, each), each.batch).mean().item() for each in held_out]
+        losses = [squared_errors(self.prediction(denoiser, noisy), noisy.batch).mean().item() for noisy in held_out]
         return {"losses": losses, "score": fmean(losses)}
 
 

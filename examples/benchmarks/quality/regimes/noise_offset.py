@@ -46,17 +46,17 @@ class Offset(Conversion):
     def held_out(self) -> list[Shown]:
         """With `offset` of a normal number of each picture and channel added to the noise."""
         bins = []
-        for number, each in enumerate(clean_bins(SUBJECT)):
-            count, channels = each.noise.shape[:2]
+        for number, clean in enumerate(clean_bins(SUBJECT)):
+            count, channels = clean.noise.shape[:2]
             drawn_by = {"seed": 0, "stream": f"held-out offset {number}", "indices": range(count)}
-            noise = each.noise + self.offset * seeded_normal((channels, 1, 1), **drawn_by)
-            bins.append(replace(each, noise=noise).corrupted(self.objective))
+            noise = clean.noise + self.offset * seeded_normal((channels, 1, 1), **drawn_by)
+            bins.append(replace(clean, noise=noise).corrupted(self.objective))
         return bins
 
     def figures(self, unet: Any) -> dict[str, Any]:
         """losses: of each bin, as shares; score: their mean."""
         losses = super().figures(unet)["losses"]
-        shares = [loss / own for loss, own in zip(losses, _base_losses(), strict=True)]
+        shares = [loss / base_loss for loss, base_loss in zip(losses, _base_losses(), strict=True)]
         return {"losses": shares, "score": fmean(shares)}
 
 

@@ -126,10 +126,10 @@ def rated(planned: Sequence[Planned]) -> list[Rated]:
     Raises:
         ValueError: a regime whose code has gone; the commit in its records has it.
     """
-    for each in planned:
-        if each.cell.regime not in REGIMES or each.label:
-            raise ValueError(f"{each.name} isn't run any more: its records name the commit that has its code.")
-    return [(each.cell, arm, rates_of(each.cell, arm)) for each in planned for arm in each.arms]
+    for entry in planned:
+        if entry.cell.regime not in REGIMES or entry.label:
+            raise ValueError(f"{entry.name} isn't run any more: its records name the commit that has its code.")
+    return [(entry.cell, arm, rates_of(entry.cell, arm)) for entry in planned for arm in entry.arms]
 
 
 def runs_of(arms: Sequence[Rated], records: Sequence[Record], seeds: Sequence[int]) -> list[Run]:

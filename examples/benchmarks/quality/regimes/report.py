@@ -87,14 +87,14 @@ def with_mean_core(arm: str) -> str:
 
 def confirmed(planned: Planned, records: Iterable[Record]) -> Confirmed:
     """Those of `records` that are of this cell's confirmation."""
-    found: dict[tuple[str, int], Any] = {}
+    by_run: dict[tuple[str, int], Any] = {}
     for record in records:
         if record["stage"] == CONFIRM and cell_of(record) == planned.cell:
-            found[record["arm"], record["seed"]] = record
+            by_run[record["arm"], record["seed"]] = record
             if MEAN_CORE in record:
                 trained = {name: value for name, value in record.items() if name not in DRAWN}
-                found[with_mean_core(record["arm"]), record["seed"]] = trained | record[MEAN_CORE]
-    return Confirmed(planned, found)
+                by_run[with_mean_core(record["arm"]), record["seed"]] = trained | record[MEAN_CORE]
+    return Confirmed(planned, by_run)
 
 
 def conditions(cell: Confirmed, candidate: str) -> dict[str, bool | None]:
@@ -108,13 +108,13 @@ def conditions(cell: Confirmed, candidate: str) -> dict[str, bool | None]:
     peers = ONE_IMAGE_PEERS if has_looks else (*PEERS, *simpler)
     ablations = ABLATIONS if candidate == "nara" else ()
     if not decides:
-        peers, ablations = (tuple(each for each in names if each in arms) for names in (peers, ablations))
-    found = {f"below {peer}": _below(cell, candidate, peer) for peer in peers}
+        peers, ablations = (tuple(name for name in names if name in arms) for names in (peers, ablations))
+    are_met = {f"below {peer}": _below(cell, candidate, peer) for peer in peers}
     if not has_looks:
-        lower = [each and each.mean < 0 for each in cell.bins(candidate, "lora")]
-        found["below lora in every bin"] = None if None in lower else all(lower)
+        lower = [of_bin and of_bin.mean < 0 for of_bin in cell.bins(candidate, "lora")]
+        are_met["below lora in every bin"] = None if None in lower else all(lower)
         ablations = (*ablations, with_mean_core(candidate))
-    return found | {f"{name} is worse": _below(cell, candidate, name) for name in ablations}
+    return are_met | {f"{name} is worse": _below(cell, candidate, name) for name in ablations}
 
 
 def report(plan: Sequence[Planned], records: Sequence[Record]) -> str:
@@ -124,10 +124,10 @@ def report(plan: Sequence[Planned], records: Sequence[Record]) -> str:
 
 
 def _section(cell: Confirmed) -> str:
-    each = cell.planned.cell
+    setting = cell.planned.cell
     seeds = len({seed for arm, seed in cell.records if arm in cell.planned.arms})
-    name = cell.planned.label or each.regime
-    title = f"### {name}: {each.targets}, rank {each.rank}, {each.steps} steps ({seeds} seeds)"
+    name = cell.planned.label or setting.regime
+    title = f"### {name}: {setting.targets}, rank {setting.rank}, {setting.steps} steps ({seeds} seeds)"
     if not cell.is_whole:
         return f"{title}\n\n{cell.done} of {cell.due} runs are there; nothing is said before all are."
     said = [_verdict(cell, arm) for arm in CANDIDATES if arm in cell.arms]
@@ -143,7 +143,7 @@ def _scores(cell: Confirmed) -> str:
 
 def _row(cell: Confirmed, arm: str) -> list[str]:
     size = next(record.get("trainable_parameters") for (name, _), record in cell.records.items() if name == arm)
-    lower = [each is not None and each.mean < 0 for each in cell.bins(arm, "lora")]
+    lower = [interval_of_bin is not None and interval_of_bin.mean < 0 for interval_of_bin in cell.bins(arm, "lora")]
     difference = "–" if arm == "lora" else change(cell.difference(arm, "lora"), DIGITS)
     return [arm, "–" if size is None else str(size), spread(cell.score(arm), DIGITS), difference, str(sum(lower))]
 
@@ -172,16 +172,16 @@ def _drawn(cell: Confirmed, arm: str, measure: str) -> tuple[str, str]:
 def _verdict(cell: Confirmed, candidate: str) -> str:
     """Whether `candidate` wins; of a cell that doesn't decide its regime, what it meets alone."""
     words = {True: "yes", False: "no", None: "open"}
-    found = conditions(cell, candidate)
-    won = None if None in found.values() else all(found.values())
-    named = "; ".join(f"{condition}: {words[met]}" for condition, met in found.items())
+    are_met = conditions(cell, candidate)
+    won = None if None in are_met.values() else all(are_met.values())
+    named = "; ".join(f"{condition}: {words[met]}" for condition, met in are_met.items())
     wins = f" wins: {words[won]}." if is_deciding(cell.planned.cell) else ":"
     return f"**{candidate}{wins}** {named}."
 
 
 def _below(cell: Confirmed, arm: str, other: str) -> bool | None:
-    found = cell.difference(arm, other)
-    return None if found is None else below_zero(found)
+    interval_of_seeds = cell.difference(arm, other)
+    return None if interval_of_seeds is None else below_zero(interval_of_seeds)
 
 
 def _of_bin(regime: str, index: int) -> Value:
@@ -212,20 +212,20 @@ def similarity_table(looks: Mapping[tuple[str, int], Sequence[Look]], arms: Sequ
 
 
 def _cell(looks: Mapping[tuple[str, int], Sequence[Look]], arm: str, level: float) -> str:
-    own, peer = _reached(looks, arm, level), _reached(looks, "lora", level)
-    differences = [own[seed] - peer[seed] for seed in sorted(own.keys() & peer.keys())]
-    shown = change(interval(differences), 3) if arm != "lora" and len(differences) >= FEWEST else NOTHING
-    return f"{shown} ({len(own)})"
+    by_seed, peer = _reached(looks, arm, level), _reached(looks, "lora", level)
+    differences = [by_seed[seed] - peer[seed] for seed in sorted(by_seed.keys() & peer.keys())]
+    text = change(interval(differences), 3) if arm != "lora" and len(differences) >= FEWEST else NOTHING
+    return f"{text} ({len(by_seed)})"
 
 
 def _reached(looks: Mapping[tuple[str, int], Sequence[Look]], arm: str, level: float) -> dict[int, float]:
     """{seed: the best alignment of a look whose similarity is `level` or more}, of the seeds that have one."""
-    found = {}
-    for (name, seed), own in looks.items():
-        reached = [look["alignment"] for look in own if look["similarity"] >= level]
+    best = {}
+    for (name, seed), of_run in looks.items():
+        reached = [look["alignment"] for look in of_run if look["similarity"] >= level]
         if name == arm and reached:
-            found[seed] = max(reached)
-    return found
+            best[seed] = max(reached)
+    return best
 
 
 # ---------------------------------------------------------------------- the summary
@@ -251,8 +251,12 @@ def summary(plan: Sequence[Planned], records: Sequence[Record]) -> str:
 
 
 def _summary_row(cell: Confirmed) -> list[str]:
-    each = cell.planned.cell
-    name = each.regime if is_deciding(each) else f"{each.regime}, {each.targets}, rank {each.rank}, {each.steps} steps"
+    setting = cell.planned.cell
+    name = (
+        setting.regime
+        if is_deciding(setting)
+        else f"{setting.regime}, {setting.targets}, rank {setting.rank}, {setting.steps} steps"
+    )
     return [
         name,
         *(rounded_mean(cell.score(arm)) for arm in SHOWN),

@@ -82,8 +82,8 @@ def build(name: str, args: Any, backbone: Backbone = UNET) -> Any:
 def equal_rank(targets: str, rank: int, backbone: Backbone = UNET) -> int:
     """The smallest rank at which LoRA has at least as many parameters as NaRA of `rank`."""
     counts = {}
-    for name, each in (("nara", rank), ("lora", 1)):
-        model = build(name, backbone.arguments(name, 0, _settings(ARMS[name], targets, each, backbone)), backbone)
+    for name, size in (("nara", rank), ("lora", 1)):
+        model = build(name, backbone.arguments(name, 0, _settings(ARMS[name], targets, size, backbone)), backbone)
         counts[name] = trainable_parameters(model)
     return math.ceil(counts["nara"] / counts["lora"])
 
@@ -177,7 +177,7 @@ def record_of(run: Run, stage: str) -> dict[str, Any]:
 
     Training that diverges has a record too, whose figures are None.
     """
-    made = made_in(stage)
+    provenance = made_in(stage)
     wall, core = time.perf_counter(), time.process_time()
     try:
         figures = _figures(run)
@@ -185,7 +185,7 @@ def record_of(run: Run, stage: str) -> dict[str, Any]:
         figures = {"score": None, "losses": None}
     seconds, core_seconds = time.perf_counter() - wall, time.process_time() - core
     cost = {"seconds": round(seconds, 1), "core_seconds": round(core_seconds, 1)}
-    return {"stage": stage, **run.named, **rounded(figures), **cost, **made}
+    return {"stage": stage, **run.named, **rounded(figures), **cost, **provenance}
 
 
 def _figures(run: Run) -> dict[str, Any]:
@@ -217,5 +217,5 @@ def rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}")
     if isinstance(value, dict):
-        return {name: rounded(each) for name, each in value.items()}
-    return [rounded(each) for each in value] if isinstance(value, list) else value
+        return {name: rounded(part) for name, part in value.items()}
+    return [rounded(part) for part in value] if isinstance(value, list) else value

@@ -64,8 +64,8 @@ def _unpacked(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     records = []
     for line in lines:
         state = state | dict(line)
-        kept = {name: value for name, value in state.items() if value is not None or name in REQUIRED}
-        records.append({"control": None, **kept})
+        fields = {name: value for name, value in state.items() if value is not None or name in REQUIRED}
+        records.append({"control": None, **fields})
     return records
 
 
@@ -107,19 +107,19 @@ class Grid:
         return sorted({seed for _, _, seed in self.cells})
 
     def records(self, arm: Arm) -> list[Record]:
-        return [record for (own, _, _), record in self.cells.items() if own == arm]
+        return [record for (of_cell, _, _), record in self.cells.items() if of_cell == arm]
 
     def per_seed(self, arm: Arm, value: Value, domains: Sequence[str] | None = None) -> dict[int, float]:
         """{seed: mean over `domains`}, default all; of seeds that have the value on them all."""
         names = self.domains if domains is None else domains
-        found = {}
+        means = {}
         for seed in self.seeds:
             cells = [self.cells.get((arm, name, seed)) for name in names]
             values = [None if cell is None else value(cell) for cell in cells]
-            known = [each for each in values if each is not None]
-            if known and len(known) == len(names):
-                found[seed] = fmean(known)
-        return found
+            present = [one_value for one_value in values if one_value is not None]
+            if present and len(present) == len(names):
+                means[seed] = fmean(present)
+        return means
 
     def spread(self, arm: Arm, value: Value, domains: Sequence[str] | None = None) -> Interval | None:
         """Mean, deviation and interval over the seeds; None if there is no such run."""
@@ -130,18 +130,18 @@ class Grid:
         self, arm: Arm, baseline: Arm, value: Value, domains: Sequence[str] | None = None
     ) -> Interval | None:
         """`arm` − `baseline`, paired over the seeds that both have; None without two of them."""
-        own, other = self.per_seed(arm, value, domains), self.per_seed(baseline, value, domains)
-        differences = [own[seed] - other[seed] for seed in own if seed in other]
+        ours, other = self.per_seed(arm, value, domains), self.per_seed(baseline, value, domains)
+        differences = [ours[seed] - other[seed] for seed in ours if seed in other]
         return interval(differences) if len(differences) > 1 else None
 
 
 def _check_settings(cells: Mapping[tuple[Arm, str, int], Record]) -> None:
-    found: dict[tuple[Arm, str], dict[str, Any]] = {}
+    by_cell: dict[tuple[Arm, str], dict[str, Any]] = {}
     for (arm, domain, seed), record in cells.items():
         settings = {name: record.get(name) for name in SAME_FOR_ALL_SEEDS}
-        known = found.setdefault((arm, domain), settings)
-        if settings != known:
-            changed = {name: (known[name], settings[name]) for name in settings if settings[name] != known[name]}
+        first = by_cell.setdefault((arm, domain), settings)
+        if settings != first:
+            changed = {name: (first[name], settings[name]) for name in settings if settings[name] != first[name]}
             raise ValueError(
                 f"{arm.method} on {domain} was run with different settings, {changed} (seed {seed}): keep the runs of "
                 "one setting, or give the others another stage."

@@ -90,8 +90,8 @@ def _styles(arms: Sequence[Arm]) -> list[dict[str, Any]]:
 def _losses(axes: Any, grid: Grid, arm: Arm, domain: str, style: dict[str, Any]) -> None:
     """Mean over the seeds."""
     levels = noise_levels(grid)
-    found = [grid.spread(arm, bin_value(index), [domain]) for index in range(len(levels))]
-    points = [(level, each.mean) for level, each in zip(levels, found, strict=True) if each is not None]
+    by_bin = [grid.spread(arm, bin_value(index), [domain]) for index in range(len(levels))]
+    points = [(level, of_bin.mean) for level, of_bin in zip(levels, by_bin, strict=True) if of_bin is not None]
     if points:
         axes.plot(*zip(*points, strict=True), label=title(arm), linewidth=1.2, **style)
 
@@ -101,12 +101,12 @@ def _differences(
 ) -> None:
     """Mean and interval over the seeds, in percent of the baseline's mean."""
     levels = noise_levels(grid)
-    found = [grid.difference(arm, baseline, bin_value(index), domains) for index in range(len(levels))]
+    by_bin = [grid.difference(arm, baseline, bin_value(index), domains) for index in range(len(levels))]
     of = [grid.spread(baseline, bin_value(index), domains) for index in range(len(levels))]
     points = [
-        (level, [100 * value / base.mean for value in (each.mean, each.low, each.high)])
-        for level, each, base in zip(levels, found, of, strict=True)
-        if each is not None and base is not None
+        (level, [100 * value / base.mean for value in (of_bin.mean, of_bin.low, of_bin.high)])
+        for level, of_bin, base in zip(levels, by_bin, of, strict=True)
+        if of_bin is not None and base is not None
     ]
     if points:
         x, (mean, low, high) = [level for level, _ in points], zip(*(values for _, values in points), strict=True)

@@ -66,12 +66,12 @@ CANVAS = ("Cross-entropy in nats a token", "DiffusionGemma's canvas, open answer
 
 def asked_table(folder: Path) -> str:
     """A table a measure, a row a regime: held-out losses on attention at rank 4, over ten seeds."""
-    records, others = read(folder / "regimes.jsonl"), read(folder / "alternatives.jsonl")
+    records, alternative_records = read(folder / "regimes.jsonl"), read(folder / "alternatives.jsonl")
     cells = {p.cell.regime: confirmed(p, records) for p in PLAN if is_deciding(p.cell) and not p.label}
     header = ["what is asked", "simplest that does as well", "it", *SHOWN.values(), "NaRA − LoRA"]
     parts = []
-    for measure, asked in ASKED.items():
-        rows = [_asked_row(row, cells[row.regime], others) for row in asked]
+    for measure, questions in ASKED.items():
+        rows = [_asked_row(row, cells[row.regime], alternative_records) for row in questions]
         if measure == CANVAS[0]:
             rows.append([*CANVAS[1:], *asked_row(folder, SHOWN.values())])
         parts += [f"**{measure}**", table(header, rows)]
@@ -84,8 +84,8 @@ def _asked_row(row: Asked, cell: Confirmed, others: list[Record]) -> list[str]:
     else:
         group = next(group for group in alternatives.GROUPS if group.regime == row.regime)
         simplest = _sized(alternatives.confirmed(group, others), row.arm)
-    own = [_sized(cell, arm) for arm in SHOWN]
-    return [row.what, row.simplest, simplest, *own, change(cell.difference("nara", "lora"), 3)]
+    cells_of_arms = [_sized(cell, arm) for arm in SHOWN]
+    return [row.what, row.simplest, simplest, *cells_of_arms, change(cell.difference("nara", "lora"), 3)]
 
 
 def _sized(cell: Confirmed, arm: str) -> str:
@@ -109,15 +109,15 @@ def ordinary_table(folder: Path) -> str:
     for name in ("text", "images"):
         records = select(read_records([folder / f"{name}.jsonl"]), stage="main")
         main = [record for record in records if record["seed"] in SEEDS]
-        for backbone in dict.fromkeys(each["backbone"] for each in main):
+        for backbone in dict.fromkeys(row["backbone"] for row in main):
             header += [f"{backbone}: loss − LoRA", "gap closed"]
             columns.append((Grid.of(select(main, backbone=backbone)), loss_of(name)))
     rows = []
     for method in METHODS:
         arm, cells = Arm(method), []
         for grid, loss in columns:
-            known = arm in grid.arms
-            cells += [difference(grid.difference(arm, Arm("lora"), loss), loss.digits) if known else NOTHING]
-            cells += [closed(grid, arm) if known else NOTHING]
+            is_measured = arm in grid.arms
+            cells += [difference(grid.difference(arm, Arm("lora"), loss), loss.digits) if is_measured else NOTHING]
+            cells += [closed(grid, arm) if is_measured else NOTHING]
         rows.append([title(arm), *cells])
     return table(header, rows)

@@ -31,14 +31,14 @@ def one_picture_table(folder: Path) -> str:
     rows = []
     for domain, method in dict.fromkeys((domain, method) for domain, method, _ in cells):
         seeds = seeds_of(cells, domain)
-        own = [cells[domain, method, seed] for seed in seeds]
+        of_method = [cells[domain, method, seed] for seed in seeds]
         theirs = [cells[domain, THEIRS, seed] for seed in seeds]
         if not seeds:
             continue
         first = MEASURES["similarity + alignment"]
-        differences = [first(a) - first(b) for a, b in zip(own, theirs, strict=True)]
-        figures = [rounded_mean(interval([value(record) for record in own])) for value in MEASURES.values()]
-        rate, size = own[0]["learning_rate"], own[0]["trainable_parameters"]
+        differences = [first(a) - first(b) for a, b in zip(of_method, theirs, strict=True)]
+        figures = [rounded_mean(interval([value(record) for record in of_method])) for value in MEASURES.values()]
+        rate, size = of_method[0]["learning_rate"], of_method[0]["trainable_parameters"]
         less = change(interval(differences), 3) if len(seeds) > 1 else f"{differences[0]:+.3f}"
         less = NOTHING if method == THEIRS else less
         count = str(len(seeds))
@@ -48,6 +48,8 @@ def one_picture_table(folder: Path) -> str:
 
 def seeds_of(cells: dict[tuple[str, str, int], Record], domain: str) -> Sequence[int]:
     """The seeds that every arm of a rank has."""
-    methods = {THEIRS, *(method for own, method, _ in cells if own == domain)}
-    seeds = [{seed for rank, own, seed in cells if (rank, own) == (domain, method)} for method in methods]
+    methods = {THEIRS, *(method for cell_domain, method, _ in cells if cell_domain == domain)}
+    seeds = [
+        {seed for rank, cell_domain, seed in cells if (rank, cell_domain) == (domain, method)} for method in methods
+    ]
     return sorted(set.intersection(*seeds))

@@ -82,8 +82,8 @@ def ordered(arms: Sequence[Arm]) -> list[Arm]:
     controls = list(CONTROLS)
 
     def place(arm: Arm) -> tuple[int, str, int]:
-        known = _ORDER.index(arm.method) if arm.method in _ORDER else len(_ORDER)
-        return known, arm.method, controls.index(arm.control) + 1 if arm.control in controls else 0
+        position = _ORDER.index(arm.method) if arm.method in _ORDER else len(_ORDER)
+        return position, arm.method, controls.index(arm.control) + 1 if arm.control in controls else 0
 
     return sorted(arms, key=place)
 
@@ -120,23 +120,25 @@ def domains_table(grid: Grid, measure: Measure) -> str:
     for arm in ordered(grid.arms):
         other = Arm(arm.method) if arm.control else baseline_of(arm.method)
         if arm != LORA and arm.method != BASE:
-            found = [grid.difference(arm, LORA if arm == DORA else other, measure, [name]) for name in grid.domains]
-            rows.append([title(arm), *(difference(each, measure.digits) for each in found)])
+            differences = [
+                grid.difference(arm, LORA if arm == DORA else other, measure, [name]) for name in grid.domains
+            ]
+            rows.append([title(arm), *(difference(of_domain, measure.digits) for of_domain in differences)])
     return table([f"{measure.title}, difference", *grid.domains], rows)
 
 
 def closed(grid: Grid, arm: Arm) -> str:
     """(LoRA − arm) / (LoRA − full), of mean losses: 0 % is LoRA, 100 % full fine-tuning."""
-    own, full = grid.difference(arm, LORA, LOSS), grid.difference(FULL, LORA, LOSS)
-    if own is None or full is None or full.mean >= 0:
+    gain, full = grid.difference(arm, LORA, LOSS), grid.difference(FULL, LORA, LOSS)
+    if gain is None or full is None or full.mean >= 0:
         return NOTHING
-    return percent(own.mean / full.mean)
+    return percent(gain.mean / full.mean)
 
 
 def _with_seeds(grid: Grid, arm: Arm, measure: Measure) -> str:
     """Its name, and of how many seeds it has a mean over all domains, where others have more."""
-    own, most = (len(grid.per_seed(each, measure)) for each in (arm, LORA))
-    return title(arm) if own >= most else f"{title(arm)} ({own} of {most} seeds)"
+    count, most = (len(grid.per_seed(other, measure)) for other in (arm, LORA))
+    return title(arm) if count >= most else f"{title(arm)} ({count} of {most} seeds)"
 
 
 def bin_value(index: int) -> Value:
@@ -165,8 +167,8 @@ def bins_table(grid: Grid) -> str:
         if arm in baselines:
             continue
         baseline = baseline_of(arm.method)
-        found = [grid.difference(arm, baseline, bin_value(index)) for index in range(len(levels))]
-        rows.append([f"{title(arm)} − {title(baseline)}", *(change(each, digits) for each in found)])
+        differences = [grid.difference(arm, baseline, bin_value(index)) for index in range(len(levels))]
+        rows.append([f"{title(arm)} − {title(baseline)}", *(change(of_bin, digits) for of_bin in differences)])
     return table(["λ", *(f"{level:.2f}" for level in levels)], rows)
 
 

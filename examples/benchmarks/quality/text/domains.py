@@ -211,8 +211,8 @@ def build_domain(name: str, sizes: Sizes = DEFAULT_SIZES) -> Domain:
         ValueError: unknown name, or a domain that has too few questions.
     """
     if name not in DOMAINS and name not in FAMILIES:
-        known = ", ".join(DOMAINS)
-        raise ValueError(f"domain is {name!r}, expected one of {known}, or a family: {', '.join(FAMILIES)}")
+        names = ", ".join(DOMAINS)
+        raise ValueError(f"domain is {name!r}, expected one of {names}, or a family: {', '.join(FAMILIES)}")
     streams = cycle([questions(family, SEED) for family in DOMAINS.get(name, (name,))])
     seen: set[str] = set()
     # what is held out first, so that it doesn't depend on how many are learned from

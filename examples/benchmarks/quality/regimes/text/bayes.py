@@ -43,15 +43,15 @@ def bayes_losses(batch: MaskedBatch, is_told: bool = True) -> Tensor:
 def _character(batch: MaskedBatch, level: Tensor) -> Tensor:
     """p(x | z, λ) (b, l) of the clean character x, where there is one."""
     characters, noise = token_ids(CHARACTERS), len(noise_tokens(load(REPLACED.backbone)[1]))
-    same, known = batch.input_ids == batch.targets, torch.isin(batch.input_ids, characters)  # (b, l)
+    same, is_character = batch.input_ids == batch.targets, torch.isin(batch.input_ids, characters)  # (b, l)
     p = ((1 - level) * same + level / noise) / (1 - level + len(characters) * level / noise)
-    return torch.where(known, p, 1 / len(characters))
+    return torch.where(is_character, p, 1 / len(characters))
 
 
 def _evidence(batch: MaskedBatch, level: Tensor) -> Tensor:
     """log p(z | λ) (b, l) of the answer's tokens, 0 elsewhere."""
     characters, noise = token_ids(CHARACTERS), len(noise_tokens(load(REPLACED.backbone)[1]))
-    known = torch.isin(batch.input_ids, characters)
-    of_character = level / noise + (1 - level) / len(characters) * known
+    is_character = torch.isin(batch.input_ids, characters)
+    of_character = level / noise + (1 - level) / len(characters) * is_character
     of_end = level / noise + (1 - level) * (batch.input_ids == batch.targets)
     return torch.where(torch.isin(batch.targets, characters), of_character, of_end).log() * batch.answer

@@ -66,8 +66,8 @@ class Biased(nn.Module):
     def forward(self, batch: MaskedBatch) -> Tensor:
         """Logits (b, l, v)."""
         logits = logits_of(self.model, batch)
-        own = self.step * self.bias[(BINS * batch.noise_level).long().clamp(max=BINS - 1)]  # (b,)
-        return logits + own[:, None, None] * nn.functional.one_hot(batch.input_ids, logits.shape[-1])
+        bias = self.step * self.bias[(BINS * batch.noise_level).long().clamp(max=BINS - 1)]  # (b,)
+        return logits + bias[:, None, None] * nn.functional.one_hot(batch.input_ids, logits.shape[-1])
 
 
 class ControlledLanguageModel(nn.Module):
