@@ -42,7 +42,7 @@ def test_benchmark_writes_a_record(benchmark, tmp_path):
 @pytest.mark.parametrize("part", ["quality", "speed"])
 def test_benchmark_text_cache_writes_a_record(part, tmp_path):
     benchmark_text_cache.main(part, questions=2, steps=2, rounds=1, width=24, layers=1, output_dir=tmp_path)
-    record = json.loads((tmp_path / f"text_cache_{part}.json").read_text(encoding="utf-8"))
+    record = json.loads((tmp_path / f"benchmark_text_cache_{part}.json").read_text(encoding="utf-8"))
     assert record.keys() > MADE_WITH
 
 
