@@ -66,9 +66,11 @@ def prepare_training(
     left = run.positions_left()
     size = run.args.train_batch_size
     loader = stream_loader(samples, collate, batch_size=size, first=left.start, stop=left.stop)
-    prepared = prepare(run.accelerator, model, optimizer, scheduler, loader)
-    average = average_weights(run.accelerator, prepared[0], run.args.ema_decay)
-    return Prepared(*prepared, average)
+    model, optimizer, scheduler, loader = prepare(
+        run.accelerator, model, optimizer, scheduler, loader
+    )
+    average = average_weights(run.accelerator, model, run.args.ema_decay)
+    return Prepared(model, optimizer, scheduler, loader, average)
 
 
 def train(

@@ -128,7 +128,7 @@ def step_of(pipe: Any, **flags: Any) -> Any:
 
 
 @pytest.mark.parametrize("bounds", [(0.0, 1.0), (0.3, 0.8)])
-def test_levels_of_both_experts_have_the_distribution_of_one(bounds: tuple[float, float]) -> None:
+def test_levels_of_both_experts_are_those_of_one(bounds: tuple[float, float]) -> None:
     pipe, one = small_wan_experts(), small_wan_images()
     flags: dict[str, Any] = dict(zip(("min_noise_level", "max_noise_level"), bounds, strict=True))
     pipe.scheduler = one.scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
@@ -224,7 +224,7 @@ def test_one_expert_trains_within_its_window(expert: str, name: str, tmp_path: P
     assert len({round(level, 4) for level in levels}) > 6
 
 
-def test_validation_loss_is_that_of_the_expert_at_its_level(tmp_path: Path) -> None:
+def test_validation_loss_is_that_of_each_expert(tmp_path: Path) -> None:
     pipe = small_wan_experts()
     family = run_family(arguments(), pipe)
     step, samples = step_of(pipe), samples_of(tmp_path).plain_samples()
@@ -325,7 +325,7 @@ def check_samples(folder: Path) -> Any:
     return calls
 
 
-def test_run_of_both_loads_by_one_call_and_samples(finished: Path) -> None:
+def test_run_of_both_loads_by_one_call(finished: Path) -> None:
     card = (finished / "README.md").read_text()
     assert card.count("pipe.load_") == 1
     keys = tensors(finished)
@@ -356,7 +356,7 @@ def test_two_processes_train_the_same_experts_as_one(flags: dict[str, Any], tmp_
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-5)
 
 
-def test_lora_of_both_is_two_files_that_diffusers_reads(flags: dict[str, Any], tmp_path: Path) -> None:
+def test_lora_of_both_is_two_files(flags: dict[str, Any], tmp_path: Path) -> None:
     plain = {"adapter": "lora", "core_learning_rate": None, "adapter_options": {}, "checkpointing_steps": None}
     run("dreambooth.py", **{**flags, **plain, "max_train_steps": 3}, output_dir=tmp_path)
     stems = [f"pytorch_lora_weights_{noise}_noise.safetensors" for noise in ("high", "low")]

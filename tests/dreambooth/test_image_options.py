@@ -14,6 +14,7 @@ from torch import nn
 
 from nara_diffusion.dreambooth import pipelines, subject, train
 from nara_diffusion.dreambooth.draws import drawable_levels
+from nara_diffusion.dreambooth.flow_families import SD3
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, run_family
 from nara_diffusion.dreambooth.pipelines import load_base
 from nara_diffusion.dreambooth.training_step import TrainingStep, training_step
@@ -38,8 +39,7 @@ def test_family_uses_lengths_and_guidance_of_flags() -> None:
 
 def step_of(**flags: Any) -> TrainingStep:
     pipe: Any = SimpleNamespace(transformer=None, unet=None, vae=None, scheduler=small_sd3().scheduler)
-    family: Any = SimpleNamespace(denoiser="transformer", pixels_of_sources=lambda pipe: None)
-    return training_step(arguments(train_text_encoder=True, **flags), pipe, family, torch.device("cpu"), 2)
+    return training_step(arguments(train_text_encoder=True, **flags), pipe, SD3, torch.device("cpu"), 2, 2)
 
 
 def test_training_step_has_each_flag() -> None:

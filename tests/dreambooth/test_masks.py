@@ -142,7 +142,7 @@ def test_options_reach_masks_and_weights(tmp_path: Path) -> None:
         (record,) = read_images(args, SD3, str(tmp_path), None, progress=False)
         assert (record.mask is not None) == alpha
     pipe: Any = SimpleNamespace(transformer=None, vae=None, scheduler=small_sd3().scheduler)
-    assert training_step(args, pipe, SD3, torch.device("cpu"), 2).latents.mask_floor == 0.3
+    assert training_step(args, pipe, SD3, torch.device("cpu"), 2, 2).latents.mask_floor == 0.3
 
 
 def test_digest_of_data_notices_another_mask(folder: Path) -> None:
