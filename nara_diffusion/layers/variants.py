@@ -248,7 +248,7 @@ OUTSIDE_AUTOCAST = OutsideAutocast()
 
 def is_dropout_free(layer: AdaptedLayer, adapter_name: str) -> bool:
     """Return whether the forward of an adapter applies no dropout."""
-    return isinstance(layer.lora_dropout[adapter_name], nn.Identity) or not layer.training
+    return not layer.training or isinstance(layer.lora_dropout[adapter_name], nn.Identity)
 
 
 def frozen_base(layer: AdaptedLayer, result: Tensor) -> tuple[Tensor, Tensor | None] | None:
@@ -257,15 +257,13 @@ def frozen_base(layer: AdaptedLayer, result: Tensor) -> tuple[Tensor, Tensor | N
     Return None if the base layer is trained, quantised or hooked, if another tuner wraps it, or if
     several adapters are active.
     """
-    base = layer._modules["base_layer"]
-    if not isinstance(base, nn.Linear) or not is_plain(base) or len(layer.active_adapters) != 1:
+    base: Any = layer._modules["base_layer"]
+    if not is_plain(base) or len(layer.active_adapters) != 1 or not result.is_contiguous():
         return None
-    if not result.is_contiguous():
+    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
-    bias = base.bias
-    if base.weight.requires_grad or (bias is not None and bias.requires_grad):
-        return None
-    return base.weight, bias
+    return weight, bias
 
 
 def fits_one_function(A: nn.Linear, B: nn.Linear, x: Tensor, result: Tensor) -> bool:
@@ -284,9 +282,10 @@ def fits_one_function(A: nn.Linear, B: nn.Linear, x: Tensor, result: Tensor) -> 
         return False
     if type(x) not in _TENSORS or type(result) not in _TENSORS:
         return False
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+    if is_autocast_enabled(x.device):
         return result.dtype == torch.get_autocast_dtype(x.device.type)
-    return A.weight.dtype == B.weight.dtype == x.dtype == result.dtype
+    weight_A, weight_B = vars(A)["_parameters"]["weight"], vars(B)["_parameters"]["weight"]
+    return weight_A.dtype == weight_B.dtype == x.dtype == result.dtype
 
 
 def is_plain(layer: nn.Module) -> bool:

@@ -231,10 +231,7 @@ class CoreHolder(nn.Module):
 
     @contextmanager
     def planning(self, levels: Tensor) -> Iterator[None]:
-        """Inside, in this thread, compute D(λ) of all these `levels` (n,) at once.
-
-        Weights of the cores must not change inside.
-        """
+        """Inside, in this thread, compute D(λ) of all these `levels` (n,) at once."""
         local = self.channel.local
         former, local.plan = getattr(local, "plan", None), PlannedLevels(levels)
         try:

@@ -11,11 +11,10 @@ would have to wait for) computes its own D.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nara_diffusion.layers.channel import Key
 
@@ -30,16 +29,22 @@ class PlannedLevels:
     def __init__(self, levels: Tensor) -> None:
         self.levels = levels
         self._row_of = {level: row for row, level in enumerate(levels.tolist())}
-        self._sources: Any = None
+        self._sources: Sequence[tuple[str, nn.Module, object]] = ()
+        self._tensors: list[Tensor] = []
+        self._versions: list[int] = []
         self._deviations: Mapping[Key, Tensor] = {}
 
     def deviations(
-        self, level: Tensor, sources: Any, compute: Callable[[Tensor], Mapping[Key, Tensor]]
+        self,
+        level: Tensor,
+        sources: Sequence[tuple[str, nn.Module, object]],
+        compute: Callable[[Tensor], Mapping[Key, Tensor]],
     ) -> dict[Key, Tensor] | None:
         """Return D (b or 1, r, r) by key for λ (b,), or None if a level was not planned.
 
         Args:
-            sources: the objects that D depends on. If they change, D is computed again.
+            sources: the adapters that D belongs to: name, cores, strength. If they change, or the
+                cores' tensors in place (`.data` hides it), D is computed again.
             compute: returns D (n or 1, r, r) by key for λ (n,).
         """
         if torch.is_grad_enabled() or level.device.type != "cpu":
@@ -47,8 +52,16 @@ class PlannedLevels:
         rows = [self._row_of.get(value, -1) for value in level.tolist()]
         if -1 in rows:
             return None
-        if sources != self._sources:
+        versions = [tensor._version for tensor in self._tensors]
+        if sources != self._sources or versions != self._versions:
             self._deviations, self._sources = compute(self.levels), sources
-        if len(set(rows)) == 1:
-            rows = rows[:1]
-        return {key: D if len(D) == 1 else D[rows] for key, D in self._deviations.items()}
+            self._tensors = [t for _, core, _ in sources for t in _tensors_of(core)]
+            self._versions = [tensor._version for tensor in self._tensors]
+        chosen = slice(rows[0], rows[0] + 1) if len(set(rows)) == 1 else rows
+        return {key: D if len(D) == 1 else D[chosen] for key, D in self._deviations.items()}
+
+
+def _tensors_of(core: nn.Module) -> list[Tensor]:
+    """Return the tensors of a core that count their changes: all but inference tensors."""
+    tensors = (*core.parameters(), *core.buffers())
+    return [tensor for tensor in tensors if not tensor.is_inference()]
