@@ -23,6 +23,7 @@ from peft import PeftModel
 
 from nara_diffusion import set_strength
 from nara_diffusion.dllm import GenerationStep, encode_prompts, load_backbone, prompt_text, stop_token_ids
+from nara_diffusion.dllm.decoding import CACHES
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.sampler import answer_prompts
 from nara_diffusion.dllm.text_lengths import check_canvas
@@ -88,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--gen_length", type=int, help="tokens of an answer (default: as the adapter's run, or 128)")
     parser.add_argument("--steps", type=int, help="forwards of an answer (default: one for each token)")
     parser.add_argument("--block_length", type=int, help="tokens of a block (default: as in the model's own chat)")
+    parser.add_argument("--cache", choices=CACHES, help="LLaDA and Dream: an approximate cache, with --block_length")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
     args = parser.parse_args(argv)
     model, tokenizer = load_backbone(args.model, dtype="auto")
@@ -99,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if blocks and Backbone(model).traits.attends_by_blocks:  # LLaDA2's attention has the blocks of its training
         model.config.block_length = blocks
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]
-    sampling = {name: getattr(args, name) for name in ("steps", "block_length", "temperature")}
+    sampling = {name: getattr(args, name) for name in ("steps", "block_length", "temperature", "cache")}
     positions = getattr(model.config, "max_position_embeddings", 512)
     default = max(getattr(model.config, "canvas_length", 0), min(128, positions // 4))
     sampling["gen_length"] = args.gen_length or of_run(args.adapter, "gen_length") or default

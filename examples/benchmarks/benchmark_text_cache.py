@@ -145,7 +145,7 @@ def main(
         figures = {"questions": questions, "steps": steps, "exact_match": measure_quality(questions, steps)}
     else:
         figures = measure_speed(rounds, width, layers)
-    print(f"saved to {save_record(f'text_cache_{part}', figures, output_dir)}")
+    print(f"saved to {save_record(f'benchmark_text_cache_{part}', figures, output_dir)}")
     return figures
 
 

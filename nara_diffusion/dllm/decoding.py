@@ -56,7 +56,8 @@ class Sampling:
             LLaDA's code. An answer then ends with another end token, or takes its full length.
         confidence_eos_eot_inf: True to place end tokens after all others, as in LLaDA's code.
         cache: "prefix" or "dual" for LLaDA and Dream, to compute the whole text only at the first
-            step of each block. Both need `block_length`, and are approximate; see `cached_sampler`.
+            step of each block (see `cached_sampler`). Both need `block_length`. They are approximate:
+            exact match may fall by more than two points (docs/text.md), so measure it on your task.
 
     Raises:
         ValueError: a value is out of range, or two settings contradict each other.

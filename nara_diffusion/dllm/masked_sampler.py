@@ -6,9 +6,9 @@ the rules of `decoding` choose which of them to fill. Classifier-free guidance c
 (1 + w) · l(x) − w · l(x with its prompt masked).
 
 In each step, a noise-aware model runs each sample at λ, the masked share of the whole answer, which
-goes from 1 to 0. Rows with masked prompts have the λ of their sample. There is no cache of keys and
-values, since adapted keys or values would belong to the λ of an earlier step. (`block_filling` uses
-a cache for models with attention by blocks.) The differences from LLaDA's code are:
+goes from 1 to 0. Rows with masked prompts have the λ of their sample. Keys and values change with
+each token and with λ, so only approximate caches are possible (`cached_sampler`). The differences
+from LLaDA's code are:
 
 - An empty prompt becomes a BOS token if position i predicts token i + 1 (Dream). Otherwise no
   position would predict the first token of the answer.

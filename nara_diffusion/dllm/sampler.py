@@ -61,7 +61,7 @@ def generate(
             function may change.
         **settings: settings of `nara_diffusion.dllm.Sampling`: gen_length (128), steps,
             block_length, temperature, top_p, cfg_scale, remasking, confidence_threshold, factor,
-            entropy_bound, logits_eos_inf, confidence_eos_eot_inf. DiffusionGemma takes gen_length,
+            entropy_bound, logits_eos_inf, confidence_eos_eot_inf, cache. DiffusionGemma takes gen_length,
             steps, temperature and entropy_bound.
 
     Returns:

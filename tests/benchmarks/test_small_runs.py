@@ -11,6 +11,7 @@ import benchmark_few_steps
 import benchmark_quality
 import benchmark_regimes
 import benchmark_speed
+import benchmark_text_cache
 import measure_house
 import pytest
 import torch
@@ -35,6 +36,13 @@ MADE_WITH = {"command", "hardware", "versions", "commit"}
 def test_benchmark_writes_a_record(benchmark, tmp_path):
     assert benchmark.main(**RUNS[benchmark], output_dir=tmp_path)
     record = json.loads((tmp_path / f"{benchmark.__name__}.json").read_text(encoding="utf-8"))
+    assert record.keys() > MADE_WITH
+
+
+@pytest.mark.parametrize("part", ["quality", "speed"])
+def test_benchmark_text_cache_writes_a_record(part, tmp_path):
+    benchmark_text_cache.main(part, questions=2, steps=2, rounds=1, width=24, layers=1, output_dir=tmp_path)
+    record = json.loads((tmp_path / f"benchmark_text_cache_{part}.json").read_text(encoding="utf-8"))
     assert record.keys() > MADE_WITH
 
 

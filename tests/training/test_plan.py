@@ -151,7 +151,7 @@ def test_planned_prompts_have_the_shapes_of_real_ones(name, tmp_path):
     family = run_family(args, pipe)
     expected = family.encode(pipe, ["one two three " * 60])
     expected = placed(expected, torch.device("cpu"))
-    actual = PlannedPrompts(pipeline_on_meta(args), family).get(["one"])
+    actual = PlannedPrompts(pipeline_on_meta(args), family).get(["one"], [])
     assert [getattr(part, "shape", part) for part in actual] == [getattr(part, "shape", part) for part in expected]
 
 

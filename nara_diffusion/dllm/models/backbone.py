@@ -217,8 +217,8 @@ class Backbone:
 
     def _forward(self, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Any) -> Tensor:
         inputs["attention_mask"] = attention_mask
-        given = {name: value for name, value in inputs.items() if value is not None}
-        output = self.model(input_ids, **given)
+        present = {name: value for name, value in inputs.items() if value is not None}
+        output = self.model(input_ids, **present)
         return output if isinstance(output, Tensor) else output.logits
 
     def _of_text(self, states: Tensor, input_ids: Tensor) -> Tensor:
