@@ -222,7 +222,8 @@ def test_strip_has_the_first_samples_of_each_step(
         figures = {"curve": [0.5, 0.25, 0.3], "similarity": 0.5, "text_alignment": 0.75}
         return SimpleNamespace(images=pictures[4:], **figures)
 
-    evaluation = Evaluation(run, Any, settings, loss, pictures[:1], encoder, encoder)
+    pipe: Any = None
+    evaluation = Evaluation(run, pipe, settings, loss, pictures[:1], encoder, encoder)
     object.__setattr__(evaluation, "measure_model", measure)
     evaluation.record(0, base)
     values = evaluation.validate(torch.nn.Identity())
