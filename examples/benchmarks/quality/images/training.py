@@ -83,7 +83,14 @@ class ControlledDenoiser(nn.Module):
         self.unet, self.control = unet, control
         self.shuffled: Tensor | None = None  # λ of the next forward, for the control of that name
 
-    def forward(self, sample: Tensor, timestep: Tensor, time_ids: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        time_ids: Tensor,
+        embeddings: tuple[Tensor, Tensor],
+        sources: tuple[Tensor, ...] = (),
+    ) -> Tensor:
         shuffled = self.control == "shuffled"
         with noise_level(self.unet, self.shuffled) if shuffled else while_evaluating(self.unet, self.control):
-            return SDXL.predict(self.unet, sample, timestep, time_ids, embeddings)
+            return SDXL.predict(self.unet, sample, timestep, time_ids, embeddings, sources)
