@@ -93,9 +93,8 @@ def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
             samples.append(PlannedSample(image, size, 0, 0, False, position, role, ""))
         items.append({"samples": samples})
     batch = collate_samples(items)
-    if (
-        has_source and family.source_pixels
-    ):  # the pipeline's image processor can't work on fake tensors
+    # the pipeline's image processor can't work on fake tensors
+    if has_source and family.source_pixels is not None:
         pixels = family.source_pixels(pipe, new_image("RGB", (size[1], size[0])))
         step.latents.source_pixels = lambda image: pixels
     return PlannedStep(

@@ -91,6 +91,11 @@ def load_subject(args: DreamBoothArguments, run: Run) -> Subject:
             "samples of pairs have the pairs' captions, and class images have no sources: leave --validation_prompts "
             "and --class_prompt out."
         )
+    if args.mask_floor and not any(image.mask for records in images for image in records):
+        raise ValueError(
+            "mask_floor is the weight outside of masks, but no image has one: add a folder `mask`, set --alpha_mask, "
+            "or leave it out."
+        )
     run.record_data_digest("validation data", digested(held_out))
     device = run.accelerator.device
     encoders = load_encoders(args, device)

@@ -27,12 +27,12 @@ from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.image_records import ImageRecord, class_records, records_from_folder
 from nara_diffusion.dreambooth.masks import with_masks
 from nara_diffusion.dreambooth.objectives import Corrupted, build_objective, squared_errors
-from nara_diffusion.dreambooth.subject import digested, read_images
+from nara_diffusion.dreambooth.subject import digested, load_subject, read_images
 from nara_diffusion.dreambooth.training_step import TrainingStep, training_step
 from nara_diffusion.dreambooth.unet_families import SDXL
 from nara_diffusion.dreambooth.validation_loss import ValidationLoss
 from tests.acceptance._commands import fresh_accelerate, metrics
-from tests.acceptance._runs import image_arguments, image_flags
+from tests.acceptance._runs import ASSETS, image_arguments, image_flags
 from tests.dreambooth.pictures import folder_of, noise
 from tests.helpers.small_pipelines import small_sd3, small_sdxl, small_vae
 
@@ -143,6 +143,19 @@ def test_options_reach_masks_and_weights(tmp_path: Path) -> None:
         assert (record.mask is not None) == alpha
     pipe: Any = SimpleNamespace(transformer=None, vae=None, scheduler=small_sd3().scheduler)
     assert training_step(args, pipe, SD3, torch.device("cpu"), 2, 2).latents.mask_floor == 0.3
+
+
+def test_floor_without_masks_is_refused(tmp_path: Path) -> None:
+    folder_of(tmp_path, [(9, 9)])
+    args = DreamBoothArguments(
+        pretrained_model_name_or_path=str(ASSETS / "sdxl-tiny"),
+        instance_data_dir=str(tmp_path),
+        instance_prompt="a toy",
+        mask_floor=0.3,
+    )
+    run: Any = SimpleNamespace(is_main=False)
+    with pytest.raises(ValueError, match="mask_floor is the weight outside of masks, but no image has one"):
+        load_subject(args, run)
 
 
 def test_digest_of_data_notices_another_mask(folder: Path) -> None:
