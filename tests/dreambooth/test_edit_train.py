@@ -92,7 +92,8 @@ def test_sheet_has_source_samples_and_target(
     monkeypatch.setattr("nara_diffusion.dreambooth.fidelity.write_grid", keep)
     run("dreambooth.py", **flags | {"max_train_steps": 1, "validation_steps": 1}, output_dir=tmp_path / "out")
     assert sheets == [
-        {"source": 1, "step 1": 2, "target": 1},
+        {"source": 1, "step 0": 1, "target": 1},
+        {"source": 1, "step 0": 1, "step 1": 1, "target": 1},
         {"source": 1, "before": 2, "after": 2, "target": 1},
     ]
 

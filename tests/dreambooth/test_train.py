@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from nara_diffusion.dreambooth.fidelity import STRIP
 from nara_diffusion.dreambooth.shipped_images import CONFIGS, family_defaults, shipped_run
 from tests.acceptance._commands import metrics, results, run, tensors
 from tests.acceptance._runs import ASSETS, image_flags
@@ -56,7 +57,7 @@ def test_run_with_more_steps_and_prompts_keeps_bits(
     assert losses(longer) == losses(tmp_path / "whole")
     lines = (longer / "samples-after" / "metadata.jsonl").read_text().splitlines()
     assert [json.loads(line)["text"] for line in lines] == ["a toy on grass"] * 2 + ["a toy"] * 2
-    assert (results(longer)["n"], (longer / "validation" / "step-4.png").exists()) == (4, True)
+    assert (results(longer)["n"], (longer / STRIP).exists()) == (4, True)
 
 
 @pytest.mark.slow
