@@ -89,7 +89,7 @@ def by_hand(logits: ByHand, prompt: list[int], gen_length: int, threshold: float
 def test_answers_and_levels_match_the_manual_loop(family: str, use_cache: bool, tmp_path: Path) -> None:
     fields, hand = FAMILIES[family]
     logits, levels = hand(fields, write_checkpoint(tmp_path, fields)), []
-    options = {"experts_implementation": "eager"} if "num_experts" in fields else {}
+    options: dict[str, Any] = {"experts_implementation": "eager"} if "num_experts" in fields else {}
     model, _ = load_backbone(str(tmp_path), dtype=torch.float64, **options)
 
     def keep(step: GenerationStep) -> None:

@@ -23,6 +23,7 @@ from nara_diffusion.dllm.models.block_causal import (
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dllm.train import main
 from pipelines.llada import LLaDAPipeline
+from tests.acceptance._commands import ROOT, results, run
 from tests.acceptance._runs import block_flags
 from tests.helpers.mixtures import (
     A2D_QWEN2,
@@ -244,3 +245,22 @@ def test_fast_dllm_run_trains_by_blocks_and_loads(tmp_path: Path) -> None:
     scope: dict[str, Any] = {}
     exec((tmp_path / "run" / "README.md").read_text().split("```python")[1].split("```")[0], scope)
     assert scope["tokens"].shape[1] == scope["prompt"].shape[1] + 8
+
+
+@pytest.mark.slow
+def test_shipped_sdar_learns_and_answers_by_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    shipped = "examples/assets/sdar-tiny"
+    config = "train_scripts/configs/llada2_tiny.yaml"
+    run("dllm.py", config=config, pretrained_model_name_or_path=shipped, output_dir=tmp_path)
+    figures = results(tmp_path)
+    assert (figures["exact_match_before"], figures["n"]) == (0, 256)
+    assert figures["exact_match_after"] >= 0.9
+    pipe: Any = LLaDAPipeline.from_pretrained(shipped)
+    assert type(pipe.transformer) is BlockQwen3ForCausalLM
+    pipe.load_nara_weights(tmp_path)
+    test = Path("examples/assets/two-step/test.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in test[:100]]
+    texts = [pipe(row["instruction"], gen_length=16).texts[0] for row in rows]
+    right = [text == row["answer"] for text, row in zip(texts, rows, strict=True)]
+    assert sum(right) >= 90

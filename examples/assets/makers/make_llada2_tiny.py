@@ -1,11 +1,12 @@
-"""Pre-trains llada2-tiny, a LLaDA2 of 1 M parameters with blocks of 16 positions; or sdar-tiny, an SDAR with blocks of 4.
+"""Pre-trains llada2-tiny, a LLaDA2 of 1 M parameters with blocks of 16 positions; or sdar-tiny, with blocks of 4.
 
     python examples/assets/makers/make_llada2_tiny.py                              # ten minutes on one CPU core
     python examples/assets/makers/make_llada2_tiny.py --output_dir outputs/trial --max_train_steps 100
     python examples/assets/makers/make_llada2_tiny.py --family sdar --output_dir outputs/sdar-tiny
 
-Both have llada-tiny's tokenizer and questions, and the objective of nara_diffusion/dllm/loss.py for attention by blocks.
-(llada2-tiny's shipped weights had one masked block of each answer a step.) A run that was stopped goes on with --resume.
+Both have llada-tiny's tokenizer and questions, and the objective of nara_diffusion/dllm/loss.py for attention by
+blocks. (llada2-tiny's shipped weights had one masked block of each answer a step.) A run that was stopped goes on with
+--resume.
 
 Written to --output_dir: model.safetensors, config.json, the tokenizer, training_curve.csv, results.json; and
 training_state.pt, which --resume reads and nobody else needs.

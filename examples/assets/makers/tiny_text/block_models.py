@@ -1,6 +1,6 @@
 """The two families of small models with attention by blocks, as their public checkpoints are written.
 
-llada2-tiny has LLaDA2's layers with experts, and blocks of 16 positions; sdar-tiny has SDAR's dense layers and blocks of 4.
+llada2-tiny has LLaDA2's layers with experts, and blocks of 16 positions; sdar-tiny SDAR's dense layers and blocks of 4.
 """
 
 from __future__ import annotations
