@@ -14,7 +14,17 @@ from nara_diffusion.dllm import GenerationStep, generate, load_backbone
 from nara_diffusion.dllm.models.backbone import Backbone
 from tests.acceptance._text import END, backbone, nara
 from tests.helpers.adapted import nara_config
-from tests.helpers.mixtures import FAST_DLLM, LLADA2, MASK, SDAR, VOCABULARY, ByHand, block_seen, write_checkpoint
+from tests.helpers.mixtures import (
+    FAST_DLLM,
+    LLADA2,
+    MASK,
+    SDAR,
+    SDAR_MOE,
+    VOCABULARY,
+    ByHand,
+    block_seen,
+    write_checkpoint,
+)
 
 B = 4
 FIELDS = LLADA2 | {"block_length": B}
@@ -38,6 +48,7 @@ class ShiftedByHand(ByHand):
 FAMILIES: dict[str, tuple[dict[str, Any], type[ByHand]]] = {
     "LLaDA2": (FIELDS, ByHand),
     "SDAR": (SDAR, ByHand),
+    "SDAR with experts": (SDAR_MOE, ByHand),
     "Fast-dLLM v2": (FAST_DLLM, ShiftedByHand),
 }
 
@@ -78,7 +89,7 @@ def by_hand(logits: ByHand, prompt: list[int], gen_length: int, threshold: float
 def test_answers_and_levels_match_the_manual_loop(family: str, use_cache: bool, tmp_path: Path) -> None:
     fields, hand = FAMILIES[family]
     logits, levels = hand(fields, write_checkpoint(tmp_path, fields)), []
-    options = {"experts_implementation": "eager"} if family == "LLaDA2" else {}
+    options: dict[str, Any] = {"experts_implementation": "eager"} if "num_experts" in fields else {}
     model, _ = load_backbone(str(tmp_path), dtype=torch.float64, **options)
 
     def keep(step: GenerationStep) -> None:

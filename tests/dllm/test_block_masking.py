@@ -36,7 +36,7 @@ from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dllm.text_report import Evaluation
 from nara_diffusion.training.engine_models import recompute_activations
 from tests.acceptance._text import nara
-from tests.helpers.mixtures import LLADA2, MASK, block_seen, write_checkpoint
+from tests.helpers.mixtures import LLADA2, MASK, SDAR_MOE, block_seen, write_checkpoint
 
 B = 4
 STARTS, SIZES = [5, 2, 8], [10, 9, 3]
@@ -44,9 +44,9 @@ IDS = torch.randint(6, MASK, (3, 15), generator=torch.Generator().manual_seed(0)
 BATCH: dict[str, Any] = {"input_ids": IDS, "prompt_lengths": STARTS, "answer_lengths": SIZES, "seed": 4}
 
 
-def tiny(folder: Path, **fields: Any) -> Any:
-    """A random LLaDA2 with experts, in float64."""
-    write_checkpoint(folder, LLADA2 | {"block_length": B})
+def tiny(folder: Path, published: dict[str, Any] = LLADA2, **fields: Any) -> Any:
+    """A random LLaDA2, or another family, with experts, in float64."""
+    write_checkpoint(folder, published | {"block_length": B})
     return load_backbone(str(folder), dtype=torch.float64, experts_implementation="eager", **fields)[0]
 
 
@@ -210,14 +210,16 @@ class ScalarCore(nn.Module):
         return level[:, None, None] * torch.eye(self.rank)
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize(
+    ("published", "linear_layers", "recomputed"), [(LLADA2, 15, False), (LLADA2, 15, True), (SDAR_MOE, 9, False)]
+)
 def test_each_layer_sees_the_level_of_each_token(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recomputed: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, published: dict[str, Any], linear_layers: int, recomputed: bool
 ) -> None:
     """λ of a token is read from a layer's output, also when backward computes the layer again."""
     monkeypatch.delitem(CUSTOM, "scalar", raising=False)
     register_core("scalar", ScalarCore)
-    base = tiny(tmp_path)
+    base = tiny(tmp_path, published)
     if recomputed:
         recompute_activations(base)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
@@ -242,7 +244,7 @@ def test_each_layer_sees_the_level_of_each_token(
     loss.loss.backward()
     expected = loss.forward_level.repeat_interleave(B, 1)
     assert len(expected.unique()) == 1 + 7  # seven blocks hold answers
-    assert len(seen) == 2 * 7 + 1
+    assert len(seen) == linear_layers
     assert (sum(map(len, seen.values())) > len(seen)) == recomputed
     for name, calls in seen.items():
         for levels in calls:
