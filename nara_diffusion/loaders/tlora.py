@@ -130,7 +130,7 @@ def check_layers(
     for layer, by_field in layers.items():
         if ranks[layer] != rank:
             raise ValueError(
-                f"'{layer}' has rank {ranks[layer]}, but other layers have {rank}. T-LoRA's mask is for one rank."
+                f"'{layer}' has rank {ranks[layer]}, but most layers have {rank}. T-LoRA's mask is for one rank."
             )
         A, B = (tensor.shape for tensor in list(by_field.values())[:2])
         d_out, d_in, *kernel = (base_shapes or {}).get(layer, ((*B, 0)[0], (*A, 0, 0)[1], *A[2:]))
