@@ -19,19 +19,12 @@ from collections.abc import Collection
 
 from torch import nn
 
+from nara_diffusion.layers.residual import Triples, interleaved
 from nara_diffusion.noise.denoisers import source_of_class
 
 from .adapter_part import AdapterPart
 from .base_factors import base_factors, base_layer
-from .tlora import (
-    Factors,
-    OtherFile,
-    Triples,
-    check_layers,
-    interleaved,
-    layers_of,
-    tlora_part,
-)
+from .tlora import Factors, OtherFile, check_layers, layers_of, tlora_part
 
 _PREFIX = re.compile(r"(?:lycoris|lora)_+")
 """LyCORIS' own prefix, with two _ in old versions, or that of its form for kohya."""

@@ -3,11 +3,8 @@
     vanilla         ΔW(λ) = s B m(λ) A
     with a start    ΔW(λ) = s (P diag(μ) m(λ) Q − P₀ diag(μ₀) m(λ) Q₀)
 
-m(λ) keeps the first r(λ) = ⌊(1 − λ)^a (r − r_min)⌋ + r_min directions. Interleaving the trained and
-the start factors makes the second formula the first one, with 2 r directions that go on and off in
-pairs (`rank_mask_step` 2):
-
-    A = q₁, q₁⁰, q₂, q₂⁰, …      B = μ₁ p₁, −μ₁⁰ p₁⁰, μ₂ p₂, −μ₂⁰ p₂⁰, …
+m(λ) keeps the first r(λ) = ⌊(1 − λ)^a (r − r_min)⌋ + r_min directions. The second formula is the
+first one with 2 r directions that go on and off in pairs (`layers.residual`, `rank_mask_step` 2).
 
 Files contain neither r_min nor a. They are arguments, or stand in the configuration of the
 training, lycoris_config.json, beside the file; else they are 1, the default of all trainers.
@@ -22,7 +19,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mode
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,14 +37,6 @@ LYCORIS_CONFIG_NAME = "lycoris_config.json"
 
 Factors = tuple[Tensor, Tensor]
 """A (n, d_in, …) and B (d_out, n, …) of one module."""
-
-
-class Triples(NamedTuple):
-    """P (d_out, r, …), μ (r,) or (1, r), and Q (r, d_in, …) of one module."""
-
-    P: Tensor
-    values: Tensor
-    Q: Tensor
 
 
 _KINDS = {
@@ -143,17 +132,6 @@ def check_layers(
             expected[f"{layer}.{field}"] = torch.empty(shape, dtype=dtype, device="meta")
     check_tensors(tensors, expected)
     return rank
-
-
-def interleaved(trained: Triples, start: Triples) -> Factors:
-    """Return A and B with 2 r directions, by turns a trained one and one of the start."""
-    (P, values, Q), (P0, values0, Q0) = trained, start
-    on_columns = (1, -1, *[1] * (P.dim() - 2))
-    dtype = torch.promote_types(P.dtype, torch.float32)
-    A = torch.stack([Q.to(dtype), Q0.reshape(Q.shape).to(dtype)], 1).flatten(0, 1)
-    columns = P.to(dtype) * values.to(dtype).reshape(on_columns)
-    columns0 = P0.reshape(P.shape).to(dtype) * values0.to(dtype).reshape(on_columns)
-    return A, torch.stack([columns, -columns0], 2).flatten(1, 2)
 
 
 def tlora_part(

@@ -13,16 +13,10 @@ from __future__ import annotations
 
 import re
 
+from nara_diffusion.layers.residual import Triples, interleaved
+
 from .adapter_part import AdapterPart
-from .tlora import (
-    Factors,
-    OtherFile,
-    Triples,
-    check_layers,
-    interleaved,
-    layers_of,
-    tlora_part,
-)
+from .tlora import Factors, OtherFile, check_layers, layers_of, tlora_part
 
 KEY = re.compile(
     r"(?P<layer>(?:down_|up_|mid_|single_|transformer_)[\w.]+\.processor\.to_(?:[qkv](?:_proj)?|out)_lora)"
