@@ -1,0 +1,134 @@
+"""Direct preference optimisation (DPO) of a masked language model, with the variance reduction of
+LLaDA 1.5 (VRPO, arXiv 2505.19223):
+
+    loss = − log σ(margin),    margin = β (r(chosen) − r(rejected))
+    r(y) = 1/K Σ_k  n/m_k Σ_{j masked in draw k}  log p(y_j | masked y) − log p_ref(y_j | masked y)
+
+r is the difference of two likelihood bounds, of the trained model and of the reference, which is
+the model with its adapter disabled. Draw k of K masks m_k = ⌈λ_k n⌉ of the n tokens of an answer,
+or of each of its blocks, and runs at λ = m_k / n. The draws are what reduces the variance:
+
+    - the trained model and the reference get the same masks and λ;
+    - so do the chosen and the rejected answer, token by token as far as both go;
+    - one mask for each λ, and λ_k = λ_1 + k / K modulo 1, evenly spread over the noise levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+
+from .loss import batch_loss
+from .mask_draws import draw_noise_levels
+from .masking import mask_answers
+from .models.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """The loss of b pairs.
+
+    Attributes:
+        margin: (b,) β times the difference of the log-likelihood ratios, in nats.
+        noise_level: (b,) the λ of the first draw.
+    """
+
+    margin: Tensor
+    noise_level: Tensor
+
+    @property
+    def per_sample(self) -> Tensor:
+        return -F.logsigmoid(self.margin)
+
+    @property
+    def loss(self) -> Tensor:
+        return self.per_sample.mean()
+
+    @property
+    def figures(self) -> dict[str, Tensor]:
+        """The margins and whether they are positive, (b,) each. No margin counts as one half."""
+        return {"margin": self.margin, "accuracy": (1 + self.margin.sign()) / 2}
+
+
+def preference_loss(
+    model: nn.Module,
+    input_ids: Tensor,
+    prompt_lengths: Sequence[int],
+    answer_lengths: Sequence[int],
+    *,
+    sample_indices: Sequence[int],
+    seed: int,
+    beta: float = 0.1,
+    draws: int = 8,
+    noise_level: Tensor | None = None,
+    group_size: int = 1,
+    **masking: Any,
+) -> PreferenceLoss:
+    """Return the DPO loss of b pairs, against `model` with its adapter disabled.
+
+    The trained model runs 2b · draws rows in one forward, and the reference as many, without
+    gradients.
+
+    Args:
+        model: the outermost module, with an adapter of PEFT.
+        input_ids: (2b, l) the chosen answers after their prompts, then the rejected ones, as
+            `AnswerCollator` returns rows that have a "rejected" text.
+        prompt_lengths, answer_lengths: (2b,) as in `mask_answers`.
+        sample_indices: (2b,) the index of each pair in the training stream, twice.
+        seed, group_size: see `mask_answers`.
+        beta: β.
+        draws: K.
+        noise_level: (2b,) the λ of the first draw, in (0, 1]; None draws it.
+        **masking: further arguments of `mask_answers`.
+    """
+    if noise_level is None:
+        noise_level = torch.tensor(draw_noise_levels(sample_indices, seed, group_size))
+    turns = noise_level[:, None] + torch.arange(draws) / draws  # (2b, K)
+    levels = 1 + turns - turns.ceil()  # in (0, 1]
+    rows = repeated(
+        {
+            "input_ids": input_ids,
+            "prompt_lengths": prompt_lengths,
+            "answer_lengths": answer_lengths,
+        },
+        draws,
+    )
+    batch = mask_answers(
+        **rows,
+        mask_token_id=Backbone(model).mask_token_id(),
+        block_length=Backbone(model).block_length,
+        noise_level=levels.flatten(),
+        seed=seed,
+        sample_indices=[draws * index + k for index in sample_indices for k in range(draws)],
+        counted=True,
+        **masking,
+    )
+    with torch.no_grad(), without_adapter(model):
+        reference = batch_loss(model, batch).per_sample
+    ratios = (reference - batch_loss(model, batch).per_sample) * batch.answer.sum(1)
+    chosen, rejected = ratios.unflatten(0, (2, -1, draws)).mean(2)  # (b,) each
+    return PreferenceLoss(beta * (chosen - rejected), noise_level[: len(chosen)])
+
+
+def repeated(batch: Mapping[str, Any], times: int) -> dict[str, Any]:
+    """Return a batch with each row `times` times in a row."""
+    rows: dict[str, Any] = {}
+    for name, values in batch.items():
+        if isinstance(values, Tensor):
+            rows[name] = values.repeat_interleave(times, 0)
+        else:
+            rows[name] = [value for value in values for _ in range(times)]
+    return rows
+
+
+def without_adapter(model: nn.Module) -> AbstractContextManager[None]:
+    """Return a context in which the adapter of `model`, also inside wrappers, is disabled."""
+    adapted = next(module for module in model.modules() if isinstance(module, PeftModel))
+    return adapted.disable_adapter()
