@@ -126,8 +126,17 @@ class ObjectiveArguments:
     objective: str = option(
         "llada",
         "Weights of masked tokens: llada, 1 / noise level, for levels up to 1; or for LLaDA2 dfactory, equal "
-        "weights, for one level from 0.3 to 0.8 in all blocks of an answer.",
-        choices=("llada", "dfactory"),
+        "weights, for one level from 0.3 to 0.8 in all blocks of an answer. Or dpo: preferences, from pairs.",
+        choices=("llada", "dfactory", "dpo"),
+        rare=True,
+    )
+    dpo_beta: Positive = option(
+        0.1, "dpo: weight of the difference of log-likelihood ratios, in 1 / nats.", rare=True
+    )
+    dpo_draws: Count = option(
+        8,
+        "dpo: masks of each answer; a forward has 2 x draws x --train_batch_size rows.",
+        unit="masks",
         rare=True,
     )
     complementary: bool = option(

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor
 
 from nara_diffusion import noise_level
-from nara_diffusion.dllm import log_likelihood
+from nara_diffusion.dllm import AnswerCollator, encode_records, log_likelihood, read_records
+from nara_diffusion.dllm.batches import with_longest
 from nara_diffusion.dllm.preference_loss import preference_loss
+from nara_diffusion.dllm.record_forms import PAIR_FIELDS
 from tests.acceptance._text import END, PAD, adapted_pair, backbone, nara
 from tests.helpers.answers import MASK, VOCABULARY, inputs_of
+from tests.helpers.word_rows import BOT, TOKENIZER, TURN, USER
 
 PAIRS = [([5, 9, 11], [4, 6, 20, 8, END], [7, 21, END]), ([12, 4], [9, 25, END], [16, 10, 17, 3, 3, 8, END])]
 
@@ -112,3 +118,89 @@ def test_many_draws_approach_the_likelihood() -> None:
             bounds.append(log_likelihood(model, **rows, samples=200))
     chosen, rejected = (bounds[0] - bounds[1]).unflatten(0, (2, -1))
     torch.testing.assert_close(margin, 0.5 * (chosen - rejected), rtol=0, atol=0.4)
+
+
+# ------------------------------------------------------------------------------- records
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+SYSTEM, ASKED = turn("system", "w5"), turn("user", "w6")
+GOOD, BAD = turn("assistant", "w7 w8"), turn("assistant", "w9")
+READ = {"turns": [], "instruction": "w6", "input": "", "output": "w7 w8", "answer": "w7 w8", "rejected": "w9"}
+FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "texts": ({"prompt": "w6", "chosen": "w7 w8", "rejected": "w9"}, {}),
+    "messages": ({"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]}, {}),
+    "no prompt": ({"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD], "score_chosen": 7.5}, {}),
+    "prompt twice": (
+        {"prompt": "w6", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD], "messages": [ASKED, GOOD]},
+        {},
+    ),
+    "text and message": ({"prompt": "w6", "chosen": [GOOD], "rejected": [BAD]}, {}),
+    "messages and texts": ({"prompt": [ASKED], "chosen": "w7 w8", "rejected": "w9"}, {}),
+    "system": ({"prompt": [SYSTEM, ASKED], "chosen": [GOOD], "rejected": [BAD]}, {"turns": [SYSTEM, ASKED]}),
+}
+
+
+def read(folder: Path, *records: dict[str, Any], objective: str = "dpo") -> Dataset:
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return read_records(path, PAIR_FIELDS if objective == "dpo" else {})
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_preference_record_is_read_in_each_form(tmp_path: Path, form: str) -> None:
+    record, changes = FORMS[form]
+    assert list(read(tmp_path, record)) == [READ | changes]
+
+
+def test_preference_rows_reach_the_loss_in_pairs(tmp_path: Path) -> None:
+    records = read(
+        tmp_path, FORMS["system"][0], FORMS["texts"][0], {"prompt": "w6", "chosen": "w7", "rejected": "w8 " * 9}
+    )
+    encoded = encode_records(records, TOKENIZER, max_length=12)
+    rows = [dict(row) for row in encoded.rows]
+    opened = [USER, 6, TURN, BOT]
+    assert rows[1]["input_ids"] == [*opened, 7, 8, TURN, END]
+    assert rows[1]["rejected"] == [*opened, 9, TURN, END]
+    assert rows[2]["rejected"] == [*opened, *[8] * 8]  # cut
+    assert [row["length"] for row in rows] == [encoded.rows[0]["length"], 8, 15]
+    assert encoded.longest == 12
+    collator = AnswerCollator(END, "gen_length", gen_length=6)
+    batch = collator([row | {"position": 4 + i} for i, row in enumerate(rows[1:])])
+    assert batch["sample_indices"] == [4, 5, 4, 5]
+    assert batch["prompt_lengths"] == [4] * 4
+    assert batch["answer_lengths"] == [6, 6, 6, 8]
+    texts = [rows[1]["input_ids"], rows[2]["input_ids"], rows[1]["rejected"], rows[2]["rejected"]]
+    assert batch["input_ids"].tolist() == [text + [END] * (12 - len(text)) for text in texts]
+    assert collator.row_lengths(encoded.rows).tolist()[1:] == [10, 12]
+    assert with_longest(encoded.rows, 3, False)["longest"][:] == [12] * 3
+    other = encode_records(read(tmp_path, FORMS["texts"][0] | {"rejected": "w8"}), TOKENIZER, max_length=12)
+    same = encode_records(read(tmp_path, FORMS["texts"][0]), TOKENIZER, max_length=12)
+    assert other.digest() != same.digest()
+
+
+@pytest.mark.parametrize(
+    ("record", "objective", "message"),
+    [
+        (
+            {"prompt": "w6", "completion": "w7"},
+            "dpo",
+            "fields prompt, completion; objective dpo needs chosen and rejected",
+        ),
+        ({"chosen": "w6 w7", "rejected": "w6 w8"}, "dpo", "its instruction, .* is missing"),
+        (
+            {"prompt": "w6", "chosen": "w7", "rejected": ""},
+            "dpo",
+            "its rejected, field 'rejected', is missing or empty",
+        ),
+        ({"chosen": [SYSTEM, ASKED, GOOD], "rejected": [ASKED, BAD]}, "dpo", "differ before the last one"),
+        (FORMS["texts"][0], "llada", "a preference pair: give --objective dpo"),
+    ],
+)
+def test_wrong_preference_record_is_refused(tmp_path: Path, record: Any, objective: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        read(tmp_path, record, objective=objective)
+    assert "\n" not in str(error.value)
