@@ -52,9 +52,9 @@ class PreferenceLoss:
         return self.per_sample.mean()
 
     @property
-    def figures(self) -> dict[str, Tensor]:
-        """The margins and whether they are positive, (b,) each. No margin counts as one half."""
-        return {"margin": self.margin, "accuracy": (1 + self.margin.sign()) / 2}
+    def accuracy(self) -> Tensor:
+        """(b,) 1 if the margin is positive, 0 if it is negative, and one half if it is 0."""
+        return (1 + self.margin.sign()) / 2
 
 
 def preference_loss(

@@ -70,7 +70,7 @@ def test_preference_loss_equals_single_forwards_in_float64() -> None:
     assert expected.abs().min() > 0.05
     torch.testing.assert_close(loss.margin.double(), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loss.per_sample.double(), -F.logsigmoid(expected), rtol=1e-4, atol=1e-5)
-    assert loss.figures["accuracy"].tolist() == (expected > 0).double().tolist()
+    assert loss.accuracy.tolist() == (expected > 0).double().tolist()
     chosen, rejected = torch.stack(plain).unflatten(0, (2, 2, draws)).mean(2)
     trained = [p for p in model.parameters() if p.requires_grad]
     slow = torch.autograd.grad(-F.logsigmoid(beta * (chosen - rejected)).mean(), trained)
@@ -104,7 +104,7 @@ def test_untrained_adapter_has_loss_log_two() -> None:
     loss = preference_loss(model, **pairs(), seed=0)
     assert loss.per_sample.tolist() == pytest.approx([math.log(2)] * 2)
     assert loss.margin.abs().max() == 0
-    assert loss.figures["accuracy"].tolist() == [0.5, 0.5]
+    assert loss.accuracy.tolist() == [0.5, 0.5]
 
 
 def test_many_draws_approach_the_likelihood() -> None:
