@@ -209,13 +209,19 @@ def describe(
         lines.append(f"{json.dumps(line, ensure_ascii=False)}\n")
     run, args = evaluation.run, evaluation.run.args
     write_text(run.folder / "samples.jsonl", "".join(lines))
+    how_good = "Exact match compares generated answers. [Samples](samples.jsonl)."
+    if args.objective == "dpo":
+        how_good += (
+            " Preference accuracy is the share of pairs in which the chosen answer gained more "
+            "likelihood over the base than the rejected one; the curve is that of chosen answers."
+        )
     base, data = args.pretrained_model_name_or_path, args.dataset_name or args.train_file
     where = run.hub_id or str(run.folder)
     return {
         "measured_on": "validation records",
         "unit": evaluation.kind.unit,
         "about": f"for the masked-diffusion language model `{base}`, trained on `{data}`.",
-        "how_good": ("", "Exact match compares generated answers. [Samples](samples.jsonl)."),
+        "how_good": ("", how_good),
         "loading": _loading(evaluation, where, question),
         "tags": ["masked-diffusion", "text-generation"],
         "library": "transformers" if args.adapter == "full" else "peft",
