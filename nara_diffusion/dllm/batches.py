@@ -77,11 +77,10 @@ def with_longest(rows: Dataset, batch_size: int, is_grouped: bool) -> Dataset:
 def token_counts(rows: Dataset) -> np.ndarray:
     """Return the number of tokens of each row; of a pair, those of the longer text."""
     counts: list[np.ndarray] = []
-    for name in text_columns(rows):
-        tables = column_batches(rows, [name], "arrow")
-        lengths = [table[name].combine_chunks().value_lengths().to_numpy() for table in tables]
-        counts.append(np.concatenate(lengths))
-    return np.maximum.reduce(counts)
+    for table in column_batches(rows, text_columns(rows), "arrow"):
+        texts = [column.combine_chunks().value_lengths().to_numpy() for column in table.columns]
+        counts.append(np.maximum.reduce(texts))
+    return np.concatenate(counts)
 
 
 @dataclass(frozen=True)

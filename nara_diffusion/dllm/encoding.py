@@ -192,16 +192,23 @@ class RecordEncoder:
     def __call__(
         self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]
     ) -> dict[str, list[Any]]:
+        columns = self.rows(batch, indices)
+        if "rejected" in batch:
+            rejected = self.rows({**batch, "output": batch["rejected"]}, indices)
+            columns["rejected"] = rejected["input_ids"]
+            columns["length"] = list(map(max, columns["length"], rejected["length"]))
+        return columns
+
+    def rows(
+        self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]
+    ) -> dict[str, list[Any]]:
+        """Return the rows of a batch of records, with the outputs as answers."""
         rows: list[tuple[Pair, dict[str, Any]]] = []
-        rejected: list[str] = []
         for number, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
             record = dict(zip(batch, values, strict=True))
             name = self.name_of(record, number)
             try:
                 pairs = self.pairs(record)
-                if "rejected" in record:
-                    others = self.pairs({**record, "output": record["rejected"]})
-                    rejected += [pair.closed for pair in others]
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             rows += [(pair, {"record": number, "name": name}) for pair in pairs]
@@ -209,17 +216,8 @@ class RecordEncoder:
         closed = [pair.closed for pair, _ in rows]
         answers = token_ids(self.tokenizer, closed, add_special_tokens=False)
         columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-        if "rejected" in batch:
-            columns["rejected"] = []
-            rejected_ids = token_ids(self.tokenizer, rejected, add_special_tokens=False)
-        for i, ((pair, facts), prompt, answer) in enumerate(
-            zip(rows, prompts, answers, strict=True)
-        ):
+        for (pair, facts), prompt, answer in zip(rows, prompts, answers, strict=True):
             row = self._row(pair, prompt, answer, facts["name"]) | facts
-            if "rejected" in batch:
-                other = self._row(pair, prompt, rejected_ids[i], facts["name"])
-                row["rejected"] = other["input_ids"]
-                row["length"] = max(row["length"], other["length"])
             if row["prompt_length"] <= self.max_prompt_length:
                 for name, column in columns.items():
                     column.append(row[name])

@@ -36,25 +36,18 @@ class PreferenceLoss:
     """The loss of b pairs.
 
     Attributes:
+        loss: scalar, the mean of `per_sample`.
+        per_sample: (b,) the loss of each pair.
         margin: (b,) β times the difference of the log-likelihood ratios, in nats.
+        accuracy: (b,) 1 if the margin is positive, 0 if it is negative, and one half if it is 0.
         noise_level: (b,) the λ of the first draw.
     """
 
+    loss: Tensor
+    per_sample: Tensor
     margin: Tensor
+    accuracy: Tensor
     noise_level: Tensor
-
-    @property
-    def per_sample(self) -> Tensor:
-        return -F.logsigmoid(self.margin)
-
-    @property
-    def loss(self) -> Tensor:
-        return self.per_sample.mean()
-
-    @property
-    def accuracy(self) -> Tensor:
-        """(b,) 1 if the margin is positive, 0 if it is negative, and one half if it is 0."""
-        return (1 + self.margin.sign()) / 2
 
 
 def preference_loss(
@@ -92,16 +85,13 @@ def preference_loss(
         noise_level = torch.tensor(draw_noise_levels(sample_indices, seed, group_size))
     turns = noise_level[:, None] + torch.arange(draws) / draws  # (2b, K)
     levels = 1 + turns - turns.ceil()  # in (0, 1]
-    rows = repeated(
-        {
-            "input_ids": input_ids,
-            "prompt_lengths": prompt_lengths,
-            "answer_lengths": answer_lengths,
-        },
-        draws,
-    )
+    rows = {
+        "input_ids": input_ids,
+        "prompt_lengths": prompt_lengths,
+        "answer_lengths": answer_lengths,
+    }
     batch = mask_answers(
-        **rows,
+        **repeated(rows, draws),
         mask_token_id=Backbone(model).mask_token_id(),
         block_length=Backbone(model).block_length,
         noise_level=levels.flatten(),
@@ -114,21 +104,18 @@ def preference_loss(
         reference = batch_loss(model, batch).per_sample
     ratios = (reference - batch_loss(model, batch).per_sample) * batch.answer.sum(1)
     chosen, rejected = ratios.unflatten(0, (2, -1, draws)).mean(2)  # (b,) each
-    return PreferenceLoss(beta * (chosen - rejected), noise_level[: len(chosen)])
+    margin = beta * (chosen - rejected)
+    losses, accuracy = -F.logsigmoid(margin), (1 + margin.sign()) / 2
+    return PreferenceLoss(losses.mean(), losses, margin, accuracy, noise_level[: len(margin)])
 
 
 def repeated(batch: Mapping[str, Any], times: int) -> dict[str, Any]:
     """Return a batch with each row `times` times in a row."""
-    rows: dict[str, Any] = {}
-    for name, values in batch.items():
-        if isinstance(values, Tensor):
-            rows[name] = values.repeat_interleave(times, 0)
-        else:
-            rows[name] = [value for value in values for _ in range(times)]
-    return rows
+    return {
+        name: torch.as_tensor(values).repeat_interleave(times, 0) for name, values in batch.items()
+    }
 
 
 def without_adapter(model: nn.Module) -> AbstractContextManager[None]:
     """Return a context in which the adapter of `model`, also inside wrappers, is disabled."""
-    adapted = next(module for module in model.modules() if isinstance(module, PeftModel))
-    return adapted.disable_adapter()
+    return next(part for part in model.modules() if isinstance(part, PeftModel)).disable_adapter()

@@ -179,7 +179,7 @@ class RecordReader:
     def _pair(self, record: Mapping[str, Any], where: str) -> dict[str, Any]:
         chosen, rejected = (self._answered(record, what, where) for what in PAIR_FIELDS)
         output = rejected.pop("output")
-        if any(chosen[what] != text for what, text in rejected.items()):
+        if any(chosen[part] != prompt for part, prompt in rejected.items()):
             raise ValueError(
                 f"{where}: its chosen and rejected messages differ before the last one; expected "
                 "two answers to one prompt"

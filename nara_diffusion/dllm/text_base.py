@@ -15,7 +15,7 @@ from nara_diffusion.utils.quantised import prepare_quantised
 from nara_diffusion.utils.repositories import local_folder
 
 from .decoding import Sampling
-from .kinds import kind_in_run, kind_of
+from .kinds import kind_of
 from .kinds.text_kind import TextKind
 from .models.backbone import Backbone
 from .models.pretrained import load_backbone
@@ -45,7 +45,7 @@ def load_base(args: Arguments, run: Run[Arguments]) -> TextBase:
     with loading_in(run.accelerator, run.weights_dtype):
         model, tokenizer = load_model(args, run.weights_dtype, run.accelerator.device)
     backbone = Backbone(model)
-    kind = kind_in_run(backbone, args)
+    kind = kind_of(backbone, args)
     if kind.whole_because:
         check_whole(run.accelerator, kind.whole_because)
     if args.is_quantised:

@@ -23,7 +23,7 @@ from nara_diffusion.training.methods import method_of
 from nara_diffusion.training.planned_step import PlannedStep, dtype_of
 from nara_diffusion.utils.quantised import INT8, NF4, check_roundable
 
-from .kinds import kind_in_run, kind_of
+from .kinds import kind_of
 from .models.backbone import Backbone
 from .models.pretrained import backbone_on_meta
 from .text_arguments import Arguments, adapter_options
@@ -41,7 +41,7 @@ def planned_text_step(args: Arguments) -> PlannedStep:
     dtype = torch.float32 if method_of(args).family == "full" else dtype_of(args)
     hub = {} if args.revision is None else {"revision": args.revision}
     model = backbone_on_meta(args.pretrained_model_name_or_path, dtype, **hub)
-    kind = kind_in_run(Backbone(model), args)
+    kind = kind_of(Backbone(model), args)
     kind.configure(model, args)
     packed = {}
     if args.is_quantised:

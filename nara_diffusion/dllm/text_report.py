@@ -103,7 +103,7 @@ class Evaluation:
         curve = split_across_processes(accelerator, len(levels), losses)
         share = sum(generation["correct"] for generation in generations) / len(generations)
         validation = self.validate(model)
-        names = [f"validation_{name}" for name in ("loss", *self.kind.figures)]
+        names = (f"validation_{name}" for name in ("loss", *self.kind.figures))
         figures = {name: validation[name] for name in names}
         return Measurement(share, generations, levels, curve, **figures)
 
@@ -177,11 +177,9 @@ def figures(before: Measurement, after: Measurement) -> list[list[str]]:
         ["validation loss", f"{before.validation_loss:.3f}", f"{after.validation_loss:.3f}"],
     ]
     if after.validation_accuracy is not None:
-        sides = (before, after)
-        rows += [
-            ["preference accuracy", *(f"{side.validation_accuracy:.1%}" for side in sides)],
-            ["preference margin", *(f"{side.validation_margin:.3f}" for side in sides)],
-        ]
+        accuracies = [f"{side.validation_accuracy:.1%}" for side in (before, after)]
+        margins = [f"{side.validation_margin:.3f}" for side in (before, after)]
+        rows += [["preference accuracy", *accuracies], ["preference margin", *margins]]
     return rows
 
 
@@ -209,19 +207,16 @@ def describe(
         lines.append(f"{json.dumps(line, ensure_ascii=False)}\n")
     run, args = evaluation.run, evaluation.run.args
     write_text(run.folder / "samples.jsonl", "".join(lines))
-    how_good = "Exact match compares generated answers. [Samples](samples.jsonl)."
-    if args.objective == "dpo":
-        how_good += (
-            " Preference accuracy is the share of pairs in which the chosen answer gained more "
-            "likelihood over the base than the rejected one; the curve is that of chosen answers."
-        )
+    note = (
+        f"Exact match compares generated answers.{evaluation.kind.note} [Samples](samples.jsonl)."
+    )
     base, data = args.pretrained_model_name_or_path, args.dataset_name or args.train_file
     where = run.hub_id or str(run.folder)
     return {
         "measured_on": "validation records",
         "unit": evaluation.kind.unit,
         "about": f"for the masked-diffusion language model `{base}`, trained on `{data}`.",
-        "how_good": ("", how_good),
+        "how_good": ("", note),
         "loading": _loading(evaluation, where, question),
         "tags": ["masked-diffusion", "text-generation"],
         "library": "transformers" if args.adapter == "full" else "peft",

@@ -212,14 +212,14 @@ def report(setup: Setup, trained: Trained) -> dict[str, Any]:
     """Measure the trained model and the one that it started from, and write the report."""
     evaluation, test_rows = setup.evaluation, setup.data.test.rows
     at_end = evaluation.measure(trained.model)
+    preferences = (f"validation_{name}" for name in evaluation.kind.figures)
     at_start = measure_start(setup, trained)
     question = test_rows[0]["instruction"]
-    names = [f"validation_{name}" for name in ("loss", *setup.base.kind.figures)]
     return finish(
         setup.run,
         at_start,
         at_end,
-        names=("exact_match", "curve", *names),
+        names=("exact_match", "validation_loss", "curve", *preferences),
         figures=figures(at_start, at_end),
         facts=trained.facts,
         schedule_line=schedule_line(setup.args),

@@ -88,7 +88,7 @@ def train(
         compute_loss: a function batch → `StepLoss` that enters the `__call__` of the model.
         validate: a function that returns {name: value} to log every `--validation_steps` steps. It
             must not change the model's mode or the global random state.
-        figures: names of further attributes (b,) of the loss, whose means are logged beside it.
+        figures: names of further attributes (b,) of the loss; their means are logged beside it.
 
     Raises:
         TrainingDiverged: a loss or the norm of a gradient isn't finite. The host checks this only

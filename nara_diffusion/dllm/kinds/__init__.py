@@ -14,12 +14,7 @@ from .text_kind import TextKind
 KINDS = (MASKED, BLOCKS, CANVAS)
 
 
-def kind_of(backbone: Backbone) -> TextKind:
-    """Return the kind of a language model."""
-    return next(kind for kind in KINDS if kind.traits is backbone.traits)
-
-
-def kind_in_run(backbone: Backbone, flags: TextFlags) -> TextKind:
-    """Return the kind of a language model, with the loss of preferences for objective dpo."""
-    kind = kind_of(backbone)
-    return on_pairs(kind, flags) if flags.objective == "dpo" else kind
+def kind_of(backbone: Backbone, flags: TextFlags | None = None) -> TextKind:
+    """Return the kind of a language model, with the loss of preferences if `flags` ask for it."""
+    kind = next(kind for kind in KINDS if kind.traits is backbone.traits)
+    return on_pairs(kind, flags) if flags is not None and flags.objective == "dpo" else kind

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import nn
 
 from nara_flags.text import TextFlags
@@ -19,9 +18,6 @@ from .text_kind import PlannedForward, TextKind, TextLoss
 def on_pairs(kind: TextKind, flags: TextFlags) -> TextKind:
     """Return `kind` with the loss of preferences. Its curve is that of the chosen answers."""
     rows_per_pair = 2 * flags.dpo_draws
-
-    def curve(model: nn.Module, rows: Dataset, *args: Any, **options: Any) -> list[float]:
-        return kind.curve(model, rows.remove_columns("rejected"), *args, **options)
 
     def plan(model: nn.Module, flags: TextFlags, rows: dict[str, Any]) -> PlannedForward:
         forward = kind.plan(model, flags, repeated(rows, rows_per_pair))
@@ -36,8 +32,12 @@ def on_pairs(kind: TextKind, flags: TextFlags) -> TextKind:
     return replace(
         kind,
         loss=partial(preference_loss, beta=flags.dpo_beta, draws=flags.dpo_draws),
-        curve=curve,
+        curve=lambda model, rows, *args, **options: kind.curve(
+            model, rows.remove_columns("rejected"), *args, **options
+        ),
         plan=plan,
         figures=("margin", "accuracy"),
+        note=" Preference accuracy is the share of pairs where the chosen answer gained more "
+        "likelihood over the base than the rejected one; the curve is that of chosen answers.",
         rows_per_sample=rows_per_pair,
     )
