@@ -35,7 +35,7 @@ from nara_diffusion.noise.blocks import block_mask, paired_positions
 from nara_diffusion.noise.drawn_levels import EVERYTHING, NoiseWindow
 
 from .answer_places import Lengths, answer_blocks, host_answers, moved
-from .mask_draws import draw_masks, draw_noise_levels, seed_and_indices
+from .mask_draws import draw_counted_masks, draw_masks, draw_noise_levels, seed_and_indices
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ def mask_answers(
     window: NoiseWindow = EVERYTHING,
     block_length: int | None = None,
     one_level: bool = False,
+    counted: bool = False,
 ) -> MaskedBatch:
     """Mask a share λ of each answer, or of each of its blocks; see the equations above.
 
@@ -115,6 +116,7 @@ def mask_answers(
         window: the window that λ is drawn from.
         block_length: B; None for a model that sees the whole text.
         one_level: True to draw one λ for all blocks of an answer.
+        counted: True to mask k = ⌈λ n⌉ of the n tokens of an answer or block, at λ = k / n.
 
     Raises:
         ValueError: a row has no answer or is longer than l; λ is outside (0, 1]; there are indices
@@ -144,7 +146,12 @@ def mask_answers(
         )
     else:
         levels = given_levels(noise_level, b, complementary)
-    masked = draw_masks(answer, levels, indices, seed=seed)  # (b, l)
+    if counted:
+        if block_length is not None and levels.ndim == 1:
+            levels = levels[:, None].repeat(answer.shape[1] // block_length, 1)  # (b, k)
+        masked, levels = draw_counted_masks(answer, levels, indices, seed=seed)
+    else:
+        masked = draw_masks(answer, levels, indices, seed=seed)  # (b, l)
     targets = input_ids
     if complementary:
         masked = np.concatenate([masked, answer & ~masked])  # (2b, l)

@@ -34,9 +34,9 @@ def counted_run(module, args, monkeypatch):
     """The highest live storages of the training loop of a real run, and its adapter's optimizer states."""
     steps, frozen = [], []
 
-    def counted(run, parts, loss, validate):
+    def counted(run, parts, *functions):
         with StepCounter(tensors_of(parts.model, *frozen)) as counter:
-            original(run, parts, loss, validate)
+            original(run, parts, *functions)
         states = [value for state in parts.optimizer.state.values() for value in state.values()]
         steps.extend([counter.peak, sum(value.nbytes for value in states if value.dim())])
 
