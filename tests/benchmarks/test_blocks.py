@@ -102,6 +102,7 @@ def test_lambda_of_generate_is_the_unaccepted_share():
         torch.testing.assert_close(level, 1 - mask.float().mean(1))
 
 
+@pytest.mark.slow
 def test_true_levels_are_shares_of_wrong_tokens():
     tuned = tuning(core_type="identity", control="bias")
     inner, (_, tokenizer) = block_model(tuned.model.model), base_of(BASE)
@@ -125,6 +126,7 @@ def test_true_levels_are_shares_of_wrong_tokens():
     torch.testing.assert_close(levels, [wrong / rows.canvas])
 
 
+@pytest.mark.slow
 def test_prefixes_are_what_the_frozen_encoder_computes():
     """The losses of a decoder that reads them are those of the package's own loss."""
     one = tuning(control="bias")

@@ -31,7 +31,7 @@ def test_llada_moe_is_trained_saved_loaded_and_sampled(tmp_path: Path) -> None:
         "core_learning_rate": 3e-2,
         "rank": 8,
         "lora_alpha": 8.0,
-        "checkpointing_steps": 30,
+        "checkpointing_steps": None,
     }
     results = main(Arguments(**{name: str(v) if isinstance(v, Path) else v for name, v in flags.items()}))
     assert results["validation_loss_after"] < 0.9 * results["validation_loss_before"]
