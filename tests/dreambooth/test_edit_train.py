@@ -101,6 +101,7 @@ def test_sheet_has_source_samples_and_target(sheets: list[dict[str, int]]) -> No
     ]
 
 
+@pytest.mark.slow
 def test_run_on_pairs_continues_with_same_bits(flags: dict[str, Any], ended: Path, tmp_path: Path) -> None:
     shutil.copytree(ended, tmp_path / "longer")
     constant = flags | {"max_train_steps": 3, "validation_steps": None}
