@@ -173,9 +173,7 @@ OTHERS = ("text_embedder", "guidance_embedder", "context_embedder", "proj_out", 
 SLOW = [pytest.param(make, marks=pytest.mark.slow) for make in TIME if make not in (small_sdxl, small_flux)]
 
 
-@pytest.mark.parametrize(
-    "make", [small_sdxl, small_flux, *SLOW], ids=lambda make: make.__name__
-)
+@pytest.mark.parametrize("make", [small_sdxl, small_flux, *SLOW], ids=lambda make: make.__name__)
 def test_time_layers_get_a_lora_of_naras_size(make):
     pipe = make()
     config: Any = NaraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["to_q", "to_k"])
