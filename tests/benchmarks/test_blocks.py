@@ -189,6 +189,7 @@ def test_confirmation_needs_the_trials(tmp_path):
         benchmark_blocks.main(["--stage", "confirm", *flags])
 
 
+@pytest.mark.slow
 def test_a_random_case_leaves_the_letters():
     task = task_of(BASE, "case")
     answers = [row["answer"] for row in task.train.rows]

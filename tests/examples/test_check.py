@@ -138,6 +138,7 @@ def test_trials_refuses_a_loss_that_is_not_finite():
         next(trials(linear_task(lambda levels: levels / 0), progress=False))
 
 
+@pytest.mark.slow
 def test_token_trials_train_and_measure_their_own_losses():
     """`with_token` here is a task that a LoRA can learn; the other arms' it can't."""
     task = linear_task(turning, settings={"steps": 30, "samples": 50, "repeats": 1}, learning_rate=1e-3)
