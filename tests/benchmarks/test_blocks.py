@@ -62,6 +62,7 @@ def test_an_embedding_is_added_to_the_canvas_only():
     torch.testing.assert_close(other.encoder_last_hidden_state, same.encoder_last_hidden_state)
 
 
+@pytest.mark.slow
 def test_lambda_token_is_one_more_on_the_canvas():
     model, plain = copy.deepcopy(base_of(BASE)[0]), base_of(BASE)[0]
     control, seeing = Control("token", model), torch.randn(2, 17, 284)

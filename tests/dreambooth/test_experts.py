@@ -333,6 +333,7 @@ def test_run_of_both_loads_by_one_call(finished: Path) -> None:
     check_record(check_samples(finished))
 
 
+@pytest.mark.slow
 def test_resumed_run_of_both_has_the_same_bits(finished: Path, flags: dict[str, Any], tmp_path: Path) -> None:
     again = {"output_dir": tmp_path / "again", "resume_from_checkpoint": finished / "checkpoint-2"}
     run("dreambooth.py", **flags, **again)
