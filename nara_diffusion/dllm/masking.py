@@ -55,7 +55,8 @@ class MaskedBatch:
             host.
         opens: True if an answer begins its row; None if unknown on the host.
         position_ids: (1, l') with blocks, else None.
-        block_length: B; None for a model that sees the whole text.
+        forward_level: with blocks (b, l' / B), the λ of a forward, 0 in all that isn't masked; None
+            if it is `noise_level`.
     """
 
     input_ids: torch.Tensor
@@ -67,17 +68,7 @@ class MaskedBatch:
     places: torch.Tensor | None = None
     opens: bool | None = None
     position_ids: torch.Tensor | None = field(default=None, kw_only=True)
-    block_length: int | None = field(default=None, kw_only=True)
-
-    @property
-    def forward_level(self) -> torch.Tensor:
-        """The λ of a forward: (b,), or with blocks (b, l' / B), 0 in all that isn't masked."""
-        if self.block_length is None:
-            return self.noise_level
-        holds_answer = self.answer.unflatten(1, (-1, self.block_length)).any(2)  # (b, l / B)
-        clean = (self.input_ids.shape[1] - self.answer.shape[1]) // self.block_length
-        levels = self.noise_level.view(len(self.answer), -1)  # (b, 1 or l / B)
-        return F.pad(holds_answer * levels, (0, clean))
+    forward_level: torch.Tensor | None = field(default=None, kw_only=True)
 
 
 def mask_answers(
@@ -160,12 +151,15 @@ def mask_answers(
         targets = targets.repeat(2, 1)
     is_masked = moved(masked, device)
     seen = targets.masked_fill(is_masked, mask_token_id)
-    attention_mask = positions = None
+    attention_mask = positions = forward_level = None
     if block_length and clean is not None:
         seen = torch.cat([seen, clean.repeat(len(seen) // b, 1)], 1)
         positions = paired_positions(seen.shape[1], block_length, answer.shape[1], device)[None]
         real = positions < moved(ends, device)[:, None]
         attention_mask = block_mask(real, block_length, noisy=answer.shape[1])
+        holds_answer = answer.reshape(len(answer), -1, block_length).any(2)  # (b, l / B)
+        noisy = holds_answer * levels.reshape(len(answer), -1)
+        forward_level = F.pad(moved(noisy, device), (0, clean.shape[1] // block_length))
     elif answer_lengths is not None:
         real = np.arange(answer.shape[1]) < ends[:, None]
         attention_mask = moved(real.astype(np.int64), device)
@@ -179,7 +173,7 @@ def mask_answers(
         places=moved(np.flatnonzero(masked), device),
         opens=opens,
         position_ids=positions,
-        block_length=block_length,
+        forward_level=forward_level,
     )
 
 

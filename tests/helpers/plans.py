@@ -12,6 +12,16 @@ from nara_diffusion.training.planned_step import StepCounter
 from nara_diffusion.training.run import start_run
 from nara_flags.parser import parse_arguments
 
+CONFIGURATIONS = ("config.json", "scheduler_config.json", "model_index.json")
+
+
+def save_configurations(pipe, folder):
+    """Save a pipeline's folder without weights and tokenizers."""
+    pipe.save_pretrained(folder)
+    for file in folder.rglob("*"):
+        if file.name not in CONFIGURATIONS and file.is_file():
+            file.unlink()
+
 
 def text_words(model, *more):
     return [
