@@ -138,7 +138,7 @@ def mask_answers(
     else:
         levels = given_levels(noise_level, b, complementary)
     if counted:
-        if block_length is not None and levels.ndim == 1:
+        if block_length and clean is not None and levels.ndim == 1:
             levels = levels[:, None].repeat(answer.shape[1] // block_length, 1)  # (b, k)
         masked, levels = draw_counted_masks(answer, levels, indices, seed=seed)
     else:

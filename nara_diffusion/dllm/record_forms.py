@@ -177,7 +177,7 @@ class RecordReader:
         return row
 
     def _pair(self, record: Mapping[str, Any], where: str) -> dict[str, Any]:
-        chosen, rejected = (self._answered(record, what, where) for what in PAIR_FIELDS)
+        chosen, rejected = (self._answered(record, part, where) for part in PAIR_FIELDS)
         output = rejected.pop("output")
         if any(chosen[part] != prompt for part, prompt in rejected.items()):
             raise ValueError(
