@@ -57,8 +57,12 @@ class BlockText:
         size = state.are_answers(positions).sum(1).clamp(min=1)
         return state.masked_at(positions).sum(1).float() / size
 
-    def size(self, state: State) -> int:
-        return self.block_length
+    def sizes(self, state: State) -> set[int]:
+        in_first = {
+            self.block_length - start % self.block_length for start in state.starts.tolist()
+        }
+        in_last = {self.block_length - size for size in in_first} - {0}
+        return {self.block_length} | in_first | in_last
 
     def logits(self, state: State, rows: Tensor, positions: Tensor, level: Tensor) -> Tensor:
         end = self.start + self.block_length

@@ -49,8 +49,8 @@ class WholeText:
     def level(self, state: State, positions: torch.Tensor) -> torch.Tensor:
         return state.masked.float().mean(1)
 
-    def size(self, state: State) -> int:
-        return state.sampling.gen_length
+    def sizes(self, state: State) -> set[int]:
+        return {state.sampling.gen_length}
 
     def logits(
         self, state: State, rows: torch.Tensor, positions: torch.Tensor, level: torch.Tensor

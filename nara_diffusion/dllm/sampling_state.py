@@ -96,8 +96,8 @@ class Reader(Protocol):
         """Return λ (b,) for the next step at these positions (b, k)."""
         ...
 
-    def size(self, state: State) -> int:
-        """Return the number of tokens that λ is the masked share of, if no row is shorter."""
+    def sizes(self, state: State) -> set[int]:
+        """Return the numbers of tokens that λ may be the masked share of."""
         ...
 
     def logits(
@@ -188,7 +188,7 @@ class State:
         """
         with ExitStack() as plans:
             if on_step_end is None and set(self.sampling.rules) <= {"steps"}:
-                levels = self.planned_levels(reader.size(self))
+                levels = self.planned_levels(reader.sizes(self))
                 for holder in find_holders(self.backbone.model):
                     plans.enter_context(holder.planning(levels))
             for positions in reader.blocks(self):
@@ -202,11 +202,12 @@ class State:
                     if on_step_end is not None and self._is_stopped(on_step_end, level):
                         return
 
-    def planned_levels(self, size: int) -> torch.Tensor:
-        """Return λ of the steps, and 0, for a masked share of `size` tokens: (n,), on the CPU."""
-        counts = self.sampling.tokens_per_step() * (size // self.sampling.block)
-        masks = {0, *accumulate(reversed(counts))}  # from the last step to the first
-        return torch.tensor(sorted(masks), dtype=torch.float32) / size
+    def planned_levels(self, sizes: set[int]) -> torch.Tensor:
+        """Return λ of the steps, and 0, for masked shares of `sizes` tokens: (n,), on the CPU."""
+        counts = self.sampling.tokens_per_step() * (max(sizes) // self.sampling.block)
+        placed = [0, *accumulate(counts)]
+        levels = {max(size - count, 0) / size for size in sizes for count in placed}
+        return torch.tensor(sorted(levels), dtype=torch.float32)
 
     def are_answers(self, positions: torch.Tensor) -> torch.Tensor:
         """Return which positions (b, k) belong to the answers, as bool."""

@@ -130,6 +130,15 @@ def test_cache_changes_no_token_of_an_adapted_model(model: Any, rule: str) -> No
     assert not cached.equal(base)
 
 
+def test_planned_blocks_take_one_call_of_the_core(model: Any) -> None:
+    """Also where prompts end inside a block, so that λ are shares of 1, 3 and 4 tokens."""
+    adapted, calls = nara(model, target_modules=["q_proj"]), []
+    core = adapted.base_model.model.lora_core.cores["default"]["shared"]
+    core.register_forward_hook(lambda _, args, __: calls.append(args[0].tolist()))
+    answers(adapted, True, steps=4, stop_at_eos=False)  # two steps a block, of two tokens each
+    assert calls == [pytest.approx([0, 1 / 3, 1 / 2, 1])]
+
+
 def test_adapters_with_one_level_are_refused_with_cache(model: Any) -> None:
     base = answers(model, True)
     model = nara(model, target_modules=["q_proj", "down_proj"])

@@ -71,7 +71,13 @@ def replace_adapter(model: Any) -> None:
     model.set_adapter("default")
 
 
-@pytest.mark.parametrize("change", [add_schedule, switch_adapter, replace_adapter])
+@torch.no_grad()
+def change_cores(model: Any) -> None:
+    for parameter in find_holders(model)[0].cores.parameters():
+        parameter.mul_(1.5)
+
+
+@pytest.mark.parametrize("change", [add_schedule, switch_adapter, replace_adapter, change_cores])
 def test_plan_follows_changes_of_adapters_inside(model: Any, change: Callable[[Any], None]) -> None:
     with find_holders(model)[0].planning(PLAN):
         former = output(model, PLAN[2])
