@@ -35,8 +35,9 @@ def write_pairs(path: Path, count: int, seed: int) -> Path:
 
 
 def arguments(folder: Path, flags: dict[str, Any], **changes: Any) -> Arguments:
-    values = flags | {"output_dir": folder / "run"} | DPO | SHORT | changes
-    return Arguments(**{name: str(value) if isinstance(value, Path) else value for name, value in values.items()})
+    values: dict[str, Any] = flags | {"output_dir": folder / "run"} | DPO | SHORT | changes
+    texts: dict[str, Any] = {name: str(value) for name, value in values.items() if isinstance(value, Path)}
+    return Arguments(**values | texts)
 
 
 def flags_of(folder: Path) -> dict[str, Any]:
