@@ -297,7 +297,7 @@ class ImageFlags(
     files of other methods see nara_diffusion/dreambooth/denoiser_files.py), README.md (the model card,
     which says how to load them), samples.png (before, after, and what the autoencoder can show), the
     samples themselves, noise_level_curve.png, results.json, metrics.jsonl, config.yaml,
-    validation/step-N.png, and checkpoint-N folders to resume from.
+    samples-by-step.png, and checkpoint-N folders to resume from.
     """
 
     def __post_init__(self) -> None:

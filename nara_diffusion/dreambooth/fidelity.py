@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,8 @@ from .student import StudentLoss
 from .validation_loss import ValidationLoss
 
 logger = logging.getLogger(__name__)
+
+STRIP = "samples-by-step.png"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Evaluation:
     has_teacher: bool = False  # whether each sample has a teacher's sample in `references`
     sources: Sequence[Image] = ()  # the image that each prompt edits to `references`
     beside: str | None = None  # an adapter of `pipe` that stays active
+    # by optimizer step; between the start and the end with one sample per prompt
+    history: dict[int, Measurement] = field(default_factory=dict)
 
     @property
     def subject(self) -> dict[str, Sequence[Image]]:
@@ -70,52 +74,65 @@ class Evaluation:
             rows[self.reconstruction.title] = self.reconstruction.images
         return rows
 
-    def measure(self, folder: Path | None, name: str) -> Measurement:
+    def measure(
+        self, folder: Path | None, name: str, settings: SampleSettings | None = None
+    ) -> Measurement:
         """Return a measurement with the adapter in `folder`, loaded as a user would load it.
 
-        If `folder` is None, measure the base model. `name` is the title of the progress bar.
+        The global random state doesn't change.
+
+        Args:
+            folder: the adapter's folder; None means the base model.
+            name: the title of the progress bar.
+            settings: of the samples; by default those of the evaluation.
         """
-        with adapter_loaded(self.pipe, folder, self.beside):
-            accelerator = self.run.accelerator
-            images = sample_images(self.pipe, self.settings, accelerator, desc=f"sample {name}")
+        accelerator, settings = self.run.accelerator, settings or self.settings
+        devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), adapter_loaded(self.pipe, folder, self.beside):
+            images = sample_images(self.pipe, settings, accelerator, desc=f"sample {name}")
             curve = self.loss.curve(self.pipe, accelerator).mean(1)
         decoded = None if self.reconstruction is None else self.reconstruction.images
-        alignment = None
-        if self.alignment is not None:
-            prompts = [prompt for prompt, _ in self.settings.pairs]
-            words = self.run.args.identifier or ()
-            alignment = text_alignment(self.alignment, images, prompts, words)
         return Measurement(
             images=images,
             similarity=self._similarity(images, self.references),
             similarity_as_shown=self._similarity(images, decoded),
-            text_alignment=alignment,
+            text_alignment=self._alignment(images),
             noise_levels=self.loss.noise_levels.tolist(),
             curve=curve.tolist(),
             validation_loss=curve.mean().item(),
         )
+
+    def _alignment(self, images: Sequence[Image]) -> float | None:
+        """Return the alignment with the prompts; None without an encoder."""
+        if self.alignment is None:
+            return None
+        prompts: list[str] = []
+        for prompt in self.settings.prompts:
+            prompts += [prompt] * (len(images) // len(self.settings.prompts))
+        return text_alignment(self.alignment, images, prompts, self.run.args.identifier or ())
 
     def _similarity(self, images: Images, references: Images | None) -> float | None:
         """Return the image similarity; None without an encoder or references."""
         if self.similarity is None or references is None:
             return None
         is_paired = self.has_teacher or self.sources
-        compare = paired_similarity if is_paired else image_similarity
-        return compare(self.similarity, images, references)
+        if not is_paired:
+            return image_similarity(self.similarity, images, references)
+        step = len(references) // len(images)
+        return paired_similarity(self.similarity, images, references[::step])
 
-    def measure_model(self, model: torch.nn.Module, name: str) -> Measurement:
+    def measure_model(
+        self, model: torch.nn.Module, name: str, settings: SampleSettings | None = None
+    ) -> Measurement:
         """Return a measurement of `model`, with or without accelerate's wrapper.
 
-        Its adapter is saved, loaded as a user would load it, and deleted. The global random state
-        doesn't change.
+        Its adapter is saved, loaded as a user would load it (see `measure`), and deleted.
         """
         accelerator, folder = self.run.accelerator, self.run.folder / ".partial-adapter"
         folder.mkdir(exist_ok=True)
         try:
             save_adapter(accelerator, model, folder, write_adapter)
-            devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-            with torch.random.fork_rng(devices):
-                measurement = self.measure(folder, name)
+            measurement = self.measure(folder, name, settings)
             accelerator.wait_for_everyone()
         finally:
             if accelerator.is_main_process:
@@ -123,16 +140,21 @@ class Evaluation:
         return measurement
 
     def validate(self, model: torch.nn.Module) -> dict[str, float]:
-        """Return the figures of `model`, as wrapped by accelerate, and write a sheet of samples."""
-        measurement = self.measure_model(model, "for validation")
+        """Return the figures of `model`, as wrapped by accelerate, and write the strip of samples.
+
+        Before the last step, they are those of one sample per prompt.
+        """
+        is_last = self.run.step == self.run.total_steps
+        settings = self.settings if is_last else replace(self.settings, images_per_prompt=1)
+        measurement = self.measure_model(model, "for validation", settings)
         curve, window = torch.tensor(measurement.curve), window_of(self.run.args)
         values = validation_means(curve, self.loss.noise_levels, window)
         for name in ("similarity", "text_alignment"):
             figure = getattr(measurement, name)
             if figure is not None:
                 values[name] = figure
+        self.record(self.run.step, measurement)
         if self.run.is_main:
-            self._show(measurement.images)
             text = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
             logger.info("step %d: %s", self.run.step, text)
         return values
@@ -146,18 +168,33 @@ class Evaluation:
         else:
             write_grid(path, prompts, columns, self.subject)
 
-    def _show(self, images: Sequence[Image]) -> None:
-        """Write a sheet of the samples, and pass them to the trackers."""
-        step, prompts = self.run.step, self.settings.prompts
-        path = self.run.folder / "validation" / f"step-{step}.png"
-        path.parent.mkdir(exist_ok=True)
-        self.write_sheet(path, {f"step {step}": images})
-        by_prompt: dict[str, np.ndarray] = {}
-        count = self.settings.images_per_prompt
-        for number, prompt in enumerate(prompts):
-            pixels = [np.asarray(image) for image in images[number * count : (number + 1) * count]]
-            by_prompt[f"validation: {prompt}"] = np.stack(pixels)  # (n, h, w, 3)
+    def first_samples(self, measurement: Measurement) -> list[Image]:
+        """Return the first sample of each prompt, which every measurement has."""
+        return measurement.images[:: len(measurement.images) // len(self.settings.prompts)]
+
+    def record(self, step: int, measurement: Measurement) -> None:
+        """Add a measurement to the history, its samples to the strip, and pass it to trackers."""
+        self.history[step] = measurement
+        if not self.run.is_main:
+            return
+        columns = {f"step {step}": self.first_samples(m) for step, m in self.history.items()}
+        self.write_sheet(self.run.folder / STRIP, columns)
+        strips: dict[str, np.ndarray] = {}
+        for number, prompt in enumerate(self.settings.prompts):
+            pixels = [np.asarray(images[number]) for images in columns.values()]
+            strips[f"validation: {prompt}"] = np.stack(pixels)  # (steps, h, w, 3)
         for tracker in self.run.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images(by_prompt, step=step, **options)
+                tracker.log_images(strips, step=step, **options)
+
+    def trend(self) -> list[tuple[int, float, float]]:
+        """Return (step, similarity, alignment) of the first samples; empty without the encoders."""
+        rows = []
+        for step, measurement in sorted(self.history.items()):
+            images = self.first_samples(measurement)
+            similarity = self._similarity(images, self.references)
+            alignment = self._alignment(images)
+            if similarity is not None and alignment is not None:
+                rows.append((step, similarity, alignment))
+        return rows

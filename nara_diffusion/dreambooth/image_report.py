@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from nara_diffusion.utils.wording import counted
 
 from .denoiser_files import EXPERT_LORAS
 from .families import LOW, Family
-from .fidelity import Evaluation, Measurement
+from .fidelity import STRIP, Evaluation, Measurement
 from .image_arguments import DreamBoothArguments, run_family
 from .pipelines import family_of
 from .samples import SampleSettings, write_grid, write_images
@@ -45,6 +45,7 @@ _IMPORTS = {
     "other": "from peft import PeftModel\n",
 }
 _LOST = 0.7  # alignment that remains when samples no longer follow prompts, as a share
+_NEAR = 0.01  # a smaller rise of similarity counts as none
 _NOISE = "\n\nThe adapter reads the noise level λ from the timestep of each step."
 
 
@@ -246,7 +247,27 @@ def forgetting(before: Measurement, after: Measurement) -> list[str]:
     return [
         f"The alignment with the prompt fell from {start:.2f} to {end:.2f} while the similarity rose: the samples "
         "show the subject, but no longer what else the prompts ask for. Train fewer steps (--max_train_steps); "
-        "validation/ and metrics.jsonl show where the alignment fell."
+        f"{STRIP} and metrics.jsonl show where the alignment fell."
+    ]
+
+
+def best_by_both(trend: Sequence[tuple[int, float, float]]) -> list[str]:
+    """Return a line if samples stopped coming nearer to the subject, and then lost alignment.
+
+    Args:
+        trend: (step, similarity, alignment) in the order of steps.
+    """
+    if not trend:
+        return []
+    highest = max(similarity for _, similarity, _ in trend)
+    step, similarity, alignment = next(row for row in trend if row[1] > highest - _NEAR)
+    _, last_similarity, last_alignment = trend[-1]
+    if step == 0 or last_alignment >= alignment:
+        return []
+    return [
+        f"After step {step} the similarity to the subject no longer rises ({similarity:.2f}, at the end "
+        f"{last_similarity:.2f}), and the alignment with the prompt falls ({alignment:.2f}, at the end "
+        f"{last_alignment:.2f}). Best by both: step {step}."
     ]
 
 

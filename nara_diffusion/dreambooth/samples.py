@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from PIL import Image
+from matplotlib import get_data_path
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm.auto import tqdm
 
 from nara_diffusion.training.engines import split_across_processes
@@ -24,7 +25,7 @@ from .image_arguments import DreamBoothArguments
 from .image_records import Size
 from .pipelines import BY_PIPELINE
 
-CELL = 1.3  # inches, the side of an image on a sheet
+CELL, GAP, TITLE = 130, 4, 32  # pixels on a sheet: side of an image, space beside and above it
 
 Made = TypeVar("Made")
 
@@ -154,13 +155,11 @@ def write_grid(
 
     Args:
         prompts: the prompts, one for each row. A row is headed by its prompt and the titles of the
-            columns, between which a cell is empty.
+            columns. After each column of several images, a cell is empty.
         columns: {title: images}, for example before and after training. Each column has as many
             images for one prompt as for another, ordered by prompt.
         references: {title: images of the subject} for the rows on top. At most eight are shown.
     """
-    from matplotlib.figure import Figure
-
     rows: list[tuple[str, list[Image.Image | None]]] = []
     for title, images in references.items():
         rows.append((title, list(images[:8])))
@@ -168,21 +167,20 @@ def write_grid(
         cells: list[Image.Image | None] = []
         for images in columns.values():
             count = len(images) // len(prompts)
-            cells += [*images[number * count : (number + 1) * count], None]
-        rows.append((f"{prompt} ({' | '.join(columns)})", cells[:-1]))
-    width, height = max(len(cells) for _, cells in rows), len(rows)
-    figure = Figure(figsize=(CELL * width, 1.4 * CELL * height), dpi=100)
-    margins = {"left": 0, "right": 1, "bottom": 0, "top": 1 - 0.3 / height}
-    grid = figure.subplots(
-        height, width, squeeze=False, gridspec_kw={**margins, "wspace": 0.05, "hspace": 0.4}
-    )
-    for (title, cells), axes in zip(rows, grid, strict=True):
-        lines = textwrap.fill(title, 16 * width, max_lines=2)
-        axes[0].set_title(lines, loc="left", fontsize="small", parse_math=False)
-        for axis in axes:
-            axis.axis("off")
-        for axis, image in zip(axes, cells, strict=False):
+            cells += [*images[number * count : (number + 1) * count], *[None] * (count > 1)]
+        rows.append((f"{prompt} ({' | '.join(columns)})", cells))
+    width = max(len(cells) for _, cells in rows)
+    size = (width * (CELL + GAP), len(rows) * (CELL + TITLE))
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 11)
+    for number, (title, images) in enumerate(rows):
+        top = number * (CELL + TITLE)
+        lines = textwrap.fill(title, 18 * width, max_lines=2)
+        draw.multiline_text((2, top + 2), lines, fill="black", font=font)
+        for column, image in enumerate(images):
             if image is not None:
-                axis.imshow(image)
+                small = ImageOps.contain(image.convert("RGB"), (CELL, CELL))
+                sheet.paste(small, (column * (CELL + GAP), top + TITLE))
     with atomic_write(path) as partial:
-        figure.savefig(partial, format="png")
+        sheet.save(partial, format="png")

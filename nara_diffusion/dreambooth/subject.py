@@ -26,7 +26,7 @@ from .families import Family
 from .fidelity import Evaluation, Measurement
 from .image_arguments import DreamBoothArguments, folder_arguments, run_family
 from .image_records import ImageRecord, class_records, records_from_folder, trained_on
-from .image_report import figures, forgetting, subject_card
+from .image_report import best_by_both, figures, forgetting, subject_card
 from .masks import with_masks
 from .pipelines import load_base, sharing_pipeline, training_sizes
 from .placement import take_turns
@@ -346,6 +346,6 @@ def _report(
     return {
         "names": (*titles, "curve"),
         "figures": figures(before, after, titles),
-        "warnings": forgetting(before, after),
+        "warnings": [*forgetting(before, after), *best_by_both(evaluation.trend())],
         "describe": partial(subject_card, evaluation, after, data),
     }

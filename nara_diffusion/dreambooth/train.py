@@ -101,12 +101,16 @@ def teach(task: Task, args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     run.open(facts)
     run.restore()
     loss = replace(task.loss, model=parts.model)
+    start = start or evaluation.measure(None, "before")
+    evaluation.record(0, start)
     train(run, parts, loss, partial(evaluation.validate, parts.model))
     save_adapter(run.accelerator, parts.model, run.folder, write_adapter)
 
     # report
-    start = start or evaluation.measure(None, "before")
-    end = evaluation.measure(run.folder, "after")
+    end = evaluation.history.get(steps)  # measured after the last step
+    if end is None:
+        end = evaluation.measure(run.folder, "after")
+        evaluation.record(steps, end)
     if run.is_main:
         write_samples(evaluation, start, end)
     return finish(

@@ -59,6 +59,7 @@ def clip():
     return CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(), CLIPProcessor.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_clip_retrieves_as_its_card_says(clip):
     recorded = json.loads((ASSETS / "clip-tiny" / "results.json").read_text())["retrieval_among_64"]
     measured = retrieval(*clip, batches=2)
@@ -66,6 +67,7 @@ def test_clip_retrieves_as_its_card_says(clip):
     assert all(len(clip[1].tokenizer(word, add_special_tokens=False).input_ids) == 1 for word in words())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [("sdxl-tiny", {}), ("sd-tiny-flow", {"max_sequence_length": 0})],

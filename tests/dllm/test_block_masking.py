@@ -32,6 +32,7 @@ from nara_diffusion.dllm.kinds.canvas_kind import CANVAS
 from nara_diffusion.dllm.kinds.masked_kind import MASKED
 from nara_diffusion.dllm.mask_draws import draw_noise_levels
 from nara_diffusion.dllm.masking import MaskedBatch
+from nara_diffusion.dllm.preference_loss import preference_loss
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dllm.text_report import Evaluation
 from nara_diffusion.training.engine_models import recompute_activations
@@ -292,6 +293,32 @@ def test_validation_of_blocks_has_one_level_a_row(tmp_path: Path) -> None:
         },
         rel=1e-5,
     )
+
+
+def test_preferences_equal_passes_of_single_blocks(tmp_path: Path) -> None:
+    """A pair of rows 0 and 1. Each draw masks k of the n answer tokens of each block, which runs at k / n."""
+    model, draws = nara(tiny(tmp_path)), 2
+    options: dict[str, Any] = {"prompt_lengths": STARTS[:2], "answer_lengths": SIZES[:2], "seed": 4}
+    first_level = torch.tensor([0.35, 0.35])
+    indices = {"sample_indices": [7, 7], "noise_level": first_level}
+    loss = preference_loss(model, IDS[:2], **options, **indices, draws=draws, beta=0.3)
+    ratio = torch.zeros(2, dtype=torch.float64)
+    for draw in range(draws):
+        draw_options = {"sample_indices": [7 * draws + draw] * 2, "noise_level": first_level + draw / draws}
+        masking = {"mask_token_id": MASK, "block_length": B, "counted": True}
+        batch = mask_answers(IDS[:2], **options, **draw_options, **masking)
+        masked, answer = (tensor.unflatten(1, (-1, B)).sum(2) for tensor in (batch.masked, batch.answer))
+        levels = first_level[:, None] + draw / draws
+        assert masked.equal((levels * answer).ceil().long())
+        torch.testing.assert_close((batch.noise_level * answer).round().long(), masked)
+        for row in range(2):
+            gain = -reference(model, batch, row)
+            with model.disable_adapter():
+                gain = gain + reference(model, batch, row)
+            ratio[row] += SIZES[row] * gain.detach() / draws
+    expected = 0.3 * (ratio[0] - ratio[1])
+    assert expected.abs() > 0.05
+    torch.testing.assert_close(loss.margin.double(), expected[None], rtol=1e-4, atol=0)
 
 
 def test_objective_dfactory_draws_one_level_of_its_window(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from diffusers import StableDiffusionXLPipeline
 
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
-from nara_diffusion.dreambooth.image_report import forgetting, loading_code
+from nara_diffusion.dreambooth.image_report import best_by_both, forgetting, loading_code
 from nara_diffusion.dreambooth.samples import SampleSettings
 from tests.helpers.small_pipelines import small_sdxl
 
@@ -54,3 +54,14 @@ def test_halved_alignment_beside_rising_similarity_is_warned() -> None:
 )
 def test_other_figures_are_not_warned_of(before: Any, after: Any) -> None:
     assert forgetting(measured(*before), measured(*after)) == []
+
+
+def test_best_step_is_said_where_similarity_stops() -> None:
+    rising = [(0, 0.26, 0.48), (50, 0.50, 0.47), (100, 0.601, 0.46)]
+    assert best_by_both(rising) == []
+    (text,) = best_by_both([*rising, (150, 0.605, 0.44), (200, 0.59, 0.30)])
+    assert "After step 100 the similarity to the subject no longer rises (0.60, at the end 0.59)" in text
+    assert "falls (0.46, at the end 0.30). Best by both: step 100." in text
+    assert best_by_both([*rising, (150, 0.59, 0.46)]) == []  # the alignment stays
+    assert best_by_both([(0, 0.6, 0.5), (50, 0.5, 0.4)]) == []  # it never rose
+    assert best_by_both([]) == []

@@ -18,14 +18,14 @@ from nara_diffusion.dreambooth import DreamBoothDataset, LatentCache, records_fr
 from nara_diffusion.dreambooth.class_images import generate_class_images
 from nara_diffusion.dreambooth.draws import draw_noise
 from nara_diffusion.dreambooth.encoders import Encoder, image_similarity, text_alignment
-from nara_diffusion.dreambooth.fidelity import Evaluation
+from nara_diffusion.dreambooth.fidelity import STRIP, Evaluation
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.reconstruction import reconstruct
 from nara_diffusion.dreambooth.samples import SampleSettings, sample_images, write_grid, write_images
 from nara_diffusion.dreambooth.unet_families import SDXL
 from nara_diffusion.dreambooth.validation_loss import ValidationLoss
 from tests.acceptance._commands import fresh_accelerate
-from tests.dreambooth.pictures import folder_of
+from tests.dreambooth.pictures import folder_of, noise
 from tests.helpers.small_pipelines import small_sdxl
 
 PROMPT = "ein Spielzeug, größer ✓"
@@ -201,3 +201,43 @@ def test_a_measurement_holds_samples_losses_and_figures(pipe, loss, accelerator)
     assert measured.text_alignment == pytest.approx(text_alignment(encoder, measured.images, ["a cube"] * 2))
     assert measured.curve == blind.curve
     assert measured.validation_loss == pytest.approx(sum(measured.curve) / 3)
+
+
+def test_strip_has_the_first_samples_of_each_step(
+    loss: ValidationLoss, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sheets, logged, asked = [], [], []
+    monkeypatch.setattr("nara_diffusion.dreambooth.fidelity.write_grid", lambda *sheet: sheets.append(sheet))
+    encoder = Encoder(Path(__file__).parents[2] / "examples" / "assets" / "clip-tiny", device="cpu")
+    tracker = SimpleNamespace(name="tensorboard", log_images=lambda images, **options: logged.append((images, options)))
+    run: Any = SimpleNamespace(is_main=True, folder=tmp_path, step=5, total_steps=9)
+    run.accelerator = SimpleNamespace(trackers=[tracker])
+    run.args = SimpleNamespace(identifier=None, min_noise_level=None, max_noise_level=None)
+    settings = SampleSettings(["a cube", "a red ball"], 2, seed=7, batch_size=2, call=CALL)
+    pictures = [noise(16, 24, seed=seed) for seed in range(6)]
+    base: Any = SimpleNamespace(images=pictures[:4])
+
+    def measure(_: Any, __: str, asked_for: SampleSettings) -> Any:
+        asked.append(asked_for.images_per_prompt)
+        figures = {"curve": [0.5, 0.25, 0.3], "similarity": 0.5, "text_alignment": 0.75}
+        return SimpleNamespace(images=pictures[4:], **figures)
+
+    pipe: Any = None
+    evaluation = Evaluation(run, pipe, settings, loss, pictures[:1], encoder, encoder)
+    object.__setattr__(evaluation, "measure_model", measure)
+    evaluation.record(0, base)
+    values = evaluation.validate(torch.nn.Identity())
+    assert (values["similarity"], values["text_alignment"], asked) == (0.5, 0.75, [1])
+    assert sheets[1][0] == tmp_path / STRIP
+    assert sheets[1][2] == {"step 0": [pictures[0], pictures[2]], "step 5": pictures[4:]}
+    strips, options = logged[1]
+    assert options == {"step": 5, "dataformats": "NHWC"}
+    expected = np.stack([np.asarray(pictures[2]), np.asarray(pictures[5])])
+    np.testing.assert_array_equal(strips["validation: a red ball"], expected)
+    start, end = evaluation.trend()
+    assert (start[0], end[0]) == (0, 5)
+    assert start[1] == pytest.approx(image_similarity(encoder, [pictures[0], pictures[2]], pictures[:1]))
+    assert end[2] == pytest.approx(text_alignment(encoder, pictures[4:], settings.prompts))
+    run.step = 9
+    evaluation.validate(torch.nn.Identity())
+    assert asked == [1, 2]

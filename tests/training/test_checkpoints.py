@@ -129,7 +129,7 @@ def test_full_disk_leaves_earlier_checkpoints_only(tmp_path: Path) -> None:
     assert TEXT not in names(tmp_path / "run")
 
 
-@pytest.mark.parametrize("file", ["samples.jsonl", "README.md", "results.json"])
+@pytest.mark.parametrize("file", ["samples.jsonl", "results.json"])
 def test_full_disk_after_training_names_file_and_checkpoint(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,7 +185,9 @@ def test_divergence_stops_before_it_is_saved(tmp_path: Path) -> None:
             value.per_sample[0] *= float("nan") if len(steps) == 3 else 1.0
             return value
 
-        patch.setattr("nara_diffusion.dllm.text_base.kind_of", lambda backbone: replace(MASKED, loss=diverging))
+        patch.setattr(
+            "nara_diffusion.dllm.text_base.kind_of", lambda backbone, flags=None: replace(MASKED, loss=diverging)
+        )
         with pytest.raises(TrainingDiverged, match=r"In step 3 the loss became nan\. .*checkpoint-2$"):
             dllm.main(args)
 
