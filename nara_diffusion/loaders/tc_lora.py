@@ -45,12 +45,12 @@ def convert_tc_lora(file: OtherFile) -> AdapterPart:
     modules = layers_of(file.tensors, _TENSOR, _FIELDS, "a Tc-LoRA")
     ranks = {module: len(named["lora_A.weight"]) for module, named in modules.items()}
     r = mode(ranks.values())
-    others = {module: rank for module, rank in ranks.items() if rank != r}
+    other_ranks = {module: rank for module, rank in ranks.items() if rank != r}
     config = NaraConfig(
         r=r,
         lora_alpha=SCALE * r,  # type: ignore[arg-type]
-        rank_pattern=others,
-        alpha_pattern={module: SCALE * rank for module, rank in others.items()},
+        rank_pattern=other_ranks,
+        alpha_pattern={module: SCALE * rank for module, rank in other_ranks.items()},
         target_modules=sorted(modules),
         core_type="film",
         core_sharing="layer",
