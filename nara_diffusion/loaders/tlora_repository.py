@@ -49,9 +49,9 @@ def convert_repository(file: OtherFile) -> AdapterPart:
         attention, _, projection = layer.removesuffix("_lora").partition(".processor.to_")
         if projection not in "qkv" and layer.startswith("single_"):
             continue
-        Q, P, *start = tensors.values()
+        Q, P, *base_tensors = tensors.values()
         if is_ortho:
-            values, Q0, P0, values0 = start
+            values, Q0, P0, values0 = base_tensors
             Q, P = interleaved(Triples(P, values, Q), Triples(P0, values0, Q0))
         factors[f"{attention}.{_PROJECTIONS[projection]}"] = Q, P
     is_flow = any(layer.startswith("transformer_blocks.") for layer in layers)
