@@ -257,13 +257,15 @@ def frozen_base(layer: AdaptedLayer, result: Tensor) -> tuple[Tensor, Tensor | N
     Return None if the base layer is trained, quantised or hooked, if another tuner wraps it, or if
     several adapters are active.
     """
-    base: Any = layer._modules["base_layer"]
-    if not is_plain(base) or len(layer.active_adapters) != 1 or not result.is_contiguous():
+    base = layer._modules["base_layer"]
+    if not isinstance(base, nn.Linear) or not is_plain(base) or len(layer.active_adapters) != 1:
         return None
-    weight, bias = base._parameters["weight"], base._parameters["bias"]
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
+    if not result.is_contiguous():
         return None
-    return weight, bias
+    bias = base.bias
+    if base.weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
+    return base.weight, bias
 
 
 def fits_one_function(A: nn.Linear, B: nn.Linear, x: Tensor, result: Tensor) -> bool:
@@ -282,10 +284,9 @@ def fits_one_function(A: nn.Linear, B: nn.Linear, x: Tensor, result: Tensor) -> 
         return False
     if type(x) not in _TENSORS or type(result) not in _TENSORS:
         return False
-    if is_autocast_enabled(x.device):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return result.dtype == torch.get_autocast_dtype(x.device.type)
-    weight_A, weight_B = vars(A)["_parameters"]["weight"], vars(B)["_parameters"]["weight"]
-    return weight_A.dtype == weight_B.dtype == x.dtype == result.dtype
+    return A.weight.dtype == B.weight.dtype == x.dtype == result.dtype
 
 
 def is_plain(layer: nn.Module) -> bool:

@@ -12,7 +12,6 @@ the λ of the context around the call.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +61,6 @@ class noise_level:
             holds one λ for each of k equal, consecutive parts of a sample's l positions, such as
             blocks of a text; the layers must then get (b, l, …). A value (1, k) applies to all
             samples.
-        holders: the core holders in `model`, if the caller has already found them.
 
     Raises:
         ValueError: `value` is outside [0, 1], is NaN or has a wrong shape, or `model` has no NaRA
@@ -70,16 +68,13 @@ class noise_level:
         RuntimeError: on exit, if another context is the innermost.
     """
 
-    def __init__(
-        self, model: nn.Module, value: Level, holders: Iterable[nn.Module] | None = None
-    ) -> None:
-        self._model, self._value, self._holders = model, value, holders
+    def __init__(self, model: nn.Module, value: Level) -> None:
+        self._model, self._value = model, value
         self._entries: list[Entry] = []
 
     def __enter__(self) -> None:
-        holders = core_holders(self._model) if self._holders is None else self._holders
-        level = as_level(self._value, axes=2)
-        entry = Entry(present.get(), frozenset(holders), level, backward_pass())
+        holders = frozenset(core_holders(self._model))
+        entry = Entry(present.get(), holders, as_level(self._value, axes=2), backward_pass())
         self._entries.append(entry)
         present.set(entry)
 

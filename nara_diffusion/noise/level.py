@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from functools import cache
 from numbers import Real
 from typing import Any
 
@@ -21,12 +20,9 @@ Level = float | Tensor | np.ndarray | Sequence[float]
 """One number in [0, 1], or one for each sample."""
 
 
-_signature = cache(inspect.signature)
-
-
 def arguments_of(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     """Return the arguments of a forward of `module` by name, in the order of its signature."""
-    bound = _signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+    bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
     return dict(list(bound.items())[1:])
 
 

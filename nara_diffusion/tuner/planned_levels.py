@@ -12,6 +12,7 @@ would have to wait for) computes its own D.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -55,13 +56,8 @@ class PlannedLevels:
         versions = [tensor._version for tensor in self._tensors]
         if sources != self._sources or versions != self._versions:
             self._deviations, self._sources = compute(self.levels), sources
-            self._tensors = [t for _, core, _ in sources for t in _tensors_of(core)]
+            tensors = [(*core.parameters(), *core.buffers()) for _, core, _ in sources]
+            self._tensors = [tensor for tensor in chain(*tensors) if not tensor.is_inference()]
             self._versions = [tensor._version for tensor in self._tensors]
         chosen = slice(rows[0], rows[0] + 1) if len(set(rows)) == 1 else rows
         return {key: D if len(D) == 1 else D[chosen] for key, D in self._deviations.items()}
-
-
-def _tensors_of(core: nn.Module) -> list[Tensor]:
-    """Return the tensors of a core that count their changes: all but inference tensors."""
-    tensors = (*core.parameters(), *core.buffers())
-    return [tensor for tensor in tensors if not tensor.is_inference()]

@@ -129,8 +129,6 @@ class Backbone:
     def virtual_tokens(self) -> int:
         """The number of virtual tokens that an adapter of PEFT puts before each text."""
         for module in self.model.modules():
-            if module is self.language_model:  # PEFT wraps it: there is nothing to look for inside
-                return 0
             if isinstance(module, PeftModel) and module.active_peft_config.is_prompt_learning:
                 config: Any = module.active_peft_config
                 return int(config.num_virtual_tokens)

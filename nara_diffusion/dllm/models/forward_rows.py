@@ -95,7 +95,7 @@ def conditioned(model: nn.Module, level: Tensor) -> AbstractContextManager:
                 f"{convention!r}, a share of the answer's tokens: use an adapter that was trained "
                 "with that, or call the model yourself inside `with noise_level(model, value):`."
             )
-    return noise_level(model, level, noisy)
+    return noise_level(model, level)
 
 
 @contextmanager
