@@ -104,7 +104,7 @@ def made_in(stage: str) -> dict[str, Any]:
 
 def save_record(name: str, figures: dict[str, Any], output_dir: str | Path) -> Path:
     """Write `figures` with all that is needed to repeat them to `output_dir/name.json`; return the file."""
-    record = {**provenance(), **figures}
+    record = {**provenance(), "date": now(), **figures}
     file = Path(output_dir) / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

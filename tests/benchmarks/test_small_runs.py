@@ -12,6 +12,7 @@ import benchmark_quality
 import benchmark_regimes
 import benchmark_speed
 import benchmark_text_cache
+import benchmark_text_steps
 import measure_house
 import pytest
 import torch
@@ -43,6 +44,13 @@ def test_benchmark_writes_a_record(benchmark, tmp_path):
 def test_benchmark_text_cache_writes_a_record(part, tmp_path):
     benchmark_text_cache.main(part, questions=2, steps=2, rounds=1, width=24, layers=1, output_dir=tmp_path)
     record = json.loads((tmp_path / f"benchmark_text_cache_{part}.json").read_text(encoding="utf-8"))
+    assert record.keys() > MADE_WITH
+
+
+@pytest.mark.parametrize("part", ["blocks", "sampling"])
+def test_benchmark_text_steps_writes_a_record(part, tmp_path):
+    benchmark_text_steps.main(part, rounds=1, answer=64, output_dir=tmp_path)
+    record = json.loads((tmp_path / f"benchmark_text_{part}.json").read_text(encoding="utf-8"))
     assert record.keys() > MADE_WITH
 
 
