@@ -63,9 +63,10 @@ class LiveAdapter:
         self.config = denoiser.config
         if file.other is not None and self.config.noise_convention is None:
             self.config.noise_convention = CONVENTIONS.get(base, ("flow",))[0]
-        if self.config.use_dora:
+        if self.config.use_dora or self.config.core_type == "film":
+            kind = "NaRA-DoRA" if self.config.use_dora else "Tc-LoRA"
             raise ValueError(
-                f"'{path}' is a NaRA-DoRA, which this node can't apply. Sample it in Diffusers."
+                f"'{path}' is a {kind}, which this node can't apply. Sample it in Diffusers."
             )
         self.adapter = adapter_of_part(denoiser)
         self.convention = self._convention(base, path)

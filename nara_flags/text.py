@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from .options import Count, NotNegative, Range, option
+from .options import Count, NotNegative, Positive, Range, option
 from .training import TrainingArguments
 
 REMASKING = ("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy")
@@ -126,8 +126,17 @@ class ObjectiveArguments:
     objective: str = option(
         "llada",
         "Weights of masked tokens: llada, 1 / noise level, for levels up to 1; or for LLaDA2 dfactory, equal "
-        "weights, for one level from 0.3 to 0.8 in all blocks of an answer.",
-        choices=("llada", "dfactory"),
+        "weights, for one level from 0.3 to 0.8 in all blocks of an answer. Or dpo: preferences, from pairs.",
+        choices=("llada", "dfactory", "dpo"),
+        rare=True,
+    )
+    dpo_beta: Positive = option(
+        0.1, "dpo: weight of the difference of log-likelihood ratios, in 1 / nats.", rare=True
+    )
+    dpo_draws: Count = option(
+        8,
+        "dpo: masks of each answer; a forward has 2 x draws x --train_batch_size rows.",
+        unit="masks",
         rare=True,
     )
     complementary: bool = option(
@@ -244,3 +253,23 @@ class TextFlags(
             raise ValueError(
                 f"trained_padding is {padding!r}, expected gen_length, longest or a number."
             )
+        if self.objective == "dpo":
+            self._check_preferences()
+
+    def _check_preferences(self) -> None:
+        if self.adapter == "full":
+            raise ValueError(
+                "adapter is full, and the reference of objective dpo is the base without the "
+                "adapter: give nara, lora or another adapter."
+            )
+        if self.init_adapter is not None:
+            raise ValueError(
+                f"init_adapter is {self.init_adapter!r}, and the reference of objective dpo is the base without "
+                "an adapter: merge a LoRA into the base first, and leave init_adapter out."
+            )
+        for name in ("complementary", "train_on", "min_noise_level", "max_noise_level"):
+            value = getattr(self, name)
+            if value != getattr(TextFlags, name):
+                raise ValueError(
+                    f"{name} is {value}, and objective dpo has no such choice: leave it out."
+                )

@@ -72,7 +72,7 @@ def test_chat_answers_lines_and_drops_oldest_turns(capsys, monkeypatch):
     assert re.search("^error: the longest prompt has .* 64 positions: .*$", printed.err, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["gemma-tiny", "llada2-tiny"])
+@pytest.mark.parametrize("name", ["gemma-tiny", "llada2-tiny", "sdar-tiny"])
 def test_chat_answers_by_canvases_and_by_blocks(name, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("reverse: planet"))
     torch.manual_seed(0)

@@ -15,11 +15,12 @@ from diffusers.models.auto_model import AutoModel
 from torch import Tensor, nn
 
 from nara_diffusion.export.adapter_factors import cores_of, schedule_of
-from nara_diffusion.export.lycoris_file import LYCORIS_CONFIG, LYCORIS_WEIGHTS, save_lycoris
+from nara_diffusion.export.lycoris_file import LYCORIS_WEIGHTS, save_lycoris
 from nara_diffusion.loaders.adapter_part import AdapterPart
 from nara_diffusion.loaders.components import check_storable
 from nara_diffusion.loaders.file import MODEL, AdapterFile, naming
 from nara_diffusion.loaders.tensor_files import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
+from nara_diffusion.loaders.tlora import LYCORIS_CONFIG_NAME
 from nara_diffusion.utils.files import atomic_write, check_free
 
 _CORE_FIELDS = {
@@ -216,6 +217,6 @@ def convert(args: Namespace) -> str:
         check_free([output / PEFT_WEIGHTS_NAME, output / PEFT_CONFIG_NAME], args.overwrite)
         AdapterFile({MODEL: part}).save_peft(output)
     else:
-        check_free([output / LYCORIS_WEIGHTS, output / LYCORIS_CONFIG], args.overwrite)
+        check_free([output / LYCORIS_WEIGHTS, output / LYCORIS_CONFIG_NAME], args.overwrite)
         save_lycoris(part, output, args.base)
     return f"{output}: as {form}"

@@ -16,6 +16,7 @@ from .loss import (
 from .masking import MaskedBatch, mask_answers
 from .models.forward_rows import read_noise_from_input_ids
 from .models.pretrained import load_backbone
+from .preference_loss import preference_loss
 from .records import read_records
 from .sampler import Generation, GenerationStep, generate
 from .tokenizer import encode_prompts, prompt_text, stop_token_ids
@@ -40,6 +41,7 @@ __all__ = [
     "masked_cross_entropy",
     "masked_diffusion_loss",
     "noise_level_curve",
+    "preference_loss",
     "prompt_text",
     "read_noise_from_input_ids",
     "read_records",

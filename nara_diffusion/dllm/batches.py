@@ -13,6 +13,7 @@ import torch
 
 from nara_diffusion.utils.data_order import ShuffledStream, grouped_by_length
 
+from .encoding import text_columns
 from .records import column_batches, with_column
 
 if TYPE_CHECKING:
@@ -67,15 +68,26 @@ def with_longest(rows: Dataset, batch_size: int, is_grouped: bool) -> Dataset:
     This is the length of the longest of `batch_size` rows: neighbours in the data, or in length if
     `is_grouped`. So padding is trained as far as a forward of training would.
     """
-    lengths = np.array([len(ids) for ids in rows["input_ids"]])
+    lengths = token_counts(rows)
     order = np.argsort(lengths, kind="stable") if is_grouped else np.arange(len(lengths))
     longest = np.maximum.reduceat(lengths[order], np.arange(0, len(order), batch_size))
     return with_column(rows, "longest", longest[order.argsort() // batch_size].tolist())
 
 
+def token_counts(rows: Dataset) -> np.ndarray:
+    """Return the number of tokens of each row; of a pair, those of the longer text."""
+    counts: list[np.ndarray] = []
+    for table in column_batches(rows, text_columns(rows), "arrow"):
+        texts = [column.combine_chunks().value_lengths().to_numpy() for column in table.columns]
+        counts.append(np.maximum.reduce(texts))
+    return np.concatenate(counts)
+
+
 @dataclass(frozen=True)
 class AnswerCollator:
     """Turn rows into {input_ids (b, l), prompt_lengths, answer_lengths}.
+
+    Rows of preferences become 2b rows: all with the chosen answers, then all with the rejected.
 
     `input_ids` are padded on the right. The lengths are lists of b numbers, so they stay on the CPU
     when the tensors of a batch are moved to a device. If the rows have a "position" in the training
@@ -101,6 +113,8 @@ class AnswerCollator:
     multiple: int = 1
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        if "rejected" in rows[0]:
+            rows = [*rows, *({**row, "input_ids": row["rejected"]} for row in rows)]
         answer_lengths = self.answer_lengths(rows)
         prompt_lengths = [int(row["prompt_length"]) for row in rows]
         width = max(map(operator.add, prompt_lengths, answer_lengths))
@@ -133,12 +147,10 @@ class AnswerCollator:
     def row_lengths(self, rows: Dataset) -> np.ndarray:
         """Return the number of positions of each row. "longest" adds none."""
         lengths: list[int] = []
-        for table in column_batches(rows, ("input_ids", "prompt_length", "length"), "arrow"):
-            tokens = table["input_ids"].combine_chunks().value_lengths()
-            columns = (tokens, table["prompt_length"], table["length"])
-            for length, prompt, uncut in zip(*(c.to_pylist() for c in columns), strict=True):
-                is_whole = length == uncut
-                lengths.append(self.padded_length(length, prompt, length) if is_whole else length)
+        columns = (token_counts(rows), rows["prompt_length"], rows["length"])
+        for length, prompt, uncut in zip(*columns, strict=True):
+            is_whole = length == uncut
+            lengths.append(self.padded_length(length, prompt, length) if is_whole else length)
         return np.array(lengths)
 
     def is_whole(self, row: Row) -> bool:

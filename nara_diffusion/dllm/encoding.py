@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NUMBERS = ("prompt_length", "record", "length")
-_DIGESTED = ("input_ids", "prompt_length", "record")
 _COLUMNS = ("input_ids", "instruction", "answer", *_NUMBERS)
 
 
@@ -49,7 +48,8 @@ class EncodedRecords:
 
     Attributes:
         rows: a Dataset of `input_ids` (prompt, answer, end), `prompt_length`, `instruction`,
-            `answer`, and `record`, a number that the pairs of one conversation share.
+            `answer`, and `record`, a number that the pairs of one conversation share. Rows of
+            preferences also have `rejected`, the tokens of prompt, rejected answer and end.
         longest, longest_prompt: the numbers of tokens in the longest row and the longest prompt.
         longest_prompt_in: the name of the record with the longest prompt, for messages.
     """
@@ -61,13 +61,21 @@ class EncodedRecords:
 
     def digest(self) -> str:
         """Return the SHA-256 of all tokens and of the starts of rows, answers and records."""
-        digests = [hashlib.sha256() for _ in range(4)]
-        for table in column_batches(self.rows, _DIGESTED, "arrow"):
-            ids = table["input_ids"].combine_chunks()
-            columns = (ids.flatten(), ids.value_lengths(), table["prompt_length"], table["record"])
+        texts = text_columns(self.rows)
+        digests = [hashlib.sha256() for _ in range(2 + 2 * len(texts))]
+        for table in column_batches(self.rows, (*texts, "prompt_length", "record"), "arrow"):
+            columns = [table["prompt_length"], table["record"]]
+            for name in reversed(texts):
+                ids = table[name].combine_chunks()
+                columns = [ids.flatten(), ids.value_lengths(), *columns]
             for digest, column in zip(digests, columns, strict=True):
                 digest.update(column.to_numpy().tobytes())
         return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
+
+
+def text_columns(rows: Dataset) -> list[str]:
+    """Return the columns of tokens: `input_ids`, and `rejected` if the rows are preferences."""
+    return [name for name in ("input_ids", "rejected") if name in rows.column_names]
 
 
 def encode_records(
@@ -100,7 +108,7 @@ def encode_records(
 
     columns: dict[str, Any] = dict.fromkeys(_NUMBERS, Value("int32"))
     columns |= dict.fromkeys(("instruction", "answer"), Value("string"))
-    columns["input_ids"] = List(Value("int32"))
+    columns |= dict.fromkeys(("input_ids", *text_columns(records)), List(Value("int32")))
     longest = min(max_length - 1, max_length if max_prompt_length is None else max_prompt_length)
     source = (records.info.description or "").rpartition(" (fields ")[0]
     encoder = RecordEncoder(tokenizer, max_length, longest, train_on, source)
@@ -184,6 +192,17 @@ class RecordEncoder:
     def __call__(
         self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]
     ) -> dict[str, list[Any]]:
+        columns = self.rows(batch, indices)
+        if "rejected" in batch:
+            rejected = self.rows({**batch, "output": batch["rejected"]}, indices)
+            columns["rejected"] = rejected["input_ids"]
+            columns["length"] = list(map(max, columns["length"], rejected["length"]))
+        return columns
+
+    def rows(
+        self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]
+    ) -> dict[str, list[Any]]:
+        """Return the rows of a batch of records, with the outputs as answers."""
         rows: list[tuple[Pair, dict[str, Any]]] = []
         for number, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
             record = dict(zip(batch, values, strict=True))

@@ -133,7 +133,8 @@ def masked_cross_entropy(
             "an answer begins its row, and this model predicts the next token, so nothing "
             "predicts the first: begin the row with a BOS token, and count it in prompt_lengths"
         )
-    rows = ForwardRows(batch.input_ids, batch.attention_mask, batch.forward_level)
+    level = batch.noise_level if batch.forward_level is None else batch.forward_level
+    rows = ForwardRows(batch.input_ids, batch.attention_mask, level)
     if cfg_scale > 0:
         is_prompt = batch.answer.cumsum(1) == 0  # (b, l)
         rows = rows.with_masked_prompts(is_prompt, backbone.mask_token_id(mask_token_id))

@@ -85,12 +85,37 @@ def draw_masks(
     Args:
         noise_level: λ (b,) of each answer, or (b, k) of each of its k equal parts.
     """
+    parts = noise_level.reshape(len(answer), -1).astype(np.float64)
+    limits = parts.repeat(answer.shape[1] // parts.shape[1], 1)
+    return answer & (_token_uniforms(answer, sample_indices, seed) < limits)
+
+
+def draw_counted_masks(
+    answer: np.ndarray, noise_level: np.ndarray, sample_indices: Sequence[int], *, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mask k = ⌈λ n⌉ of the n tokens of each answer or part, the first by their random numbers.
+
+    The arguments and random numbers are those of `draw_masks`.
+
+    Returns:
+        The masks, and k / n, the λ that they have, in the shape of `noise_level`.
+    """
+    levels = noise_level.reshape(len(answer), -1)  # (b, k)
+    sizes = answer.reshape(*levels.shape, -1).sum(2)
+    counts = np.ceil(levels * sizes)
+    uniform = _token_uniforms(answer, sample_indices, seed).reshape(*levels.shape, -1)
+    masked = uniform.argsort(2).argsort(2) < counts[..., None]
+    exact = np.where(sizes > 0, counts / sizes.clip(1), levels).astype(np.float32)
+    return masked.reshape(answer.shape), exact.reshape(noise_level.shape)
+
+
+def _token_uniforms(answer: np.ndarray, sample_indices: Sequence[int], seed: int) -> np.ndarray:
+    """Return a random number in [0, 1) for each token of the answers (b, l), and 1 elsewhere."""
     uniform = np.ones(answer.shape)
     for row, columns in enumerate(answer):
         random = random_of(seed, _MASK_STREAM, sample_indices[row])
         uniform[row, columns] = random.random(int(columns.sum()))
-    parts = noise_level.reshape(len(answer), -1).astype(np.float64)
-    return answer & (uniform < parts.repeat(answer.shape[1] // parts.shape[1], 1))
+    return uniform
 
 
 def random_of(seed: int, stream: int, number: int) -> np.random.Generator:

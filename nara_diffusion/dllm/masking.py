@@ -35,7 +35,7 @@ from nara_diffusion.noise.blocks import block_mask, paired_positions
 from nara_diffusion.noise.drawn_levels import EVERYTHING, NoiseWindow
 
 from .answer_places import Lengths, answer_blocks, host_answers, moved
-from .mask_draws import draw_masks, draw_noise_levels, seed_and_indices
+from .mask_draws import draw_counted_masks, draw_masks, draw_noise_levels, seed_and_indices
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class MaskedBatch:
             host.
         opens: True if an answer begins its row; None if unknown on the host.
         position_ids: (1, l') with blocks, else None.
-        block_length: B; None for a model that sees the whole text.
+        forward_level: with blocks (b, l' / B), the λ of a forward, 0 in all that isn't masked; None
+            if it is `noise_level`.
     """
 
     input_ids: torch.Tensor
@@ -67,17 +68,7 @@ class MaskedBatch:
     places: torch.Tensor | None = None
     opens: bool | None = None
     position_ids: torch.Tensor | None = field(default=None, kw_only=True)
-    block_length: int | None = field(default=None, kw_only=True)
-
-    @property
-    def forward_level(self) -> torch.Tensor:
-        """The λ of a forward: (b,), or with blocks (b, l' / B), 0 in all that isn't masked."""
-        if self.block_length is None:
-            return self.noise_level
-        holds_answer = self.answer.unflatten(1, (-1, self.block_length)).any(2)  # (b, l / B)
-        clean = (self.input_ids.shape[1] - self.answer.shape[1]) // self.block_length
-        levels = self.noise_level.view(len(self.answer), -1)  # (b, 1 or l / B)
-        return F.pad(holds_answer * levels, (0, clean))
+    forward_level: torch.Tensor | None = field(default=None, kw_only=True)
 
 
 def mask_answers(
@@ -95,6 +86,7 @@ def mask_answers(
     window: NoiseWindow = EVERYTHING,
     block_length: int | None = None,
     one_level: bool = False,
+    counted: bool = False,
 ) -> MaskedBatch:
     """Mask a share λ of each answer, or of each of its blocks; see the equations above.
 
@@ -115,6 +107,7 @@ def mask_answers(
         window: the window that λ is drawn from.
         block_length: B; None for a model that sees the whole text.
         one_level: True to draw one λ for all blocks of an answer.
+        counted: True to mask k = ⌈λ n⌉ of the n tokens of an answer or block, at λ = k / n.
 
     Raises:
         ValueError: a row has no answer or is longer than l; λ is outside (0, 1]; there are indices
@@ -144,7 +137,12 @@ def mask_answers(
         )
     else:
         levels = given_levels(noise_level, b, complementary)
-    masked = draw_masks(answer, levels, indices, seed=seed)  # (b, l)
+    if counted:
+        if block_length and clean is not None and levels.ndim == 1:
+            levels = levels[:, None].repeat(answer.shape[1] // block_length, 1)  # (b, k)
+        masked, levels = draw_counted_masks(answer, levels, indices, seed=seed)
+    else:
+        masked = draw_masks(answer, levels, indices, seed=seed)  # (b, l)
     targets = input_ids
     if complementary:
         masked = np.concatenate([masked, answer & ~masked])  # (2b, l)
@@ -153,12 +151,15 @@ def mask_answers(
         targets = targets.repeat(2, 1)
     is_masked = moved(masked, device)
     seen = targets.masked_fill(is_masked, mask_token_id)
-    attention_mask = positions = None
+    attention_mask = positions = forward_level = None
     if block_length and clean is not None:
         seen = torch.cat([seen, clean.repeat(len(seen) // b, 1)], 1)
         positions = paired_positions(seen.shape[1], block_length, answer.shape[1], device)[None]
         real = positions < moved(ends, device)[:, None]
         attention_mask = block_mask(real, block_length, noisy=answer.shape[1])
+        holds_answer = answer.reshape(len(answer), -1, block_length).any(2)  # (b, l / B)
+        noisy = holds_answer * levels.reshape(len(answer), -1)
+        forward_level = F.pad(moved(noisy, device), (0, clean.shape[1] // block_length))
     elif answer_lengths is not None:
         real = np.arange(answer.shape[1]) < ends[:, None]
         attention_mask = moved(real.astype(np.int64), device)
@@ -172,7 +173,7 @@ def mask_answers(
         places=moved(np.flatnonzero(masked), device),
         opens=opens,
         position_ids=positions,
-        block_length=block_length,
+        forward_level=forward_level,
     )
 
 

@@ -5,6 +5,8 @@
     {"instruction": …, "input": …, "output": …, "answer": …}    as in Alpaca and LLM-Adapters
     {"prompt": …, "completion": …}    also "question"; "response" or "answer"
     {"text": …}    a text without a prompt
+    {"prompt": …, "chosen": …, "rejected": …}    for preferences only: texts, or lists of messages,
+                                                 which may begin with the prompt
 
 A generation is compared with `answer`, or with the whole output if there is no such field. Fields
 hold texts, numbers, true or false.
@@ -28,9 +30,12 @@ FIELDS = {
     "answer": ("answer",),
     "text": ("text",),
 }
+PAIR_FIELDS = {"output": "chosen", "rejected": "rejected"}
+"""The fields to read for preferences, in place of the usual ones."""
 TEXTS = ("instruction", "input", "output", "answer")
 # (required fields of a form, optional fields)
 _FORMS = (
+    (("output", "rejected"), ("instruction", "input", "answer")),
     (("messages",), ("answer",)),
     (("instruction", "output"), ("input", "answer")),
     (("text",), ()),
@@ -59,7 +64,7 @@ def field_names(record: object, given: Mapping[str, str], where: str) -> dict[st
     """
     present = list(record) if isinstance(record, Mapping) else []
     names_of_form: dict[str, str] = {}
-    for role, usual in FIELDS.items():
+    for role, usual in {**FIELDS, "rejected": ()}.items():
         names = [name for name in usual if name in present]
         names_of_form[role] = given.get(role, names[0] if names else "")
     for needed, optional in _FORMS:
@@ -67,6 +72,15 @@ def field_names(record: object, given: Mapping[str, str], where: str) -> dict[st
         if given.keys() <= set(form) and all(names_of_form[role] in present for role in needed):
             return {role: name for role, name in names_of_form.items() if name and role in form}
     fields = ", ".join(map(str, present)) or f"none, it is {repr(record)[:60]}"
+    if "rejected" in given:
+        raise ValueError(
+            f"{where} has the fields {fields}; objective dpo needs {given['output']} and rejected, "
+            "and prompt if these are texts."
+        )
+    if {"chosen", "rejected"} <= set(present):
+        raise ValueError(
+            f"{where} has the fields {fields}, a preference pair: give --objective dpo."
+        )
     raise ValueError(
         f"{where} has the fields {fields}; expected {dict(given) or _EXPECTED}: name them with "
         "--messages_field NAME, or --instruction_field NAME --output_field NAME, "
@@ -89,12 +103,17 @@ class RecordReader:
     kind: str
     names: Mapping[str, str]
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The fields of the records that this reader returns."""
+        if "rejected" in self.names:
+            return (*TEXTS, "turns", "rejected")
+        return (*TEXTS, "turns") if "messages" in self.names else TEXTS
+
     def __call__(
         self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]
     ) -> dict[str, list[Any]]:
-        columns: dict[str, list[Any]] = {name: [] for name in TEXTS}
-        if "messages" in self.names:
-            columns["turns"] = []
+        columns: dict[str, list[Any]] = {name: [] for name in self.columns}
         for where, record in self.numbered(batch, indices):
             row = self.row(record, where)
             for name, column in columns.items():
@@ -136,12 +155,16 @@ class RecordReader:
     def row(self, record: object, where: str) -> dict[str, Any]:
         """Return {instruction, input, output, answer} of a record, with `turns` if it has turns.
 
+        The output of a preference pair is the chosen answer; it also has `rejected`.
+
         Raises:
             ValueError: the record doesn't have the form of the first record.
         """
         if not isinstance(record, Mapping):
             raise ValueError(f"{where}: expected an object, found {repr(record)[:60]}")
-        if "messages" in self.names:
+        if "rejected" in self.names:
+            row = self._pair(record, where)
+        elif "messages" in self.names:
             row = self._conversation(record, where)
         elif "text" in self.names:
             row = {"instruction": "", "input": "", "output": self.text(record, "text", where)}
@@ -152,6 +175,30 @@ class RecordReader:
         if "answer" in self.names:
             row["answer"] = self.text(record, "answer", where).strip()
         return row
+
+    def _pair(self, record: Mapping[str, Any], where: str) -> dict[str, Any]:
+        chosen, rejected = (self._answered(record, part, where) for part in PAIR_FIELDS)
+        output = rejected.pop("output")
+        if any(chosen[part] != prompt for part, prompt in rejected.items()):
+            raise ValueError(
+                f"{where}: its chosen and rejected messages differ before the last one; expected "
+                "two answers to one prompt"
+            )
+        return chosen | {"rejected": output}
+
+    def _answered(self, record: Mapping[str, Any], what: str, where: str) -> dict[str, Any]:
+        """Return the prompt and one of the answers of a pair, as texts or as a conversation."""
+        prompt, answer = (record.get(self.names.get(part, "")) for part in ("instruction", what))
+        if not isinstance(prompt, list) and not isinstance(answer, list):
+            texts = {part: self.text(record, part, where) for part in ("instruction", "input")}
+            return {"turns": [], **texts, "output": self.text(record, what, where)}
+        if not isinstance(prompt, list):
+            prompt = [{"role": "user", "content": prompt}]
+        if not isinstance(answer, list):
+            answer = [{"role": "assistant", "content": answer}]
+        if answer and _turn(answer[0], where)["role"] == "assistant":  # else the prompt is in it
+            answer = [*prompt, *answer]
+        return _read_conversation(answer, f"{where}, field {self.names[what]!r}")
 
     def _conversation(self, record: Mapping[str, Any], where: str) -> dict[str, Any]:
         name = self.names["messages"]
@@ -186,8 +233,8 @@ class RecordReader:
         if not text.strip() and what != "input":
             raise ValueError(
                 f"{where}: its {what}, field {name!r}, is missing or empty; it has "
-                f"{', '.join(record)}, and the first record decides the form: "
-                f"--{what}_field NAME gives another name"
+                f"{', '.join(record)}, and the first record decides the form"
+                + (f": --{what}_field NAME gives another name" if what in FIELDS else "")
             )
         return text
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from .record_forms import BLANK, TEXTS, RecordReader, field_names
+from .record_forms import BLANK, RecordReader, field_names
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -49,14 +49,15 @@ def read_records(
             never looked for on the Hub. Any other name is a folder or a data set on the Hub, and
             may end in :SPLIT (default: train). The folder may be one of `save_to_disk`.
         fields: {"messages", "instruction", "input", "output", "text" or "answer": the name of this
-            field in the records}.
+            field in the records}; `record_forms.PAIR_FIELDS` for preference pairs.
         config: the configuration of a data set on the Hub.
         limit: the number of records to take from the start; None takes all.
 
     Returns:
         A Dataset of the texts `instruction`, `input`, `output` and `answer`. Conversations also
         have `turns`, a list of {role, content} before the output, empty if that is only the
-        instruction. `info.description` of the Dataset names the source and the form.
+        instruction. Preference pairs have `turns` and `rejected`, too; their output is the chosen
+        answer. `info.description` of the Dataset names the source and the form.
 
     Raises:
         ValueError: the source can't be read, is empty or is corrupt (the message has the line); the
@@ -171,8 +172,8 @@ def _records(
         raise ValueError(f"{source} holds no records")
     where, record = first
     reader = RecordReader(source, kind, field_names(record, fields, where))
-    features: dict[str, Any] = dict.fromkeys(TEXTS, Value("string"))
-    if "messages" in reader.names:
+    features: dict[str, Any] = dict.fromkeys(reader.columns, Value("string"))
+    if "turns" in features:
         features["turns"] = List({"role": Value("string"), "content": Value("string")})
     features = Features(features)
     records = mapped(rows, reader, vars(reader), features, batch_size=size, desc="read")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -23,9 +23,6 @@ from .kinds import kind_of
 from .mask_draws import check_drawable
 from .models.backbone import Backbone
 from .records import saved_parts
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass

@@ -45,7 +45,7 @@ def load_base(args: Arguments, run: Run[Arguments]) -> TextBase:
     with loading_in(run.accelerator, run.weights_dtype):
         model, tokenizer = load_model(args, run.weights_dtype, run.accelerator.device)
     backbone = Backbone(model)
-    kind = kind_of(backbone)
+    kind = kind_of(backbone, args)
     if kind.whole_because:
         check_whole(run.accelerator, kind.whole_because)
     if args.is_quantised:

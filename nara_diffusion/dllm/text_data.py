@@ -14,7 +14,7 @@ from .batches import AnswerCollator, with_longest
 from .encoding import EncodedRecords, encode_records
 from .held_out import hold_out, rows_in_training, without_held_out
 from .models.backbone import Backbone
-from .record_forms import FIELDS
+from .record_forms import FIELDS, PAIR_FIELDS
 from .records import read_records, with_column
 from .text_arguments import Arguments
 from .text_base import TextBase
@@ -44,6 +44,8 @@ def load_records(args: Arguments) -> TextRecords:
         name = getattr(args, f"{part}_field")
         if name is not None:
             fields[part] = name
+    if args.objective == "dpo":
+        fields = PAIR_FIELDS | fields
     config, source = args.dataset_config_name, args.dataset_name or args.train_file
     assert source is not None  # the arguments' own check
     records = read_records(source, fields, config=config, limit=args.max_train_samples)

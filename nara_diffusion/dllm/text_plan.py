@@ -41,7 +41,7 @@ def planned_text_step(args: Arguments) -> PlannedStep:
     dtype = torch.float32 if method_of(args).family == "full" else dtype_of(args)
     hub = {} if args.revision is None else {"revision": args.revision}
     model = backbone_on_meta(args.pretrained_model_name_or_path, dtype, **hub)
-    kind = kind_of(Backbone(model))
+    kind = kind_of(Backbone(model), args)
     kind.configure(model, args)
     packed = {}
     if args.is_quantised:

@@ -58,6 +58,7 @@ class Measurement:
         generations: one {instruction, generation, extracted, answer, correct} for each test row.
         noise_levels, curve: values of λ, and the loss at each λ in nats per masked token.
         validation_loss: the training objective on the validation rows.
+        validation_margin, validation_accuracy: those of preferences; None for other objectives.
     """
 
     exact_match: float
@@ -65,6 +66,8 @@ class Measurement:
     noise_levels: list[float]
     curve: list[float]
     validation_loss: float
+    validation_margin: float | None = None
+    validation_accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,10 @@ class Evaluation:
         )
         curve = split_across_processes(accelerator, len(levels), losses)
         share = sum(generation["correct"] for generation in generations) / len(generations)
-        validation_loss = self.validate(model)["validation_loss"]
-        return Measurement(share, generations, levels, curve, validation_loss)
+        validation = self.validate(model)
+        names = (f"validation_{name}" for name in ("loss", *self.kind.figures))
+        figures = {name: validation[name] for name in names}
+        return Measurement(share, generations, levels, curve, **figures)
 
     def _generations(self, model: nn.Module, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Return the answers to these test rows."""
@@ -137,35 +142,45 @@ class Evaluation:
         """Return {"validation_loss": …}, the training objective on the validation rows.
 
         All calls use the same λ and masks, with one λ for each row, stratified over all rows. A run
-        with a window also returns the means inside and outside the window.
+        with a window also returns the means inside and outside the window, and one on preferences
+        the means of the margin and the accuracy.
         """
-        args, accelerator = self.run.args, self.run.accelerator
+        args, accelerator, kind = self.run.args, self.run.accelerator, self.kind
         rows: Any = self.validation_rows
+        names = ("per_sample", "noise_level", *kind.figures)
 
-        def losses(indices: Sequence[int]) -> list[tuple[float, float]]:
-            pairs: list[tuple[float, float]] = []
-            size, device = args.eval_batch_size, accelerator.device
+        def losses(indices: Sequence[int]) -> list[tuple[float, ...]]:
+            values: list[tuple[float, ...]] = []
+            size, device = max(1, args.eval_batch_size // kind.rows_per_sample), accelerator.device
             for batch in batches_of(rows, indices, self.collator, size, device):
                 # not the training seed, since training draws for the same indices
                 seed = args.seed + 1
                 levels = draw_noise_levels(batch["sample_indices"], seed, len(rows))
-                loss = self.kind.loss(model, **batch, seed=seed, noise_level=torch.tensor(levels))
-                pairs += zip(loss.per_sample.tolist(), loss.noise_level.tolist(), strict=True)
-            return pairs
+                loss = kind.loss(model, **batch, seed=seed, noise_level=torch.tensor(levels))
+                values += zip(*(getattr(loss, name).tolist() for name in names), strict=True)
+            return values
 
         with evaluating(model):
             measured = split_across_processes(accelerator, len(rows), losses)
-        pairs = torch.tensor(measured, dtype=torch.float32)  # (rows, 2)
-        return validation_means(pairs[:, 0], pairs[:, 1], window_of(args))
+        values = torch.tensor(measured, dtype=torch.float32).T  # (2 or more, rows)
+        means = validation_means(values[0], values[1], window_of(args))
+        for name, column in zip(kind.figures, values[2:], strict=True):
+            means[f"validation_{name}"] = column.double().mean().item()
+        return means
 
 
 def figures(before: Measurement, after: Measurement) -> list[list[str]]:
-    """Return rows of (what, before, after): exact match and validation loss."""
+    """Return rows of (what, before, after): exact match, validation loss, preferences if any."""
     match = f"exact match (n = {len(after.generations)})"
-    return [
+    rows = [
         [match, f"{before.exact_match:.1%}", f"{after.exact_match:.1%}"],
         ["validation loss", f"{before.validation_loss:.3f}", f"{after.validation_loss:.3f}"],
     ]
+    if after.validation_accuracy is not None:
+        accuracies = [f"{side.validation_accuracy:.1%}" for side in (before, after)]
+        margins = [f"{side.validation_margin:.3f}" for side in (before, after)]
+        rows += [["preference accuracy", *accuracies], ["preference margin", *margins]]
+    return rows
 
 
 def describe(
@@ -192,13 +207,16 @@ def describe(
         lines.append(f"{json.dumps(line, ensure_ascii=False)}\n")
     run, args = evaluation.run, evaluation.run.args
     write_text(run.folder / "samples.jsonl", "".join(lines))
+    note = (
+        f"Exact match compares generated answers.{evaluation.kind.note} [Samples](samples.jsonl)."
+    )
     base, data = args.pretrained_model_name_or_path, args.dataset_name or args.train_file
     where = run.hub_id or str(run.folder)
     return {
         "measured_on": "validation records",
         "unit": evaluation.kind.unit,
         "about": f"for the masked-diffusion language model `{base}`, trained on `{data}`.",
-        "how_good": ("", "Exact match compares generated answers. [Samples](samples.jsonl)."),
+        "how_good": ("", note),
         "loading": _loading(evaluation, where, question),
         "tags": ["masked-diffusion", "text-generation"],
         "library": "transformers" if args.adapter == "full" else "peft",

@@ -144,7 +144,7 @@ def fine_tune(setup: Setup) -> Trained:
     run.restore()
     loss = partial(base.kind.loss, parts.model, **setup.objective)
     validate = partial(setup.evaluation.validate, adapted)
-    train(run, parts, lambda batch: loss(**batch), validate)
+    train(run, parts, lambda batch: loss(**batch), validate, base.kind.figures)
     save_adapter(run.accelerator, parts.model, run.folder, write_adapter)
     if args.adapter == "full" and run.is_main:
         with atomic_write_files(run.folder) as unfinished:
@@ -212,13 +212,14 @@ def report(setup: Setup, trained: Trained) -> dict[str, Any]:
     """Measure the trained model and the one that it started from, and write the report."""
     evaluation, test_rows = setup.evaluation, setup.data.test.rows
     at_end = evaluation.measure(trained.model)
+    preferences = (f"validation_{name}" for name in evaluation.kind.figures)
     at_start = measure_start(setup, trained)
     question = test_rows[0]["instruction"]
     return finish(
         setup.run,
         at_start,
         at_end,
-        names=("exact_match", "validation_loss", "curve"),
+        names=("exact_match", "validation_loss", "curve", *preferences),
         figures=figures(at_start, at_end),
         facts=trained.facts,
         schedule_line=schedule_line(setup.args),

@@ -9,11 +9,11 @@ takes sources too, and is in `flow_families`.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from diffusers.pipelines.flux import pipeline_flux_kontext as kontext
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
 from PIL.Image import Image
 from torch import Tensor
@@ -61,32 +61,17 @@ FLUX_KONTEXT = replace(
 
 def qwen_source(pipe: DiffusionPipeline, image: Image) -> Tensor:
     """Return the pixels of an image to edit, of the area `AREA`."""
-    width, height, _ = edit.calculate_dimensions(AREA, image.width / image.height)
-    resized = pipe.image_processor.resize(image, height, width)
-    return pipe.image_processor.preprocess(resized, height, width)
-
-
-def encode_qwen_edit(pipe: DiffusionPipeline, prompt: str, images: list[Image]) -> Embeddings:
-    """Return the states and mask of a prompt and the image to edit."""
-    (image,) = images
-    width, height, _ = edit.calculate_dimensions(AREA, image.width / image.height)
-    resized = pipe.image_processor.resize(image, height, width)
-    return masked_states(*pipe.encode_prompt([prompt], image=[resized]))
-
-
-def plus_source(pipe: DiffusionPipeline, image: Image) -> Tensor:
-    """Return the pixels of one of several images to edit."""
-    proportion = image.width / image.height
-    width, height = edit_plus.calculate_dimensions(edit_plus.VAE_IMAGE_SIZE, proportion)
+    width, height = edit_plus.calculate_dimensions(AREA, image.width / image.height)
     return pipe.image_processor.preprocess(image, height, width)
 
 
-def encode_qwen_plus(pipe: DiffusionPipeline, prompt: str, images: list[Image]) -> Embeddings:
-    """Return the states and mask of a prompt and its images, which the encoder sees smaller."""
+def encode_qwen_edit(
+    pipe: DiffusionPipeline, prompt: str, images: list[Image], *, area: int
+) -> Embeddings:
+    """Return the states and mask of a prompt and its images, which the encoder sees at an area."""
     resized = []
     for image in images:
-        proportion = image.width / image.height
-        width, height = edit_plus.calculate_dimensions(edit_plus.CONDITION_IMAGE_SIZE, proportion)
+        width, height = edit_plus.calculate_dimensions(area, image.width / image.height)
         resized.append(pipe.image_processor.resize(image, height, width))
     return masked_states(*pipe.encode_prompt([prompt], image=resized))
 
@@ -98,7 +83,7 @@ QWEN_IMAGE_EDIT = replace(
     most_sources=1,
     needs_source=True,
     source_pixels=qwen_source,
-    source_encoder=encode_qwen_edit,
+    source_encoder=partial(encode_qwen_edit, area=AREA),
     max_sequence_length=None,
 )
 QWEN_IMAGE_EDIT_PLUS = replace(
@@ -106,6 +91,5 @@ QWEN_IMAGE_EDIT_PLUS = replace(
     title="Qwen-Image-Edit with several images",
     pipelines=("QwenImageEditPlusPipeline",),
     most_sources=3,
-    source_pixels=plus_source,
-    source_encoder=encode_qwen_plus,
+    source_encoder=partial(encode_qwen_edit, area=edit_plus.CONDITION_IMAGE_SIZE),
 )

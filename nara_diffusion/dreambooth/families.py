@@ -144,13 +144,9 @@ class Family:
         mask on a device.
         """
         dtype = _computing_dtype(denoiser)
-        cast: list[Tensor | list[int]] = []
-        for part in embeddings:
-            if isinstance(part, Tensor):
-                part = part.to(dtype) if part.is_floating_point() else _tokens(part)
-            cast.append(part)
+        cast = tuple(part.to(dtype) if isinstance(part, Tensor) else part for part in embeddings)
         beside = tuple(source.to(dtype) for source in sources)
-        call = Call(sample.to(dtype), timestep, tuple(cast), time_ids, self, beside)
+        call = Call(sample.to(dtype), timestep, cast, time_ids, self, beside)
         return self.output(denoiser(**self.inputs(call), return_dict=False)[0], call)
 
 
@@ -164,13 +160,8 @@ def placed(embeddings: Placed, device: torch.device) -> Placed:
             is_here = part.device.type == "cpu"  # copies to the CPU must block
             parts.append(part.to(device, non_blocking=is_here))
         else:
-            parts.append(_tokens(part))
+            parts.append(part.sum(1).tolist())  # the padding is on the right
     return tuple(parts)
-
-
-def _tokens(mask: Tensor) -> list[int]:
-    """Return the number of tokens of each prompt, from a mask (b, l) with padding on the right."""
-    return mask.sum(1).tolist()
 
 
 def _computing_dtype(denoiser: nn.Module) -> torch.dtype:

@@ -204,12 +204,6 @@ Z_IMAGE = Family(
 )
 
 
-def _encode_qwen_image(
-    pipe: DiffusionPipeline, prompts: list[str], length: int | None
-) -> Embeddings:
-    return masked_states(*pipe.encode_prompt(prompts, max_sequence_length=length))
-
-
 def masked_states(states: Tensor, mask: Tensor | None) -> Embeddings:
     """Return Qwen2.5-VL's states (b, l, d) and mask (b, l), 1 for text and 0 for padding."""
     if mask is None:
@@ -245,7 +239,9 @@ QWEN_IMAGE = Family(
     name="qwen-image",
     title="Qwen-Image",
     pipelines=("QwenImagePipeline",),
-    encoder=_encode_qwen_image,
+    encoder=lambda pipe, prompts, length: masked_states(
+        *pipe.encode_prompt(prompts, max_sequence_length=length)
+    ),
     inputs=_qwen_image_inputs,
     output=_unpacked,
     defaults={"resolution": 1024, "guidance_scale": 4.0, "num_inference_steps": 30},

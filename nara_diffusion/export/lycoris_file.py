@@ -16,22 +16,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nara_diffusion.cores.other_cores import RankMaskCore
+from nara_diffusion.cores.registry import build_core
 from nara_diffusion.loaders.adapter_part import AdapterPart
-from nara_diffusion.loaders.tensor_files import save_tensors
+from nara_diffusion.loaders.tensor_files import OTHER_WEIGHTS_NAMES, save_tensors
+from nara_diffusion.loaders.tlora import LYCORIS_CONFIG_NAME
 from nara_diffusion.utils.files import atomic_write_files
 
-from .adapter_factors import cores_of
 from .original_names import check_base, parts_of
 from .plain_lora import PlainLoraLayer, extra_tensors, layers_of_tensors
 
-LYCORIS_WEIGHTS, LYCORIS_CONFIG = "pytorch_lora_weights.safetensors", "lycoris_config.json"
-"""The names that SimpleTuner gives the two files."""
+LYCORIS_WEIGHTS = OTHER_WEIGHTS_NAMES[0]
+"""The name that SimpleTuner gives the file."""
 
 
 def save_lycoris(part: AdapterPart, folder: Path, base: str | None = None) -> None:
@@ -44,17 +44,6 @@ def save_lycoris(part: AdapterPart, folder: Path, base: str | None = None) -> No
     Raises:
         ValueError: LyCORIS can't express the adapter; or ComfyUI has no such module.
     """
-    tensors, settings = lycoris_content(part, base)
-    with atomic_write_files(folder) as partial:
-        save_tensors(tensors, partial / LYCORIS_WEIGHTS)
-        text = json.dumps(settings, indent=2) + "\n"
-        (partial / LYCORIS_CONFIG).write_text(text, encoding="utf-8")
-
-
-def lycoris_content(
-    part: AdapterPart, base: str | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the settings of an adapter; see `save_lycoris`."""
     config = part.config
     if config.lora_a_init != "residual_base" or config.strength is not None:
         reason = "has a strength over λ"
@@ -73,22 +62,22 @@ def lycoris_content(
     names = {name: name for name in layers} if base is None else names_in_comfyui(layers, base)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
+        fields = lycoris_fields(name, layer)
         key = f"lycoris_{names[name].replace('.', '_')}"
-        tensors |= {
-            f"{key}.{field}": tensor for field, tensor in lycoris_fields(name, layer).items()
-        }
-    core = cast(RankMaskCore, next(iter(cores_of(part).values())))
-    rank = config.r // 2
-    alphas = [tensor for key, tensor in tensors.items() if key.endswith(".alpha")]
+        tensors |= {f"{key}.{field}": tensor for field, tensor in fields.items()}
+    core: Any = build_core(config, config.r)
     settings = {
         "algo": "tlora",
         "multiplier": 1.0,
-        "linear_dim": rank,
-        "linear_alpha": alphas[0].item(),
+        "linear_dim": config.r // 2,
+        "linear_alpha": fields["alpha"].item(),
         "tlora_min_rank": core.min_rank // core.step,
         "tlora_alpha": core.exponent,
     }
-    return tensors, settings
+    with atomic_write_files(folder) as partial:
+        save_tensors(tensors, partial / LYCORIS_WEIGHTS)
+        text = json.dumps(settings, indent=2) + "\n"
+        (partial / LYCORIS_CONFIG_NAME).write_text(text, encoding="utf-8")
 
 
 def lycoris_fields(name: str, layer: PlainLoraLayer) -> dict[str, Tensor]:

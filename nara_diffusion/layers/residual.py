@@ -14,7 +14,7 @@ gradient of exactly 0, so an optimizer without weight decay leaves them as they 
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -62,8 +62,6 @@ def with_fixed_odd_rows(weight: Tensor) -> Tensor:
 def start_from_singular_vectors(layer: LoraLayer, adapter_name: str, of_base: bool) -> None:
     """Set A and B to both products. See the module's docstring.
 
-    If there are fewer than k triples, the other directions are zero.
-
     Args:
         of_base: True for the first k triples of the base weight, as in LyCORIS. False for the last
             k of a random matrix with the standard deviation 1 / k, the default of T-LoRA's
@@ -75,16 +73,43 @@ def start_from_singular_vectors(layer: LoraLayer, adapter_name: str, of_base: bo
         return
     count = len(A) // 2
     if of_base:
-        P, values, Q = torch.linalg.svd(base_matrix(adapted).float(), full_matrices=False)
-        chosen = slice(None, count)
+        start = singular_triples(base_matrix(adapted).float(), count)
     else:
-        random = torch.randn(len(B), A[0].numel()) / count
-        P, values, Q = torch.linalg.svd(random, full_matrices=False)
-        chosen = slice(-count, None)
-    Q, scaled = Q[chosen], P[:, chosen] * values[chosen]
-    nn.init.zeros_(A)
-    nn.init.zeros_(B)
-    rows, columns = A.flatten(1), B.flatten(1)  # views
-    for first, sign in ((0, 1), (1, -1)):
-        rows[first : 2 * len(Q) : 2] = Q.to(A)
-        columns[:, first : 2 * len(Q) : 2] = sign * scaled.to(B)
+        start = singular_triples(torch.randn(len(B), A[0].numel()) / count, count, are_last=True)
+    start_A, start_B = interleaved(start, start)
+    A.copy_(start_A.view_as(A))
+    B.copy_(start_B.view_as(B))
+
+
+class Triples(NamedTuple):
+    """P (d_out, k, …), σ (k,) or (1, k), and Q (k, d_in, …) of one module."""
+
+    P: Tensor
+    values: Tensor
+    Q: Tensor
+
+
+def singular_triples(matrix: Tensor, count: int, are_last: bool = False) -> Triples:
+    """Return the first or the last k = `count` singular triples of a matrix (d_out, d_in).
+
+    If it has fewer, the other directions are zero.
+    """
+    P, values, Q = torch.linalg.svd(matrix, full_matrices=False)
+    chosen = slice(-count, None) if are_last else slice(None, count)
+    missing = max(0, count - len(values))
+    return Triples(
+        nn.functional.pad(P[:, chosen], (0, missing)),
+        nn.functional.pad(values[chosen], (0, missing)),
+        nn.functional.pad(Q[chosen], (0, 0, 0, missing)),
+    )
+
+
+def interleaved(trained: Triples, start: Triples) -> tuple[Tensor, Tensor]:
+    """Return A and B with 2 k directions, by turns a trained one and one of the start."""
+    (P, values, Q), (P0, values0, Q0) = trained, start
+    on_columns = (1, -1, *[1] * (P.dim() - 2))
+    dtype = torch.promote_types(P.dtype, torch.float32)
+    A = torch.stack([Q.to(dtype), Q0.reshape(Q.shape).to(dtype)], 1).flatten(0, 1)
+    columns = P.to(dtype) * values.to(dtype).reshape(on_columns)
+    columns0 = P0.reshape(P.shape).to(dtype) * values0.to(dtype).reshape(on_columns)
+    return A, torch.stack([columns, -columns0], 2).flatten(1, 2)

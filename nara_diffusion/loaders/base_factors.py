@@ -21,20 +21,18 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nara_diffusion.config import changes_base
+from nara_diffusion.layers.residual import Triples, singular_triples
 from nara_diffusion.utils.digests import digest_tensors
 from nara_diffusion.utils.files import atomic_write
 from nara_diffusion.utils.wording import listed
 
 from .insertion import adapters_of
 from .tensor_files import read_tensors, save_tensors
-from .tlora import Triples
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".base_factors"
 """The suffix of the files with start factors, which aren't adapters."""
-PADDING = 1e-6
-"""LyCORIS' λ₀ of the directions that a weight with fewer than r singular values doesn't have."""
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -91,10 +89,12 @@ def base_factors(weights: Mapping[str, Tensor], rank: int, file: Path | None) ->
     digest = digest_tensors({**weights, "rank": torch.tensor(rank)})
     cache = None if file is None else file.with_suffix(f".{digest[:16]}{SUFFIX}")
     tensors = {} if cache is None else undamaged_factors(cache)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if not tensors:
         for name, weight in tqdm(weights.items(), desc="SVD of the base", leave=False):
-            for label, tensor in zip("psq", singular_triples(weight, rank), strict=True):
-                tensors[f"{name}.{label}"] = tensor
+            P, values, Q = singular_triples(weight.to(device).float().flatten(1), rank)
+            for label, tensor in {"p": P, "s": values, "q": Q[:, : weight.shape[1]]}.items():
+                tensors[f"{name}.{label}"] = tensor.cpu().contiguous()
         if cache is not None:
             try:
                 with atomic_write(cache) as partial:
@@ -111,15 +111,3 @@ def undamaged_factors(cache: Path) -> dict[str, Tensor]:
     except (OSError, ValueError):
         return {}
     return tensors if (metadata or {}).get("digest") == digest_tensors(tensors) else {}
-
-
-def singular_triples(weight: Tensor, rank: int) -> Triples:
-    """Return P₀ (d_out, r), λ₀ (r,) and Q₀ (r, d_in) on the CPU, padded as LyCORIS does."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    matrix = weight.to(device).float().flatten(1)
-    P, s, Q = torch.linalg.svd(matrix, full_matrices=False)
-    missing = max(0, rank - len(s))
-    P = nn.functional.pad(P[:, :rank], (0, missing))
-    s = nn.functional.pad(s[:rank], (0, missing), value=PADDING)
-    Q = nn.functional.pad(Q[:rank, : weight.shape[1]], (0, 0, 0, missing))
-    return Triples(P.cpu().contiguous(), s.cpu().contiguous(), Q.cpu().contiguous())

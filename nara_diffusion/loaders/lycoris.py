@@ -16,22 +16,21 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from nara_diffusion.layers.residual import Triples, interleaved
 from nara_diffusion.noise.denoisers import source_of_class
-from nara_diffusion.strict import check_tensors
 
 from .adapter_part import AdapterPart
 from .base_factors import base_factors, base_layer
-from .tlora import Factors, OtherFile, Triples, interleaved, tlora_part
+from .tlora import Factors, OtherFile, check_layers, layers_of, tlora_part
 
 _PREFIX = re.compile(r"(?:lycoris|lora)_+")
 """LyCORIS' own prefix, with two _ in old versions, or that of its form for kohya."""
 _ROOTS = ("", "unet_", "transformer_")
 """What may follow the prefix: presets of LyCORIS and its form for kohya name the model."""
+_KEY = re.compile(r"(?P<layer>[^.]*)\.(?P<field>.+)")
 _FIELDS = ("q_layer.weight", "p_layer.weight", "lambda_layer", "alpha")
 _WORDS = re.compile(
     r"(?:single_)?transformer_blocks|(?:down|up)_blocks|mid_block|to_(?:q|k|v|out|add_out)|add_[qkv]_proj"
@@ -46,17 +45,10 @@ def convert_lycoris(file: OtherFile) -> AdapterPart:
     """Return the part for the base model.
 
     Raises:
-        ValueError: a key, a tensor or a module isn't one of T-LoRA's, or the base isn't the
-            original model. The message names it.
+        ValueError: a key, a tensor or a module isn't one of T-LoRA's, the base isn't the original
+            model, or LyCORIS couldn't run the adapter of a convolution. The message names it.
     """
-    layers: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in file.tensors.items():
-        name, _, field = key.partition(".")
-        if field not in _FIELDS:
-            raise ValueError(
-                f"'{key}' is not a tensor of LyCORIS' T-LoRA, and a file with several methods can't be played."
-            )
-        layers.setdefault(name, {})[field] = tensor
+    layers = layers_of(file.tensors, _KEY, _FIELDS, "LyCORIS' T-LoRA")
     if file.base is None and not file.without_base:
         raise ValueError(
             "it is a T-LoRA of LyCORIS, and its start factors come from the base's weights. Load it with "
@@ -65,17 +57,24 @@ def convert_lycoris(file: OtherFile) -> AdapterPart:
     model = None if file.base is None else file.base()
     names = {key: dotted(key) for key in layers} if model is None else module_names(layers, model)
     bases = {} if model is None else {key: base_layer(model, names[key]) for key in layers}
-    rank = check_layers(file, layers, bases)
-    alphas = {key: layer_alpha(key, layers[key]["alpha"], rank) for key in layers}
-    alpha = next(iter(alphas.values()))
+    for key, base in bases.items():
+        kernel = base.weight.shape[2:]
+        if kernel and (base.groups > 1 or (math.prod(kernel) > 1 and any(base.padding))):
+            raise ValueError(
+                f"'{key}' is for a convolution with kernel {tuple(kernel)}, padding {base.padding} and "
+                f"{base.groups} groups. LyCORIS' own T-LoRA fails in it, so it can't be played."
+            )
+    rank = check_layers(
+        file.tensors, layers, {key: base.weight.shape for key, base in bases.items()}
+    )
     weights = {names[key]: base.weight.data for key, base in bases.items()}
     start = base_factors(weights, rank, file.path) if bases else {}
+    alphas = {key: float(tensors["alpha"]) or float(rank) for key, tensors in layers.items()}
+    alpha = next(iter(alphas.values()))
     factors: dict[str, Factors] = {}
     for key, tensors in layers.items():
-        in_order = (
-            tensors[field] for field in ("p_layer.weight", "lambda_layer", "q_layer.weight")
-        )
-        trained = Triples(*(tensor if bases else tensor.to("meta") for tensor in in_order))
+        Q, P, values, _ = (tensor if bases else tensor.to("meta") for tensor in tensors.values())
+        trained = Triples(P, values, Q)
         A, B = interleaved(trained, start.get(names[key], trained))
         kernel = bases[key].weight.shape[2:] if bases else ()
         padding = [size for k in reversed(kernel) for size in (0, k - 1)]
@@ -89,50 +88,6 @@ def convert_lycoris(file: OtherFile) -> AdapterPart:
         noise_convention=None if source is None else source.convention,
         base_model=getattr(model, "name_or_path", None) or None,
     )
-
-
-def check_layers(
-    file: OtherFile, layers: dict[str, dict[str, Tensor]], bases: dict[str, Any]
-) -> int:
-    """Compare the tensors with the base's layers, if there are any, and return the rank.
-
-    Raises:
-        ValueError: a tensor is missing, or has a wrong shape, dtype or value; a layer has another
-            rank than the first; or LyCORIS couldn't run the adapter of a convolution.
-    """
-    rank, expected = 0, {}
-    for key, tensors in layers.items():
-        q, p, values = (getattr(tensors.get(field), "shape", (0, 0)) for field in _FIELDS[:3])
-        rank = rank or values[-1]
-        if "lambda_layer" in tensors and values[-1] != rank:
-            raise ValueError(
-                f"'{key}' has rank {values[-1]}, but the layers before it have {rank}. LyCORIS' mask is for one rank."
-            )
-        d_in, d_out, kernel = (*q, 0, 0)[1], (*p, 0)[0], q[2:]
-        if base := bases.get(key):
-            d_out, d_in, *kernel = base.weight.shape
-            is_padded = math.prod(kernel) > 1 and any(base.padding)
-            if kernel and (is_padded or base.groups > 1):
-                raise ValueError(
-                    f"'{key}' is for a convolution with kernel {tuple(kernel)}, padding {base.padding} and "
-                    f"{base.groups} groups. LyCORIS' own T-LoRA fails in it, so it can't be played."
-                )
-        ones = (1,) * len(kernel)
-        expected[f"{key}.q_layer.weight"] = rank, d_in, *ones
-        expected[f"{key}.p_layer.weight"] = d_out, rank, *ones
-        expected[f"{key}.lambda_layer"] = 1, rank
-        expected[f"{key}.alpha"] = ()
-    like = {key: torch.empty(shape, device="meta") for key, shape in expected.items()}
-    for key, tensor in file.tensors.items():
-        if key.endswith(".alpha") and key in like and tensor.dtype in (torch.int32, torch.int64):
-            like[key] = like[key].to(tensor.dtype)  # LyCORIS stores it as it was given
-    check_tensors(file.tensors, like)
-    return rank
-
-
-def layer_alpha(key: str, tensor: Tensor, rank: int) -> float:
-    """Return a layer's alpha; 0 means the rank."""
-    return float(tensor) or float(rank)
 
 
 def module_names(keys: Collection[str], model: nn.Module) -> dict[str, str]:

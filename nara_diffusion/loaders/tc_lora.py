@@ -9,29 +9,29 @@ beside `lora_A.weight`, and no configuration. The part that is read has the core
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Mapping
-
-from torch import Tensor
+from statistics import mode
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.core_set import NAME_IN_FILES, core_group
 from nara_diffusion.strict import PEFT_PREFIX
 
 from .adapter_part import AdapterPart
-from .tlora import OtherFile
+from .tlora import OtherFile, layers_of
 
 SCALE = 2.0
 """s, which DiffSynth-Studio takes as an argument with this default; files don't contain it."""
-_OF_CORE = {"lora_time_gamma": "gamma", "lora_time_beta": "beta"}
-_NAMES = (
-    "lora_A.weight",
-    "lora_B.weight",
-    *(f"{name}.{kind}" for name in _OF_CORE for kind in ("weight", "bias")),
-)
-"""The names of a module's tensors."""
-KEY = re.compile(rf"(.*\.)?({'|'.join(_OF_CORE)})\..*")
+KEY = re.compile(r"(?:.*\.)?lora_time_(?:gamma|beta)\..*")
 """The keys that only a Tc-LoRA has."""
+_TENSOR = re.compile(rf"(?:{re.escape(PEFT_PREFIX)})?(?P<layer>.+?)\.(?P<field>lora_.+)")
+_FIELDS = {
+    "lora_A.weight": "",
+    "lora_B.weight": "",
+    "lora_time_gamma.weight": "gamma.weight",
+    "lora_time_gamma.bias": "gamma.bias",
+    "lora_time_beta.weight": "beta.weight",
+    "lora_time_beta.bias": "beta.bias",
+}
+"""{name of a module's tensor: its name in the core "film", if it belongs to it}."""
 
 
 def convert_tc_lora(file: OtherFile) -> AdapterPart:
@@ -42,51 +42,28 @@ def convert_tc_lora(file: OtherFile) -> AdapterPart:
     """
     if file.rank_mask is not None:
         raise ValueError("rank_mask is for a T-LoRA, and this is a Tc-LoRA: leave it out.")
-    return read_tc_lora(file.tensors)
-
-
-def read_tc_lora(tensors: Mapping[str, Tensor], scale: float = SCALE) -> AdapterPart:
-    """Return the part of an adapter for the tensors of a Tc-LoRA, with s = `scale`.
-
-    Raises:
-        ValueError: a tensor of a module is missing, or a key isn't one of a Tc-LoRA.
-    """
-    modules: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        module, dot, name = key.removeprefix(PEFT_PREFIX).partition(".lora_")
-        if not module or f"lora_{name}" not in _NAMES or not dot:
-            raise ValueError(
-                f"It is a Tc-LoRA, but '{key}' isn't a tensor of one: expected {', '.join(_NAMES)} of each module."
-            )
-        modules.setdefault(module, {})[f"lora_{name}"] = tensor
-    for module, named in modules.items():
-        missing = [name for name in _NAMES if name not in named]
-        if missing:
-            raise ValueError(
-                f"It is a Tc-LoRA, but lacks '{module}.{missing[0]}'. The file is damaged: download it again."
-            )
+    modules = layers_of(file.tensors, _TENSOR, _FIELDS, "a Tc-LoRA")
     ranks = {module: len(named["lora_A.weight"]) for module, named in modules.items()}
-    ((r, _),) = Counter(ranks.values()).most_common(1)
-    others = {module: rank for module, rank in ranks.items() if rank != r}
+    r = mode(ranks.values())
+    other_ranks = {module: rank for module, rank in ranks.items() if rank != r}
     config = NaraConfig(
         r=r,
-        lora_alpha=scale * r,  # type: ignore[arg-type]
-        rank_pattern=others,
-        alpha_pattern={module: scale * rank for module, rank in others.items()},
+        lora_alpha=SCALE * r,  # type: ignore[arg-type]
+        rank_pattern=other_ranks,
+        alpha_pattern={module: SCALE * rank for module, rank in other_ranks.items()},
         target_modules=sorted(modules),
         core_type="film",
         core_sharing="layer",
         noise_convention="flow",
         noise_level_per="sample",
     )
-    renamed = {}
+    tensors = {}
     for module, named in modules.items():
         core = f"{NAME_IN_FILES}.{core_group(config, module, ranks[module])}"
-        for name, tensor in named.items():
-            owner, _, kind = name.partition(".")
-            if owner in _OF_CORE:  # cores are float32
+        for field, tensor in named.items():
+            if not _FIELDS[field]:
+                tensors[f"{module}.{field}"] = tensor
+            else:  # cores are float32
                 tensor = tensor.float() if tensor.is_floating_point() else tensor
-                renamed[f"{core}.{_OF_CORE[owner]}.{kind}"] = tensor
-            else:
-                renamed[f"{module}.{name}"] = tensor
-    return AdapterPart(config, renamed)
+                tensors[f"{core}.{_FIELDS[field]}"] = tensor
+    return AdapterPart(config, tensors)

@@ -54,10 +54,7 @@ FORMATS = (
 def format_of(keys: Iterable[str]) -> TimeAwareFormat | None:
     """Return the format that one of the `keys` belongs to, or None."""
     keys = list(keys)
-    for candidate in FORMATS:
-        if any(map(candidate.key.fullmatch, keys)):
-            return candidate
-    return None
+    return next((kind for kind in FORMATS if any(map(kind.key.fullmatch, keys))), None)
 
 
 def check_readable_by_peft(source: str | Path) -> None:

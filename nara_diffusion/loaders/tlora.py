@@ -3,11 +3,8 @@
     vanilla         ΔW(λ) = s B m(λ) A
     with a start    ΔW(λ) = s (P diag(μ) m(λ) Q − P₀ diag(μ₀) m(λ) Q₀)
 
-m(λ) keeps the first r(λ) = ⌊(1 − λ)^a (r − r_min)⌋ + r_min directions. Interleaving the trained and
-the start factors makes the second formula the first one, with 2 r directions that go on and off in
-pairs (`rank_mask_step` 2):
-
-    A = q₁, q₁⁰, q₂, q₂⁰, …      B = μ₁ p₁, −μ₁⁰ p₁⁰, μ₂ p₂, −μ₂⁰ p₂⁰, …
+m(λ) keeps the first r(λ) = ⌊(1 − λ)^a (r − r_min)⌋ + r_min directions. The second formula is the
+first one with 2 r directions that go on and off in pairs (`layers.residual`, `rank_mask_step` 2).
 
 Files contain neither r_min nor a. They are arguments, or stand in the configuration of the
 training, lycoris_config.json, beside the file; else they are 1, the default of all trainers.
@@ -18,16 +15,18 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import mode
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.noise.level import is_number
+from nara_diffusion.strict import check_tensors
 
 from .adapter_part import AdapterPart
 
@@ -40,12 +39,13 @@ Factors = tuple[Tensor, Tensor]
 """A (n, d_in, …) and B (d_out, n, …) of one module."""
 
 
-class Triples(NamedTuple):
-    """P (d_out, r, …), μ (r,) or (1, r), and Q (r, d_in, …) of one module."""
-
-    P: Tensor
-    values: Tensor
-    Q: Tensor
+_KINDS = {
+    **dict.fromkeys(("down.weight", "q_layer.weight", "base_q.weight"), "A"),
+    **dict.fromkeys(("up.weight", "p_layer.weight", "base_p.weight"), "B"),
+    **dict.fromkeys(("lambda_layer", "base_lambda"), "values"),
+    "alpha": "",
+}
+"""{field of a format: the kind of its shape, see `check_layers`}."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,71 @@ class OtherFile:
     rank_mask: Mapping[str, float] | None = None
 
 
-def interleaved(trained: Triples, start: Triples) -> Factors:
-    """Return A and B with 2 r directions, by turns a trained one and one of the start."""
-    (P, values, Q), (P0, values0, Q0) = trained, start
-    on_columns = (1, -1, *[1] * (P.dim() - 2))
-    dtype = torch.promote_types(P.dtype, torch.float32)
-    A = torch.stack([Q.to(dtype), Q0.reshape(Q.shape).to(dtype)], 1).flatten(0, 1)
-    columns = P.to(dtype) * values.to(dtype).reshape(on_columns)
-    columns0 = P0.reshape(P.shape).to(dtype) * values0.to(dtype).reshape(on_columns)
-    return A, torch.stack([columns, -columns0], 2).flatten(1, 2)
+def layers_of(
+    tensors: Mapping[str, Tensor], key: re.Pattern[str], fields: Collection[str], method: str
+) -> dict[str, dict[str, Tensor]]:
+    """Return {layer: {field: tensor}}, with the fields in the order of `fields`.
+
+    Args:
+        tensors: the file's tensors.
+        key: the pattern of a key, with groups named "layer" and "field".
+        fields: the names of the tensors that each layer has.
+        method: the name of the format in messages.
+
+    Raises:
+        ValueError: a key isn't one of this format, or a layer lacks a tensor.
+    """
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = key.fullmatch(name)
+        if not match or match["field"] not in fields or not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"'{name}' is not a tensor of {method}, and a file with several methods can't be played."
+            )
+        layers.setdefault(match["layer"], {})[match["field"]] = tensor
+    for layer, by_field in layers.items():
+        if missing := [field for field in fields if field not in by_field]:
+            raise ValueError(
+                f"{method} also has '{layer}.{missing[0]}'. The file is damaged: download it again."
+            )
+        layers[layer] = {field: by_field[field] for field in fields}
+    return layers
+
+
+def check_layers(
+    tensors: Mapping[str, Tensor],
+    layers: Mapping[str, Mapping[str, Tensor]],
+    base_shapes: Mapping[str, torch.Size] | None = None,
+) -> int:
+    """Check the shapes, dtypes and values of a T-LoRA's tensors, and return the rank.
+
+    Args:
+        tensors: the file's tensors.
+        layers: those of `layers_of`. A comes first, and B second.
+        base_shapes: {layer: the shape of the base's weight}; None means the sizes of A and B.
+
+    Raises:
+        ValueError: a tensor has a wrong shape, dtype or value, or a layer another rank.
+    """
+    ranks = {layer: (*next(iter(layers[layer].values())).shape, 0)[0] for layer in layers}
+    rank = mode(ranks.values())
+    expected = {}
+    for layer, by_field in layers.items():
+        if ranks[layer] != rank:
+            raise ValueError(
+                f"'{layer}' has rank {ranks[layer]}, but most layers have {rank}. T-LoRA's mask is for one rank."
+            )
+        A, B = (tensor.shape for tensor in list(by_field.values())[:2])
+        d_out, d_in, *kernel = (base_shapes or {}).get(layer, ((*B, 0)[0], (*A, 0, 0)[1], *A[2:]))
+        ones = (1,) * len(kernel)
+        shapes = {"A": (rank, d_in, *ones), "B": (d_out, rank, *ones), "values": (1, rank), "": ()}
+        for field, tensor in by_field.items():
+            is_integer = field == "alpha" and tensor.dtype in (torch.int32, torch.int64)
+            dtype = tensor.dtype if is_integer else torch.float32  # LyCORIS stores alpha as given
+            shape = shapes[_KINDS[field]]
+            expected[f"{layer}.{field}"] = torch.empty(shape, dtype=dtype, device="meta")
+    check_tensors(tensors, expected)
+    return rank
 
 
 def tlora_part(

@@ -12,18 +12,14 @@ FLUX's training gives a single block seven adapters; its attention runs three of
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
-import torch
-from torch import Tensor
-
-from nara_diffusion.strict import check_tensors
+from nara_diffusion.layers.residual import Triples, interleaved
 
 from .adapter_part import AdapterPart
-from .tlora import Factors, OtherFile, Triples, interleaved, tlora_part
+from .tlora import Factors, OtherFile, check_layers, layers_of, tlora_part
 
 KEY = re.compile(
-    r"(?P<layer>(?P<attention>(?:down_|up_|mid_|single_|transformer_)[\w.]+)\.processor\.to_(?P<projection>\w+)_lora)"
+    r"(?P<layer>(?:down_|up_|mid_|single_|transformer_)[\w.]+\.processor\.to_(?:[qkv](?:_proj)?|out)_lora)"
     r"\.(?P<field>.+)"
 )
 _PROJECTIONS = {
@@ -31,16 +27,11 @@ _PROJECTIONS = {
     "out": "to_out.0",
     **{f"{name}_proj": f"add_{name}_proj" for name in "qkv"},
 }
-_VANILLA = {"down.weight": "A", "up.weight": "B"}
-_ORTHO = {
-    "q_layer.weight": "A",
-    "p_layer.weight": "B",
-    "lambda_layer": "values",
-    "base_q.weight": "A",
-    "base_p.weight": "B",
-    "base_lambda": "values",
-}
-"""{field: the kind of its shape, which is (r, d_in), (d_out, r) or (1, r)}."""
+_VANILLA = ("down.weight", "up.weight")
+_ORTHO = (
+    *("q_layer.weight", "p_layer.weight", "lambda_layer"),
+    *("base_q.weight", "base_p.weight", "base_lambda"),
+)
 
 
 def convert_repository(file: OtherFile) -> AdapterPart:
@@ -50,49 +41,19 @@ def convert_repository(file: OtherFile) -> AdapterPart:
         ValueError: a key or a tensor isn't one of T-LoRA's. The message names it.
     """
     is_ortho = any(key.endswith("lambda_layer") for key in file.tensors)
-    fields = _ORTHO if is_ortho else _VANILLA
-    layers: dict[str, dict[str, Tensor]] = {}
-    modules: dict[str, str] = {}
-    for key, tensor in file.tensors.items():
-        match = KEY.fullmatch(key)
-        if not match or match["field"] not in fields or match["projection"] not in _PROJECTIONS:
-            raise ValueError(
-                f"'{key}' is not a tensor of {'an ortho' if is_ortho else 'a vanilla'} T-LoRA, and a file with "
-                "several methods can't be played."
-            )
-        layer, projection = match["layer"], match["projection"]
-        layers.setdefault(layer, {})[match["field"]] = tensor
-        if projection in "qkv" or not layer.startswith("single_"):
-            modules[layer] = f"{match['attention']}.{_PROJECTIONS[projection]}"
-    check_layers(file.tensors, layers, fields)
+    fields, method = (_ORTHO, "an ortho T-LoRA") if is_ortho else (_VANILLA, "a vanilla T-LoRA")
+    layers = layers_of(file.tensors, KEY, fields, method)
+    check_layers(file.tensors, layers)
     factors: dict[str, Factors] = {}
-    for layer, module in modules.items():
-        in_order = [layers[layer][field] for field in fields]
+    for layer, tensors in layers.items():
+        attention, _, projection = layer.removesuffix("_lora").partition(".processor.to_")
+        if projection not in "qkv" and layer.startswith("single_"):
+            continue
+        Q, P, *base_tensors = tensors.values()
         if is_ortho:
-            Q, P, values, Q0, P0, values0 = in_order
-            factors[module] = interleaved(Triples(P, values, Q), Triples(P0, values0, Q0))
-        else:
-            A, B = in_order
-            factors[module] = A, B
+            values, Q0, P0, values0 = base_tensors
+            Q, P = interleaved(Triples(P, values, Q), Triples(P0, values0, Q0))
+        factors[f"{attention}.{_PROJECTIONS[projection]}"] = Q, P
     is_flow = any(layer.startswith("transformer_blocks.") for layer in layers)
     convention = "flow" if is_flow else "timestep"
     return tlora_part(file, factors, step=2 if is_ortho else 1, noise_convention=convention)
-
-
-def check_layers(
-    tensors: Mapping[str, Tensor],
-    layers: Mapping[str, Mapping[str, Tensor]],
-    fields: Mapping[str, str],
-) -> None:
-    """Raise ValueError if a tensor is missing, or has a wrong shape, dtype or value.
-
-    All layers have the rank of the first. The sizes of the base's layers are taken from the file.
-    """
-    rank, expected = 0, {}
-    for layer, by_field in layers.items():
-        for field, kind in fields.items():
-            shape = (*getattr(by_field.get(field), "shape", ()), 0, 0)
-            rank = rank or shape[0]
-            shapes = {"A": (rank, shape[1]), "B": (shape[0], rank), "values": (1, rank)}
-            expected[f"{layer}.{field}"] = torch.empty(shapes[kind], device="meta")
-    check_tensors(tensors, expected)

@@ -68,8 +68,8 @@ def is_lora(
         path = locate(source, weight_name, subfolder, hub)
     except OSError:  # a repository without a NaRA's file
         return True
-    is_of_peft = path.name == PEFT_WEIGHTS_NAME
-    is_of_nara = is_nara(path) or (is_of_peft and is_nara(path.parent))
+    folder = path.parent if path.name == PEFT_WEIGHTS_NAME else path
+    is_of_nara = is_nara(path) or is_nara(folder)
     return not is_of_nara and format_of(read_tensors(path)[0]) is None
 
 

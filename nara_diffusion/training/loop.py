@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from operator import itemgetter
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -78,6 +79,7 @@ def train(
     parts: Prepared,
     compute_loss: Callable[[Any], StepLoss],
     validate: Callable[[], dict[str, float]],
+    figures: Sequence[str] = (),
 ) -> None:
     """Train from `run.step` to `run.total_steps`. With --ema_decay, the model ends as the average.
 
@@ -86,6 +88,7 @@ def train(
         compute_loss: a function batch → `StepLoss` that enters the `__call__` of the model.
         validate: a function that returns {name: value} to log every `--validation_steps` steps. It
             must not change the model's mode or the global random state.
+        figures: names of further attributes (b,) of the loss; their means are logged beside it.
 
     Raises:
         TrainingDiverged: a loss or the norm of a gradient isn't finite. The host checks this only
@@ -104,7 +107,8 @@ def train(
         for batch in loader:
             with accelerator.accumulate(model):
                 step = compute_loss(batch)
-                pending.losses.append((run.step + 1, step.per_sample.detach().float()))
+                measured = [step.per_sample, *(getattr(step, name) for name in figures)]
+                pending.losses.append((run.step + 1, torch.stack(measured).detach().float()))
                 accelerator.backward(step.loss)
                 if accelerator.sync_gradients:
                     norm = _prepare_gradients(run, model, optimizer)
@@ -128,11 +132,11 @@ def train(
             if is_logged or is_validated or is_saved:
                 _collect(run, pending)
             if is_logged:
-                _log_losses(run, bar, optimizer)
+                _log_losses(run, bar, optimizer, figures)
             if is_validated:
                 with averaged(average):
-                    figures = validate()
-                run.log(figures)
+                    validation = validate()
+                run.log(validation)
             if is_saved:
                 run.save_checkpoint()
             if number := interrupt.of_any_process():
@@ -151,7 +155,8 @@ def train(
 class _Pending:
     """Values on the device that the host has yet to read, as (step, tensor)."""
 
-    losses: list[tuple[int, Tensor]] = field(default_factory=list)  # (b,) of each forward
+    # of each forward (1 or more, b): the losses, then the figures
+    losses: list[tuple[int, Tensor]] = field(default_factory=list)
     norms: list[tuple[int, Tensor]] = field(default_factory=list)  # of each step's gradient
 
 
@@ -160,16 +165,16 @@ def _collect(run: Run, pending: _Pending) -> None:
     if not pending.losses:
         return
     steps = [step for step, _ in pending.losses]
-    local = torch.stack([losses for _, losses in pending.losses])  # (n, b)
-    gathered = cast(Tensor, run.accelerator.gather(local))  # (processes · n, b)
-    values = gathered.unflatten(0, (-1, len(local))).transpose(0, 1).flatten(1).tolist()
-    failures = []
-    total, number = run.unlogged
-    for step, losses in zip(steps, values, strict=True):
+    local = torch.stack([losses for _, losses in pending.losses])  # (n, f, b)
+    gathered = cast(Tensor, run.accelerator.gather(local))  # (processes · n, f, b)
+    by_forward = gathered.unflatten(0, (-1, len(local))).permute(1, 2, 0, 3)
+    failures, totals = [], run.unlogged
+    for step, (losses, *figures) in zip(steps, by_forward.flatten(2).tolist(), strict=True):
         failures += [
             (step, f"the loss became {loss}") for loss in losses if not math.isfinite(loss)
         ]
-        total, number = total + sum(losses), number + len(losses)
+        sums = [sum(losses), len(losses), *map(sum, figures)]
+        totals = [total + new for total, new in zip_longest(totals, sums, fillvalue=0)]
     if pending.norms:
         norms = torch.stack([norm for _, norm in pending.norms]).tolist()
         for (step, _), norm in zip(pending.norms, norms, strict=True):
@@ -182,7 +187,7 @@ def _collect(run: Run, pending: _Pending) -> None:
             "--core_learning_rate, raise --lr_warmup_steps, or use bf16 instead of fp16. "
             f"{resume_hint(run.folder)}"
         )
-    run.unlogged = [total, number]
+    run.unlogged = totals
     pending.losses.clear()
     pending.norms.clear()
 
@@ -205,12 +210,15 @@ def _prepare_gradients(
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def _log_losses(run: Run, bar: tqdm, optimizer: AcceleratedOptimizer) -> None:
-    """Log the mean of the losses since the last log, and the learning rates."""
-    total, number = run.unlogged
+def _log_losses(
+    run: Run, bar: tqdm, optimizer: AcceleratedOptimizer, figures: Sequence[str]
+) -> None:
+    """Log the means of losses and figures since the last log, and the learning rates."""
+    total, number, *sums = run.unlogged
     run.unlogged = [0.0, 0]
     rates = {group.get("name", "adapter"): group["lr"] for group in optimizer.param_groups}
     values = {"loss": total / number, "learning_rate": rates["adapter"]}
+    values |= {name: figure / number for name, figure in zip(figures, sums, strict=True)}
     if "core" in rates:
         values["core_learning_rate"] = rates["core"]
     run.log(values)

@@ -60,7 +60,8 @@ class Run(Generic[Args]):
         step: the number of completed optimizer steps.
         total_steps: the number of all optimizer steps, set by `plan`.
         data_start: the step where the current training data began; 0 unless the data changed.
-        unlogged: the sum and the number of the samples' losses since the last log.
+        unlogged: the sum and the number of the samples' losses since the last log, then the sums
+            of further figures.
         hub_id: the repository to upload to; None on all processes but the main one.
         digests: {content: digest}, set by `record_data_digest` and `record_base_digests`.
     """

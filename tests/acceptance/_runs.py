@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -60,16 +62,22 @@ def small_llada(folder: Path) -> Path:
     return target
 
 
-def text_flags(folder: Path) -> dict[str, Any]:
-    """A small LLaDA with dropout, six steps of four records; the model and files of records are made in `folder`."""
-    files = {}
+@cache
+def record_files() -> TemporaryDirectory[str]:
+    """The folder of records that all text runs read; `datasets` caches them, and their tokens, by path and time."""
+    folder = TemporaryDirectory(prefix="records-")
     for name, count in (("train", 11), ("validation", 5), ("test", 4)):
-        path = folder / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(record) + "\n" for record in records(count, seed=count)))
-        files[f"{name}_file"] = path
+        text = "".join(json.dumps(record) + "\n" for record in records(count, seed=count))
+        Path(folder.name, f"{name}.jsonl").write_text(text)
+    return folder
+
+
+def text_flags(folder: Path) -> dict[str, Any]:
+    """A small LLaDA with dropout, six steps of four records; the model is made in `folder`."""
+    data = Path(record_files().name)
     return COMMON | {
         "pretrained_model_name_or_path": small_llada(folder),
-        **files,
+        **{f"{name}_file": data / f"{name}.jsonl" for name in ("train", "validation", "test")},
         "lora_dropout": 0.2,
         "target_modules": ["q_proj", "v_proj", "down_proj"],
         "train_batch_size": 4,
@@ -94,7 +102,8 @@ def block_flags(folder: Path) -> dict[str, Any]:
             words = [f"w{n}" for n in random.integers(6, 12, random.integers(2, 7))]
             answer = f"{words[-1]} w20 w21"
             rows.append(json.dumps({"instruction": " ".join(words), "output": answer, "answer": answer}) + "\n")
-        Path(flags[f"{name}_file"]).write_text("".join(rows))
+        flags[f"{name}_file"] = folder / f"{name}.jsonl"
+        flags[f"{name}_file"].write_text("".join(rows))
     return flags | {
         "pretrained_model_name_or_path": folder / "model",
         "target_modules": ["all-linear"],

@@ -323,6 +323,23 @@ def test_node_splits_a_matrix_of_flux_for_factors(comfy) -> None:
     assert relative_error(actual, expected) <= 1e-5
 
 
+def test_node_names_what_it_cannot_play(comfy) -> None:
+    unet, second = _bases.unet(), tlora_files.BLOCK.replace("attentions.0", "attentions.1")
+    names = [f"{second}.attn1.to_v", tlora_files.NAMES[0]]
+    tensors = tlora_files.lycoris_file(unet, names)
+    factors = {"lora_A.weight": (3, 4), "lora_B.weight": (5, 3)}
+    for kind in ("gamma", "beta"):
+        factors |= {f"lora_time_{kind}.weight": (3, 256), f"lora_time_{kind}.bias": (3,)}
+    for content, message in (
+        (tensors | tlora_files.lycoris_file(unet, ["down_blocks.1.resnets.0.conv1"]), "conv1' is for a convolution"),
+        (tensors | tlora_files.lycoris_file(unet, tlora_files.NAMES[1:2], rank=3), "attn2_to_k' has rank 3"),
+        ({f"proj_out.{field}": torch.ones(shape) for field, shape in factors.items()}, "is a Tc-LoRA, which this node"),
+    ):
+        save_file(content, comfy.folder / "other.safetensors")
+        with pytest.raises(ValueError, match=message):
+            comfy.load(sdxl(unet), "other.safetensors", "sdxl", 1.0)
+
+
 def test_node_refuses_a_lycoris_file_of_another_base(comfy) -> None:
     tensors = tlora_files.lycoris_file(_bases.flux().transformer, ["single_transformer_blocks.0.proj_mlp"])
     save_file(tensors, comfy.folder / "tlora.safetensors")

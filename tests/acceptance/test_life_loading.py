@@ -114,8 +114,9 @@ def test_unloaded_pipeline_is_the_base_bit_for_bit(folder: Path, with_text: Path
         elif not is_wrapped and ("attributes" not in name or way == "unload_nara_weights"):
             assert now[name] == value, name
     assert not pipe.get_list_adapters()
-    pipe.load_nara_weights(folder, adapter_name="a")
-    assert (pixels(pipe) - image).abs().max() > 0.02
+    if not is_wrapped:
+        pipe.load_nara_weights(folder, adapter_name="a")
+        assert (pixels(pipe) - image).abs().max() > 0.02
 
 
 def test_unload_nara_weights_keeps_a_lora(folder: Path, tmp_path: Path) -> None:

@@ -71,10 +71,10 @@ OFFLOADS: dict[str, Callable[[Any, Path], Any]] = {
         CPU, CPU, "leaf_level", offload_to_disk_path=str(folder)
     ),
 }
-PAIRS = [*[("nara", how) for how in OFFLOADS], ("dora", "sequential"), ("dora", "leaves on disk"), ("layers", "leaves")]
+PAIRS = dict.fromkeys(OFFLOADS, "nara") | {"sequential": "dora", "leaves on disk": "dora", "leaves": "layers"}
 
 
-@pytest.mark.parametrize(("adapter", "how"), PAIRS)
+@pytest.mark.parametrize(("how", "adapter"), PAIRS.items())
 def test_offloaded_unet_gives_the_same_outputs(
     root: Path, expected: dict[str, Tensor], tmp_path: Path, adapter: str, how: str
 ) -> None:

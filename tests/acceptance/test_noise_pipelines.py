@@ -36,9 +36,10 @@ LEVELS: dict[str, Callable[[Any, int, float], float]] = {
 """(scheduler, step, timestep as the denoiser gets it) → λ."""
 
 
-def errors_of(pipe: Any, stock: Stock, level: str, shift: float = 0.0, **options: Any) -> list[float]:
-    """The error of each forward of the denoiser, compared with the stock one at the step's λ, or `shift` beside it.
+def errors_of(pipe: Any, stock: Stock, level: str, wrong: list[float] | None = None, **options: Any) -> list[float]:
+    """The error of each forward of the denoiser, compared with the stock one at the step's λ.
 
+    Those at a λ that is off by a hundredth go into `wrong`.
     The sample is noise, the same at each step: on a sampled trajectory a small UNet can multiply rounding by 10⁴.
     """
     errors: list[float] = []
@@ -54,7 +55,10 @@ def errors_of(pipe: Any, stock: Stock, level: str, shift: float = 0.0, **options
             stock.model.set_attn_processor(dict(denoiser.attn_processors))
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         level_of_step = LEVELS[level](pipe.scheduler, len(errors), float(timestep.flatten()[0]))
-        errors.append(distance(tensor_of(output), run(stock.at(abs(level_of_step - shift)), *args, **kwargs)))
+        errors.append(distance(tensor_of(output), run(stock.at(level_of_step), *args, **kwargs)))
+        if wrong is not None:
+            other = run(stock.at(abs(level_of_step - 0.01)), *args, **kwargs)
+            wrong.append(distance(tensor_of(output), other))
 
     handles = [
         stock.adapted.register_forward_pre_hook(replace_sample, with_kwargs=True),
@@ -94,8 +98,8 @@ def test_pipeline_gives_each_step_its_level(name: str) -> None:
     pipe = make()
     denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     denoiser, stock = adapt(denoiser.to(memory_format=torch.channels_last), targets)
-    assert max(errors_of(pipe, stock, level, **options)) < 4 * rounding_of(denoiser)
-    wrong = errors_of(pipe, stock, level, 0.01, **options)
+    wrong: list[float] = []
+    assert max(errors_of(pipe, stock, level, wrong, **options)) < 4 * rounding_of(denoiser)
     assert min(wrong) > 4 * rounding_of(denoiser)  # a λ that is off by a hundredth is seen at every step
 
 

@@ -203,7 +203,6 @@ def test_image_training_and_sampling_steps_read_nothing(name: str, tmp_path: Pat
     step.model.eval()
     with torch.no_grad():
         assert step(batch).loss.device == DEVICE
-        assert step(batch).loss.device == DEVICE
 
 
 def test_context_with_values_on_the_device_reads_nothing() -> None:

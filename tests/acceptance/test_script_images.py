@@ -81,6 +81,11 @@ def test_run_writes_its_files(finished: Path) -> None:
     assert all(-1 < figures[name] < 1 for name in measured)
     assert {"seconds", "validation_loss_before", "validation_loss_after", "noise_levels"} <= figures.keys()
     assert (figures["n"], figures["adapter"], figures["resolution"]) == (1, "nara", 16)
+    base = settings(finished)["pretrained_model_name_or_path"]
+    assert Path(figures["base_model"]).name == Path(base).name
+    card = (finished / "README.md").read_text()
+    assert f"- base: {Path(base).name} at 16 pixels\n" in card
+    assert "- sizes (height x width): 3 images at 16 x 16; samples at 16 x 16\n" in card
     lines = metrics(finished)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "validation_loss" in line] == [3, 6]

@@ -40,7 +40,7 @@ def run_page(name: str) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("clone")
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
-@pytest.mark.parametrize("page", ["noise", "strength"])
+@pytest.mark.parametrize("page", ["noise", pytest.param("strength", marks=pytest.mark.slow)])
 def test_blocks_of_a_page_run_in_order(page: str) -> None:
     assert run_page(page)
 

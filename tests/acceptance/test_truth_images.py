@@ -38,7 +38,7 @@ def write_pictures(folder: Path, sizes: list[tuple[int, int]], seed: int) -> Pat
     return folder
 
 
-@pytest.fixture(scope="module", params=["sdxl", pytest.param("flow", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["sdxl", "flow"])
 def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     """One step on own images, by each of the two scripts; SDXL in buckets, on two wide and a tall one."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -55,6 +55,7 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return Ran(_commands.results(folder / "run"), log, (folder / "run" / "README.md").read_text(), base, size)
 
 
+@pytest.mark.slow
 def test_results_and_card_name_base_and_resolution(ran: Ran) -> None:
     assert Path(ran.results["base_model"]).resolve() == ASSETS / ran.base
     assert ran.results["resolution"] == 64
@@ -70,6 +71,7 @@ def test_results_and_card_name_base_and_resolution(ran: Ran) -> None:
     assert model.format(": ") in (_commands.ROOT / "train_scripts/configs/sdxl_dreambooth.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_samples_and_card_have_the_most_frequent_size(ran: Ran) -> None:
     sizes, width, height = "2 images at 64 x 64; samples at 64 x 64", 64, 64
     if ran.base == "sdxl-tiny":

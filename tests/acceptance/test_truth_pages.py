@@ -136,6 +136,7 @@ def characters():
     return load("uniform-tiny")[1]("abcdefghijklmnopqrstuvwxyz0123456789", add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.slow
 def test_bayes_rule_covers_all_characters_and_noise_tokens(batches):
     batch = batches[4]
     noise = noise_tokens(load("uniform-tiny")[1]).tolist()
@@ -153,9 +154,8 @@ def test_bayes_rule_covers_all_characters_and_noise_tokens(batches):
         assert actual[row, places[-1]] == 0  # the end, which no answer lacks
 
 
-@pytest.mark.parametrize(
-    ("knows_level", "score"), [(True, "1.977"), pytest.param(False, "2.078", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("knows_level", "score"), [(True, "1.977"), (False, "2.078")])
 def test_bayes_rule_matches_the_record_on_validation_questions(batches, knows_level, score):
     losses = [bayes_losses(batch, knows_level)[batch.answer].mean().item() for batch in batches]
     title = "Bayes' rule, told λ" if knows_level else "Bayes' rule, not told λ"

@@ -21,7 +21,7 @@ from nara_diffusion.dllm import generate, load_backbone
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 MEGABYTES = {"llada-tiny": 6, "dream-tiny": 6, "uniform-tiny": 6, "clip-tiny": 3, "sdxl-tiny": 13, "sd-tiny-flow": 8}
-MEGABYTES["kontext-tiny"] = 7
+MEGABYTES |= {"kontext-tiny": 7, "sdar-tiny": 3}
 PROMPTS = (
     "a photo of a red car on the beach",
     "a photo of a blue house in the snow",
@@ -34,7 +34,7 @@ PROMPTS = (
 def test_folder_is_small_and_card_has_its_figures(name):
     assert sum(path.stat().st_size for path in (ASSETS / name).rglob("*") if path.is_file()) < MEGABYTES[name] * 2**20
     results, card = json.loads((ASSETS / name / "results.json").read_text()), (ASSETS / name / "README.md").read_text()
-    assert name.startswith(("clip", "sd", "dream")) or f"{results['validation_loss']:.3f}" in card
+    assert name.startswith(("clip", "sdxl", "sd-", "dream")) or f"{results['validation_loss']:.3f}" in card
     assert not list((ASSETS / name).rglob("*.bin")) + list((ASSETS / name).rglob("*.pt"))
 
 
@@ -59,6 +59,7 @@ def clip():
     return CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(), CLIPProcessor.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_clip_retrieves_as_its_card_says(clip):
     recorded = json.loads((ASSETS / "clip-tiny" / "results.json").read_text())["retrieval_among_64"]
     measured = retrieval(*clip, batches=2)
@@ -66,6 +67,7 @@ def test_clip_retrieves_as_its_card_says(clip):
     assert all(len(clip[1].tokenizer(word, add_special_tokens=False).input_ids) == 1 for word in words())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [("sdxl-tiny", {}), ("sd-tiny-flow", {"max_sequence_length": 0})],

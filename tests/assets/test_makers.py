@@ -49,10 +49,12 @@ def test_make_llada_tiny_resumed_gives_the_same_weights(family, tmp_path, monkey
     assert load_backbone(tmp_path / "whole")[0].config.mask_token_id is not None
 
 
-@pytest.mark.parametrize("name", ["make_uniform_tiny", "make_llada2_tiny"])
-def test_maker_writes_a_backbone(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "options"), [("make_uniform_tiny", {}), ("make_llada2_tiny", {}), ("make_llada2_tiny", {"family": "sdar"})]
+)
+def test_maker_writes_a_backbone(name, options, tmp_path):
     make = pytest.importorskip(name)
-    results = make.main(make.Arguments(output_dir=tmp_path, max_train_steps=2, **TEXT))
+    results = make.main(make.Arguments(output_dir=tmp_path, max_train_steps=2, **TEXT, **options))
     assert results["steps"] == 2
     assert load_backbone(tmp_path)[0].config.mask_token_id is not None
 

@@ -62,6 +62,7 @@ def test_an_embedding_is_added_to_the_canvas_only():
     torch.testing.assert_close(other.encoder_last_hidden_state, same.encoder_last_hidden_state)
 
 
+@pytest.mark.slow
 def test_lambda_token_is_one_more_on_the_canvas():
     model, plain = copy.deepcopy(base_of(BASE)[0]), base_of(BASE)[0]
     control, seeing = Control("token", model), torch.randn(2, 17, 284)
@@ -102,6 +103,7 @@ def test_lambda_of_generate_is_the_unaccepted_share():
         torch.testing.assert_close(level, 1 - mask.float().mean(1))
 
 
+@pytest.mark.slow
 def test_true_levels_are_shares_of_wrong_tokens():
     tuned = tuning(core_type="identity", control="bias")
     inner, (_, tokenizer) = block_model(tuned.model.model), base_of(BASE)
@@ -125,6 +127,7 @@ def test_true_levels_are_shares_of_wrong_tokens():
     torch.testing.assert_close(levels, [wrong / rows.canvas])
 
 
+@pytest.mark.slow
 def test_prefixes_are_what_the_frozen_encoder_computes():
     """The losses of a decoder that reads them are those of the package's own loss."""
     one = tuning(control="bias")
@@ -187,6 +190,7 @@ def test_confirmation_needs_the_trials(tmp_path):
         benchmark_blocks.main(["--stage", "confirm", *flags])
 
 
+@pytest.mark.slow
 def test_a_random_case_leaves_the_letters():
     task = task_of(BASE, "case")
     answers = [row["answer"] for row in task.train.rows]

@@ -14,14 +14,25 @@ from nara_diffusion.dllm import GenerationStep, generate, load_backbone
 from nara_diffusion.dllm.models.backbone import Backbone
 from tests.acceptance._text import END, backbone, nara
 from tests.helpers.adapted import nara_config
-from tests.helpers.mixtures import FAST_DLLM, LLADA2, MASK, SDAR, VOCABULARY, ByHand, block_seen, write_checkpoint
+from tests.helpers.mixtures import (
+    FAST_DLLM,
+    LLADA2,
+    MASK,
+    SDAR,
+    SDAR_MOE,
+    VOCABULARY,
+    ByHand,
+    block_seen,
+    write_checkpoint,
+)
 
 B = 4
 FIELDS = LLADA2 | {"block_length": B}
 PROMPTS = torch.randint(6, MASK, (3, 9), generator=torch.Generator().manual_seed(3))
 LENGTHS = [9, 3, 4]
+LENGTH = 8  # of each answer
 RULES: dict[str, dict[str, Any]] = {
-    "steps": {"steps": 6},
+    "steps": {"steps": 4},
     "threshold": {"confidence_threshold": 0.3},
     "sampled": {"temperature": 0.7, "confidence_threshold": 0.2},
 }
@@ -38,6 +49,7 @@ class ShiftedByHand(ByHand):
 FAMILIES: dict[str, tuple[dict[str, Any], type[ByHand]]] = {
     "LLaDA2": (FIELDS, ByHand),
     "SDAR": (SDAR, ByHand),
+    "SDAR with experts": (SDAR_MOE, ByHand),
     "Fast-dLLM v2": (FAST_DLLM, ShiftedByHand),
 }
 
@@ -49,7 +61,7 @@ def model(tmp_path: Path) -> Any:
 
 
 def answers(model: Any, use_cache: bool | None, **settings: Any) -> Tensor:
-    options = {"gen_length": 12, "prompt_lengths": LENGTHS, "generator": torch.Generator().manual_seed(5)}
+    options = {"gen_length": LENGTH, "prompt_lengths": LENGTHS, "generator": torch.Generator().manual_seed(5)}
     sequences = generate(model, PROMPTS, use_cache=use_cache, **{**options, **settings})
     assert isinstance(sequences, Tensor)
     return sequences
@@ -78,7 +90,7 @@ def by_hand(logits: ByHand, prompt: list[int], gen_length: int, threshold: float
 def test_answers_and_levels_match_the_manual_loop(family: str, use_cache: bool, tmp_path: Path) -> None:
     fields, hand = FAMILIES[family]
     logits, levels = hand(fields, write_checkpoint(tmp_path, fields)), []
-    options = {"experts_implementation": "eager"} if family == "LLaDA2" else {}
+    options: dict[str, Any] = {"experts_implementation": "eager"} if "num_experts" in fields else {}
     model, _ = load_backbone(str(tmp_path), dtype=torch.float64, **options)
 
     def keep(step: GenerationStep) -> None:
@@ -87,8 +99,8 @@ def test_answers_and_levels_match_the_manual_loop(family: str, use_cache: bool, 
     how = {"confidence_threshold": 0.3, "stop_at_eos": False, "on_step_end": keep}
     actual = answers(model, use_cache, **how)
     for row, length in enumerate(LENGTHS):
-        expected, of_row = by_hand(logits, PROMPTS[row, :length].tolist(), 12, 0.3)
-        assert actual[row, length : length + 12].tolist() == expected
+        expected, of_row = by_hand(logits, PROMPTS[row, :length].tolist(), LENGTH, 0.3)
+        assert actual[row, length : length + LENGTH].tolist() == expected
         assert [level[row] for level in levels if level[row] > 0] == pytest.approx(of_row)
 
 
@@ -142,9 +154,9 @@ def test_adapters_with_one_level_are_refused_with_cache(model: Any) -> None:
 def test_finished_text_isn_t_computed_again(model: Any) -> None:
     widths: list[int] = []
     model.model.embed_tokens.register_forward_hook(lambda _, args, __: widths.append(args[0].shape[1]))
-    answers(model, True, steps=3, stop_at_eos=False)
-    # blocks 0 (prompts of 3 and 4 tokens end in it) to 5 in one step each, which computes the finished block too
-    assert widths == [4] + [8] * 5
+    answers(model, True, steps=2, stop_at_eos=False)
+    # blocks 0 (prompts of 3 and 4 tokens end in it) to 4 in one step each, which computes the finished block too
+    assert widths == [4] + [8] * 4
     widths.clear()
     generate(model, PROMPTS, gen_length=4, steps=1)
     assert widths == [12, 8]  # the prompt's two whole blocks at once
@@ -158,7 +170,7 @@ def test_adapters_with_virtual_tokens_are_refused(model: Any) -> None:
 
 def test_settings_that_conflict_with_blocks_are_refused(model: Any) -> None:
     with pytest.raises(ValueError, match="blocks of 4"):
-        answers(model, True, block_length=6)
+        answers(model, True, gen_length=12, block_length=6)
     with pytest.raises(ValueError, match="cfg_scale is"):
         answers(model, True, cfg_scale=1.0)
     with pytest.raises(ValueError, match="cache is 'dual'"):

@@ -32,11 +32,12 @@ from nara_diffusion.dllm.kinds.canvas_kind import CANVAS
 from nara_diffusion.dllm.kinds.masked_kind import MASKED
 from nara_diffusion.dllm.mask_draws import draw_noise_levels
 from nara_diffusion.dllm.masking import MaskedBatch
+from nara_diffusion.dllm.preference_loss import preference_loss
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dllm.text_report import Evaluation
 from nara_diffusion.training.engine_models import recompute_activations
 from tests.acceptance._text import nara
-from tests.helpers.mixtures import LLADA2, MASK, block_seen, write_checkpoint
+from tests.helpers.mixtures import LLADA2, MASK, SDAR_MOE, block_seen, write_checkpoint
 
 B = 4
 STARTS, SIZES = [5, 2, 8], [10, 9, 3]
@@ -44,9 +45,9 @@ IDS = torch.randint(6, MASK, (3, 15), generator=torch.Generator().manual_seed(0)
 BATCH: dict[str, Any] = {"input_ids": IDS, "prompt_lengths": STARTS, "answer_lengths": SIZES, "seed": 4}
 
 
-def tiny(folder: Path, **fields: Any) -> Any:
-    """A random LLaDA2 with experts, in float64."""
-    write_checkpoint(folder, LLADA2 | {"block_length": B})
+def tiny(folder: Path, published: dict[str, Any] = LLADA2, **fields: Any) -> Any:
+    """A random LLaDA2, or another family, with experts, in float64."""
+    write_checkpoint(folder, published | {"block_length": B})
     return load_backbone(str(folder), dtype=torch.float64, experts_implementation="eager", **fields)[0]
 
 
@@ -210,14 +211,16 @@ class ScalarCore(nn.Module):
         return level[:, None, None] * torch.eye(self.rank)
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize(
+    ("published", "linear_layers", "recomputed"), [(LLADA2, 15, False), (LLADA2, 15, True), (SDAR_MOE, 9, False)]
+)
 def test_each_layer_sees_the_level_of_each_token(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recomputed: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, published: dict[str, Any], linear_layers: int, recomputed: bool
 ) -> None:
     """λ of a token is read from a layer's output, also when backward computes the layer again."""
     monkeypatch.delitem(CUSTOM, "scalar", raising=False)
     register_core("scalar", ScalarCore)
-    base = tiny(tmp_path)
+    base = tiny(tmp_path, published)
     if recomputed:
         recompute_activations(base)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
@@ -242,7 +245,7 @@ def test_each_layer_sees_the_level_of_each_token(
     loss.loss.backward()
     expected = loss.forward_level.repeat_interleave(B, 1)
     assert len(expected.unique()) == 1 + 7  # seven blocks hold answers
-    assert len(seen) == 2 * 7 + 1
+    assert len(seen) == linear_layers
     assert (sum(map(len, seen.values())) > len(seen)) == recomputed
     for name, calls in seen.items():
         for levels in calls:
@@ -290,6 +293,32 @@ def test_validation_of_blocks_has_one_level_a_row(tmp_path: Path) -> None:
         },
         rel=1e-5,
     )
+
+
+def test_preferences_equal_passes_of_single_blocks(tmp_path: Path) -> None:
+    """A pair of rows 0 and 1. Each draw masks k of the n answer tokens of each block, which runs at k / n."""
+    model, draws = nara(tiny(tmp_path)), 2
+    options: dict[str, Any] = {"prompt_lengths": STARTS[:2], "answer_lengths": SIZES[:2], "seed": 4}
+    first_level = torch.tensor([0.35, 0.35])
+    indices = {"sample_indices": [7, 7], "noise_level": first_level}
+    loss = preference_loss(model, IDS[:2], **options, **indices, draws=draws, beta=0.3)
+    ratio = torch.zeros(2, dtype=torch.float64)
+    for draw in range(draws):
+        draw_options = {"sample_indices": [7 * draws + draw] * 2, "noise_level": first_level + draw / draws}
+        masking = {"mask_token_id": MASK, "block_length": B, "counted": True}
+        batch = mask_answers(IDS[:2], **options, **draw_options, **masking)
+        masked, answer = (tensor.unflatten(1, (-1, B)).sum(2) for tensor in (batch.masked, batch.answer))
+        levels = first_level[:, None] + draw / draws
+        assert masked.equal((levels * answer).ceil().long())
+        torch.testing.assert_close((batch.noise_level * answer).round().long(), masked)
+        for row in range(2):
+            gain = -reference(model, batch, row)
+            with model.disable_adapter():
+                gain = gain + reference(model, batch, row)
+            ratio[row] += SIZES[row] * gain.detach() / draws
+    expected = 0.3 * (ratio[0] - ratio[1])
+    assert expected.abs() > 0.05
+    torch.testing.assert_close(loss.margin.double(), expected[None], rtol=1e-4, atol=0)
 
 
 def test_objective_dfactory_draws_one_level_of_its_window(tmp_path: Path) -> None:

@@ -104,7 +104,10 @@ def test_paths_are_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch) -> Non
         return Dataset.from_list([{"prompt": "a", "completion": "b"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    for name in ("data.jsonl", "owner/data.json.gz", "./none", "../none", "/none", "~/none"):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    absent = tmp_path / "absent"
+    for name in ("data.jsonl", "owner/data.json.gz", "./absent", "../absent", str(absent), "~/absent-of-nara"):
         with pytest.raises(ValueError, match="there is no file"):
             read_records(name)
     assert requests == []

@@ -6,6 +6,7 @@ log p(x) ≥ − E_k n/k Σ_{j masked} − log p(x_j)
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -23,6 +24,12 @@ def pair() -> tuple[Any, ByHand]:
     return adapted_pair(VOCABULARY)
 
 
+@pytest.fixture(scope="module")
+def logits(pair: tuple[Any, ByHand]) -> Callable[[tuple[int, ...], int, float], Tensor]:
+    """Logits by hand (2, l, v) of ids, and of the ids with their prompt masked; each is computed once."""
+    return cache(lambda ids, prompt, level: pair[1]([ids, [MASK] * prompt + [*ids[prompt:]]], level))
+
+
 def check_gradients(model: Any, found: Tensor, expected: Tensor) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     for mine, theirs in zip(*(torch.autograd.grad(loss, trained) for loss in (found, expected)), strict=True):
@@ -36,17 +43,17 @@ def answer_bound(row: int, log_p: Callable[[list[int], float], Tensor]) -> Any:
 
 @pytest.mark.parametrize(("scale", "cap"), [(0.0, None), (1.5, None), (1.5, 1e9)])
 def test_likelihood_of_short_answer_sums_all_masks(
-    pair: Any, scale: float, cap: float | None, monkeypatch: pytest.MonkeyPatch
+    pair: Any, logits: Any, scale: float, cap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guided, too, in the head and by all logits: under a cap, which is too high to change a thing, `head` is None."""
-    model, by_hand = pair
+    model, _ = pair
     monkeypatch.setattr(model.get_base_model().config, "final_logit_softcapping", cap, raising=False)
     actual = log_likelihood(model, **batch(), samples=70, batch_size=5, cfg_scale=scale)
     assert (actual.dtype, actual.requires_grad) == (torch.float64, False)
     for i, prompt in enumerate(PROMPTS):
 
         def log_p(ids: list[int], level: float, prompt: int = prompt) -> Tensor:
-            prompted, blind = by_hand([ids, [MASK] * prompt + ids[prompt:]], level)  # (l, v) each
+            prompted, blind = logits(tuple(ids), prompt, level)  # (l, v) each
             return ((1 + scale) * prompted - scale * blind).log_softmax(-1)
 
         assert float(actual[i]) == pytest.approx(float(answer_bound(i, log_p)), rel=1e-4)

@@ -17,11 +17,13 @@ from nara_diffusion.dllm import load_backbone, masked_diffusion_loss
 from nara_diffusion.dllm.models.block_causal import (
     BlockQwen2ForCausalLM,
     BlockQwen3ForCausalLM,
+    BlockQwen3MoeForCausalLM,
     ShiftedBlockQwen2ForCausalLM,
 )
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dllm.train import main
 from pipelines.llada import LLaDAPipeline
+from tests.acceptance._commands import ROOT, results, run
 from tests.acceptance._runs import block_flags
 from tests.helpers.mixtures import (
     A2D_QWEN2,
@@ -31,16 +33,20 @@ from tests.helpers.mixtures import (
     LLADA_MOE,
     MASK,
     SDAR,
+    SDAR_MOE,
     VOCABULARY,
     ByHand,
     block_seen,
     write_checkpoint,
 )
 
+EAGER = {"experts_implementation": "eager"}  # grouped products of experts aren't there in float64
 # name: fields, arguments, class, block length
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], type, int]] = {
     "SDAR": (SDAR, {}, BlockQwen3ForCausalLM, 4),
     "SDAR of other blocks": (SDAR, {"block_length": 3}, BlockQwen3ForCausalLM, 3),
+    "SDAR with experts": (SDAR_MOE, EAGER, BlockQwen3MoeForCausalLM, 4),
+    "SDAR with experts and other blocks": (SDAR_MOE, EAGER | {"block_length": 3}, BlockQwen3MoeForCausalLM, 3),
     "Fast-dLLM v2": (FAST_DLLM, {}, ShiftedBlockQwen2ForCausalLM, 4),
     "A2D-Qwen3": (A2D_QWEN3, {}, Qwen3ForCausalLM, 11),
     "A2D-Qwen3 by blocks": (A2D_QWEN3, {"block_length": 4}, BlockQwen3ForCausalLM, 4),
@@ -94,14 +100,15 @@ def test_loaded_checkpoint_has_the_logits_by_hand(name: str, tmp_path: Path) -> 
     model.save_pretrained(tmp_path / "copy")
     tokenizer.save_pretrained(tmp_path / "copy")
     assert load_file(tmp_path / "copy" / "model.safetensors").keys() == state.keys()
-    again, _ = load_backbone(str(tmp_path / "copy"), dtype=torch.float64)
+    how = {key: value for key, value in options.items() if key != "block_length"}
+    again, _ = load_backbone(str(tmp_path / "copy"), dtype=torch.float64, **how)
     assert type(again) is stock
     with torch.no_grad():
         torch.testing.assert_close(again(IDS, attention_mask=real).logits, logits, rtol=0, atol=1e-9)
 
 
 def test_absent_block_length_is_the_published_one(tmp_path: Path) -> None:
-    for fields, key, published in ((SDAR, "block_size", 4), (FAST_DLLM, "bd_size", 32)):
+    for fields, key, published in ((SDAR, "block_size", 4), (SDAR_MOE, "", 4), (FAST_DLLM, "bd_size", 32)):
         write_checkpoint(tmp_path, {name: value for name, value in fields.items() if name != key})
         assert load_backbone(str(tmp_path))[0].config.block_length == published
 
@@ -118,9 +125,8 @@ def test_mask_token_is_read_from_the_vocabulary(token: str, tmp_path: Path) -> N
 
 
 def test_rnd1_is_a_bidirectional_qwen3_moe(tmp_path: Path) -> None:
-    fields = LLADA_MOE | {"head_dim": 6, "moe_layer_freq": [1, 1, 1]}
+    fields = LLADA_MOE | {"head_dim": 6, "moe_layer_freq": [1, 1, 1], "norm_topk_prob": True}
     by_hand = ByHand(fields, write_checkpoint(tmp_path, fields))
-    by_hand.chosen = lambda logits, at: _normalised(logits)  # type: ignore[method-assign]
     rnd1_fields = {key: value for key, value in SDAR.items() if key in RND1_SHARES}
     rnd1_fields |= {"model_type": "rnd1", "moe_backend": "hf", "num_diffusion_steps": 256, "rms_norm_eps": 1e-5}
     rnd1_fields |= {
@@ -149,17 +155,10 @@ def test_rnd1_is_a_bidirectional_qwen3_moe(tmp_path: Path) -> None:
         torch.testing.assert_close(model(IDS).logits[0], by_hand(IDS[0]), rtol=0, atol=1e-5)
 
 
-def _normalised(logits: Tensor) -> tuple[Tensor, list[int]]:
-    chosen = logits.topk(3).indices.tolist()
-    scores = logits.softmax(-1)
-    return scores / scores[chosen].sum(), chosen
-
-
 REFUSED = {
     "llava_llada": "images",
     "mmada": "images",
     "nemotron_labs_diffusion": "autoregressive loss",
-    "sdar_moe": "modelling file",
     "wedlm": "causal attention",
 }
 
@@ -172,7 +171,7 @@ def test_unsupported_family_is_refused_with_the_reason(family: str, tmp_path: Pa
 
 
 def test_unknown_fields_and_foreign_block_lengths_are_refused(tmp_path: Path) -> None:
-    for fields in (SDAR, FAST_DLLM):
+    for fields in (SDAR, SDAR_MOE, FAST_DLLM):
         write_checkpoint(tmp_path, fields | {"expert_capacity": 3})
         with pytest.raises(ValueError, match="expert_capacity=3"):
             load_backbone(str(tmp_path))
@@ -183,12 +182,12 @@ def test_unknown_fields_and_foreign_block_lengths_are_refused(tmp_path: Path) ->
     assert load_backbone(str(tmp_path), block_length=6)[0].config.block_length == 6
 
 
-@pytest.mark.parametrize("name", ["SDAR", "Fast-dLLM v2"])
+@pytest.mark.parametrize("name", ["SDAR", "SDAR with experts", "Fast-dLLM v2"])
 def test_loss_is_that_by_hand(name: str, tmp_path: Path) -> None:
     """The whole answer is the last block, and all of it is masked."""
-    fields, _, _, block = FAMILIES[name]
+    fields, options, _, block = FAMILIES[name]
     state = write_checkpoint(tmp_path, fields)
-    model, _ = load_backbone(str(tmp_path), dtype=torch.float64)
+    model, _ = load_backbone(str(tmp_path), dtype=torch.float64, **options)
     ids, start = IDS[:, : 2 * block].masked_fill(IDS[:, : 2 * block] == MASK, 7), block
     masked = ids.clone()
     masked[:, start:] = MASK
@@ -199,12 +198,12 @@ def test_loss_is_that_by_hand(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(loss.per_sample[row].double(), by_hand, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["SDAR", "Fast-dLLM v2"])
+@pytest.mark.parametrize("name", ["SDAR", "SDAR with experts", "Fast-dLLM v2"])
 def test_blocks_of_one_pass_equal_single_passes(name: str, tmp_path: Path) -> None:
     """Each block is predicted after a clean text, as in sampling: by its noisy part and clean blocks."""
-    fields, _, _, block = FAMILIES[name]
+    fields, options, _, block = FAMILIES[name]
     state = write_checkpoint(tmp_path, fields)
-    model, _ = load_backbone(str(tmp_path), dtype=torch.float64)
+    model, _ = load_backbone(str(tmp_path), dtype=torch.float64, **options)
     ids = torch.randint(6, MASK, (1, 3 * block), generator=torch.Generator().manual_seed(1))
     start = block - 1  # the answer begins inside the first block
     batch = masked_diffusion_loss(model, ids, [start], seed=3)
@@ -246,3 +245,22 @@ def test_fast_dllm_run_trains_by_blocks_and_loads(tmp_path: Path) -> None:
     scope: dict[str, Any] = {}
     exec((tmp_path / "run" / "README.md").read_text().split("```python")[1].split("```")[0], scope)
     assert scope["tokens"].shape[1] == scope["prompt"].shape[1] + 8
+
+
+@pytest.mark.slow
+def test_shipped_sdar_learns_and_answers_by_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    shipped = "examples/assets/sdar-tiny"
+    config = "train_scripts/configs/llada2_tiny.yaml"
+    run("dllm.py", config=config, pretrained_model_name_or_path=shipped, output_dir=tmp_path)
+    figures = results(tmp_path)
+    assert (figures["exact_match_before"], figures["n"]) == (0, 256)
+    assert figures["exact_match_after"] >= 0.9
+    pipe: Any = LLaDAPipeline.from_pretrained(shipped)
+    assert type(pipe.transformer) is BlockQwen3ForCausalLM
+    pipe.load_nara_weights(tmp_path)
+    test = Path("examples/assets/two-step/test.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in test[:100]]
+    texts = [pipe(row["instruction"], gen_length=16).texts[0] for row in rows]
+    right = [text == row["answer"] for text, row in zip(texts, rows, strict=True)]
+    assert sum(right) >= 90

@@ -32,6 +32,7 @@ LINE = (
 SAMPLED: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 1.0}
 TEACHER: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0}
 PROMPTS = ["a photo of toy", "red cube on grass", "a toy"]
+SHORT: dict[str, Any] = {"trajectories": 4, "max_train_steps": 4, "checkpointing_steps": None}
 
 
 def flags_of(folder: Path, pipe: Any) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def test_killed_run_resumes_without_teacher_to_same_bits(
 
 
 def test_flow_is_taught_too(tmp_path: Path) -> None:
-    flags = flags_of(tmp_path, small_sd3()) | {"adapter": "nara", "learning_rate": 3e-2, "max_train_steps": 8}
+    flags = flags_of(tmp_path, small_sd3()) | SHORT | {"adapter": "nara", "learning_rate": 3e-2}
     flags |= {"target_modules": "all-linear"}
     run("dreambooth.py", **flags, output_dir=tmp_path / "out")
     figures = results(tmp_path / "out")
@@ -183,7 +184,7 @@ def test_student_learns_beside_the_users_own_adapter(
     adapt(users.unet, NaraConfig(r=2, target_modules=["to_k", "to_q"], core_hidden_dims=(4,)), "mine")
     disturb(users.unet, scale=0.3)
     users.save_nara_weights(tmp_path / "own", adapter_name="mine")
-    run("dreambooth_sdxl.py", **sdxl, init_adapter=tmp_path / "own", output_dir=tmp_path / "out")
+    run("dreambooth_sdxl.py", **sdxl | SHORT, init_adapter=tmp_path / "own", output_dir=tmp_path / "out")
     written = load_file(tmp_path / "out" / "pytorch_nara_weights.safetensors")
     assert not any("own" in key.split(".") for key in written)
     assert results(tmp_path / "out")["validation_loss_after"] < 1

@@ -13,7 +13,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
-from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -112,11 +111,11 @@ def test_levels_split_where_the_stock_pipeline_switches() -> None:
 def test_experts_are_drawn_by_their_share_of_levels(group_size: int) -> None:
     levels = {"transformer": torch.arange(333, 1000), "transformer_2": torch.arange(333)}
     draw = ExpertDraw(levels, seed=5, samples=6, group_size=group_size)
-    forwards = [draw(6 * number) for number in range(3000)]
-    assert forwards == [draw(6 * number + 5) for number in range(3000)]  # by any process, for any of its samples
-    assert forwards != [ExpertDraw(levels, seed=6, samples=6)(6 * number) for number in range(3000)]
+    forwards = [draw(6 * number) for number in range(900)]
+    assert forwards[:90] == [draw(6 * number + 5) for number in range(90)]  # by any process, for any of its samples
+    assert forwards[:90] != [ExpertDraw(levels, seed=6, samples=6)(6 * number) for number in range(90)]
     high = np.array(forwards) == "transformer"
-    assert high.mean() == pytest.approx(0.667, abs=0.025)  # three standard deviations
+    assert high.mean() == pytest.approx(0.667, abs=0.047)  # three standard deviations
     if group_size == 3:
         assert set(high.reshape(-1, 3).sum(1)) <= {1, 2, 3}
         assert high.reshape(-1, 3).sum(1).std() < 0.1  # 0.82 of independent draws
@@ -262,8 +261,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return events
 
 
-@pytest.mark.parametrize("kind", ["nara_dora", "lora"])
-def test_swapped_experts_train_and_sample_the_same(kind: str, tmp_path: Path, loads: list[str]) -> None:
+def test_swapped_experts_train_and_sample_the_same(tmp_path: Path, loads: list[str]) -> None:
     call: dict[str, Any] = {"prompt": "a toy", "height": 16, "width": 16, "num_frames": 1, "num_inference_steps": 4}
     call |= {"guidance_scale": 1.0, "max_sequence_length": 20}
     samples, results, images = samples_of(tmp_path / "pictures"), [], []
@@ -272,9 +270,9 @@ def test_swapped_experts_train_and_sample_the_same(kind: str, tmp_path: Path, lo
         sampling: Any = sharing_pipeline(pipe, torch.float32)
         if is_swapped:
             ExpertSwap(pipe, family_of(pipe), CPU).attach(sampling)
-        common: dict[str, Any] = {"r": 2, "target_modules": ["to_q", "ffn.net.2"]}
-        config = NaraConfig(use_dora=True, noise_convention="flow", **common)
-        model, step = adapted(pipe, config if kind == "nara_dora" else LoraConfig(**common))
+        targets = ["to_q", "ffn.net.2"]
+        config = NaraConfig(r=2, target_modules=targets, use_dora=True, noise_convention="flow")
+        model, step = adapted(pipe, config)
         optimizer = torch.optim.AdamW(model.trained.values(), lr=1e-2)
         loads.clear()
         experts = [step.experts(2 * number) for number in range(6)]
@@ -335,6 +333,7 @@ def test_run_of_both_loads_by_one_call(finished: Path) -> None:
     check_record(check_samples(finished))
 
 
+@pytest.mark.slow
 def test_resumed_run_of_both_has_the_same_bits(finished: Path, flags: dict[str, Any], tmp_path: Path) -> None:
     again = {"output_dir": tmp_path / "again", "resume_from_checkpoint": finished / "checkpoint-2"}
     run("dreambooth.py", **flags, **again)
@@ -378,17 +377,15 @@ def test_lora_of_both_is_two_files(flags: dict[str, Any], tmp_path: Path) -> Non
 
 
 def test_plan_has_one_expert_on_the_device(flags: dict[str, Any]) -> None:
-    changes = {"pretrained_model_name_or_path": str(flags["pretrained_model_name_or_path"]), "resolution": 32}
-    figures = {}
-    for expert in ("high", "both"):
-        args = replace(arguments(plan=1.0, expert=expert, adapter="lora", target_modules=["to_q"]), **changes)
-        figures[expert] = measure(planned_image_step(args), args)
-    both, high = figures["both"], figures["high"]
+    changes = {"pretrained_model_name_or_path": str(flags["pretrained_model_name_or_path"]), "resolution": 16}
+    args = replace(arguments(plan=1.0, expert="both", adapter="lora", target_modules=["to_q"]), **changes)
+    step = planned_image_step(args)
+    assert step.swappable == 0
+    both, high = measure(step, args), planned_image_step(replace(args, expert="high")).model
     buffers = nbytes(small_wan_experts().transformer_2.buffers())  # of positions, which stay
-    assert both.weights - buffers == high.weights == high.parts["transformer"]
+    assert both.weights - buffers == both.parts["transformer"]
     assert both.parts.keys() == {"transformer", "transformer_2", "text_encoder", "vae"}
-    assert both.adapter == 2 * high.adapter
-    assert planned_image_step(args).swappable == 0
+    assert both.adapter == 2 * sum(parameter.nbytes for parameter in high.parameters() if parameter.requires_grad)
 
 
 @pytest.mark.parametrize(

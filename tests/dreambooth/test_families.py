@@ -14,7 +14,7 @@ from torch import Tensor
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth.caches import PromptCache, scale_latents
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
-from nara_diffusion.dreambooth.families import Family
+from nara_diffusion.dreambooth.families import Family, placed
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.pipelines import family_of
 from tests.helpers.adapted import disturb
@@ -98,12 +98,13 @@ def test_denoiser_is_called_as_its_pipeline_calls_it(name: str) -> None:
     scheduler, denoiser = run.pipe.scheduler, getattr(run.pipe, run.family.denoiser)
     embeddings = run.family.encode(run.pipe, PROMPTS)
     assert not any(torch.equal(part[0], part[1]) for part in embeddings if part.is_floating_point())
+    states = placed(embeddings, torch.device("cpu"))
     time_ids = torch.tensor([[*run.size, 0, 0, *run.size]]).expand(2, -1)
     for step in (1, 2):
         theirs = run.calls[step]
         sample = run.grid(step - 1) if run.family.is_flow else theirs["sample"]
         with recorded(denoiser) as ours:
-            prediction = run.family.predict(denoiser, sample, scheduler.timesteps[step].expand(2), time_ids, embeddings)
+            prediction = run.family.predict(denoiser, sample, scheduler.timesteps[step].expand(2), time_ids, states)
         if run.family.is_flow:  # what the pipeline's Euler step made of its denoiser's output
             moved = (scheduler.sigmas[step + 1] - scheduler.sigmas[step]) * prediction
             torch.testing.assert_close(sample + moved, run.grid(step), rtol=1e-5, atol=1e-5)
@@ -134,7 +135,7 @@ def inputs(model: AdaptedDenoiser) -> tuple[dict[str, Any], Tensor]:
     latents = scale_latents(pipe.vae, torch.randn(2, channels, 8, 4, generator=generator))
     objective = build_objective(pipe.scheduler)
     corrupted = objective.corrupt(latents, torch.randn(latents.shape, generator=generator), INDICES)
-    embeddings = PromptCache(pipe, model.family).get(PROMPTS)
+    embeddings = placed(PromptCache(pipe, model.family).get(PROMPTS), torch.device("cpu"))
     ids = torch.tensor([[16.0, 16, 0, 0, 16, 16]]).expand(2, -1)
     call = {"sample": corrupted.model_input, "timestep": corrupted.timestep, "time_ids": ids, "embeddings": embeddings}
     return call, corrupted.target
@@ -150,7 +151,8 @@ def test_family_trains_at_the_objectives_noise_levels(name: str) -> None:
         levels = levels_of_core(model.denoiser, lambda: outputs.append(model(**call)))
         for i in range(2):  # each with padding that nothing reads
             alone = {key: value[i : i + 1] for key, value in call.items() if key != "embeddings"}
-            single = model(**alone, embeddings=PromptCache(model.pipe, model.family).get(PROMPTS[i : i + 1]))
+            embeddings = PromptCache(model.pipe, model.family).get(PROMPTS[i : i + 1])
+            single = model(**alone, embeddings=placed(embeddings, torch.device("cpu")))
             torch.testing.assert_close(single, outputs[0][i : i + 1], rtol=2e-4, atol=2e-4)
     assert levels == pytest.approx(build_objective(model.pipe.scheduler).noise_levels[INDICES].tolist(), abs=1e-6)
     assert outputs[0].shape == target.shape

@@ -201,8 +201,8 @@ def test_most_frequent_size_counts_repeats(folders) -> None:
 def test_run_learns_from_folders_and_notices_changes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     flags = image_flags(tmp_path, small_sdxl()) | {"max_train_steps": None, "num_train_epochs": 1, "curve_points": 1}
-    flags["instance_prompt"] = None
-    dog = {"instance_data_dir": str(flags.pop("instance_data_dir")), "instance_prompt": "a [trigger]", "repeats": 3}
+    flags |= {"instance_prompt": None, "checkpointing_steps": 4}
+    dog = {"instance_data_dir": str(flags.pop("instance_data_dir")), "instance_prompt": "a [trigger]", "repeats": 2}
     style = folder_of(tmp_path / "style", [(40, 24), (24, 24)])
     (style / "00.txt").write_text("[trigger] by night")
     (style / "01.txt").write_text("[trigger] by day")
@@ -212,19 +212,19 @@ def test_run_learns_from_folders_and_notices_changes(tmp_path: Path, caplog: pyt
     file = listed(tmp_path, other, dog)
     args = image_arguments(flags, tmp_path / "run", dataset_config=file, trigger="sks")
     train.main(args)
-    assert "optimizer steps: 6 of 2 samples" in caplog.text  # 3 · 3 + 2 samples
+    assert "optimizer steps: 4 of 2 samples" in caplog.text  # 2 · 3 + 2 samples
     card = (tmp_path / "run" / "README.md").read_text()
     described = "2 images, 2 with captions of their own (.txt), and 2 images of “a night” for prior preservation"
-    assert f"trained on {described}; 3 images of “a sks”, 3 times an epoch" in card
+    assert f"trained on {described}; 3 images of “a sks”, 2 times an epoch" in card
     assert "3 images at 16 x 16, 2 images at 32 x 32; samples at 16 x 16" in card
     lines = (tmp_path / "run" / "samples-after" / "metadata.jsonl").read_text().splitlines()
     assert [yaml.safe_load(line)["text"] for line in lines] == ["xyz by night", "a sks", "xyz by day"]
     planned = planned_image_step(image_arguments(flags, tmp_path / "plan", dataset_config=file, trigger="sks"))
     assert planned.forward == "4 x 32 x 32 pixels"  # the largest, with its class images
 
-    listed(tmp_path, other, dog | {"repeats": 4})
+    listed(tmp_path, other, dog | {"repeats": 3})
     again = image_arguments(
         flags, tmp_path / "run", dataset_config=file, trigger="sks", resume_from_checkpoint="latest"
     )
     train.main(again)
-    assert "written with other training data, so their order starts again at step 6" in caplog.text
+    assert "written with other training data, so their order starts again at step 4" in caplog.text

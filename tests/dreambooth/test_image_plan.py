@@ -21,7 +21,7 @@ from nara_diffusion.training.live_storages import nbytes, tensors_of
 from nara_diffusion.training.plan import cheaper
 from tests.acceptance._runs import image_arguments, image_flags
 from tests.helpers.pipelines.families import FAMILY_PIPELINES
-from tests.helpers.plans import counted_run
+from tests.helpers.plans import counted_run, save_configurations
 from tests.helpers.small_pipelines import wide_flux
 
 ROOT = Path(__file__).parents[2]
@@ -73,11 +73,20 @@ def test_plan_agrees_with_a_quantised_swapped_run(tmp_path: Path, monkeypatch: p
     assert figures["peak"] == pytest.approx(staying + peak, rel=0.05)
 
 
-def test_plan_of_caching_counts_encoders_one_by_one(tmp_path: Path) -> None:
+def test_plan_of_caching_counts_encoders_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without weights and data, in a folder that stays empty."""
     pipe = FAMILY_PIPELINES["sdxl"]()
-    pipe.save_pretrained(tmp_path)
-    args = DreamBoothArguments(pretrained_model_name_or_path=str(tmp_path), plan=math.inf, resolution=16)
+    save_configurations(pipe, tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    args = DreamBoothArguments(pretrained_model_name_or_path=str(tmp_path / "model"), plan=math.inf, resolution=16)
     figures = images.main(args)
+    assert list(Path().iterdir()) == []
+    printed = capsys.readouterr().out
+    assert f"{figures['trainable']:,} trainable parameters" in printed
+    assert f"{figures['peak'] / 1e9:.2f} GB" in printed
     models = modules_of(pipe)
     for name, size in figures["parts"].items():
         assert size == pytest.approx(nbytes(tensors_of(models[name])), rel=1e-3)  # a NaRA has a buffer

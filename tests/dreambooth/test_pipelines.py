@@ -32,7 +32,7 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("method", ["nara", "dora", "hira"])
 def test_every_trained_weight_gets_a_float32_gradient(method: str) -> None:
     pipe = small_sdxl()
     pipe.to(dtype=torch.bfloat16)

@@ -71,10 +71,8 @@ def test_denoiser_and_language_model_are_rounded_and_shared(bits: int, flags: di
 
 
 ADAPTERS: dict[str, Any] = {
-    "nara": NaraConfig(r=3, lora_alpha=5, core_init="kaiming", init_lora_weights=False),
     "nara_dora": NaraConfig(r=3, lora_alpha=5, core_init="kaiming", init_lora_weights=False, use_dora=True),
     "lora": LoraConfig(r=3, lora_alpha=5, init_lora_weights=False),
-    "dora": LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, use_dora=True),
 }
 
 

@@ -12,7 +12,7 @@ import torch
 
 from nara_diffusion.dreambooth.fidelity import STRIP
 from nara_diffusion.dreambooth.shipped_images import CONFIGS, family_defaults, shipped_run
-from tests.acceptance._commands import metrics, results, run, tensors
+from tests.acceptance._commands import ROOT, metrics, results, run, tensors
 from tests.acceptance._runs import ASSETS, image_flags
 from tests.dreambooth.pictures import folder_of
 from tests.helpers.small_pipelines import small_sd3, small_sdxl
@@ -103,6 +103,18 @@ def test_named_model_defaults_to_its_size_and_steps(tmp_path: Path, caplog: pyte
     config = json.loads((tmp_path / "unet" / "config.json").read_text())
     (tmp_path / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": None}))
     assert "resolution" not in family_defaults({NAMED: str(tmp_path)})
+
+
+def test_own_images_without_model_warn_of_the_toy(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    values = shipped_run({"instance_data_dir": "pictures"}, CONFIGS / "sdxl_tiny.yaml")
+    toy, _, advice = caplog.messages
+    assert f"{values[NAMED]}, a toy of 64 pixels" in toy
+    file, model = "train_scripts/configs/sdxl_dreambooth.yaml", "stabilityai/stable-diffusion-xl-base-1.0"
+    assert advice.startswith("for SDXL at 1024 add ")
+    assert f"--config {file}" in advice
+    assert f"--{NAMED} {model}" in advice
+    assert f"{NAMED}: {model}\n" in (ROOT / file).read_text()
 
 
 def test_another_model_is_taught_with_dora_by_default() -> None:

@@ -138,6 +138,7 @@ def test_trials_refuses_a_loss_that_is_not_finite():
         next(trials(linear_task(lambda levels: levels / 0), progress=False))
 
 
+@pytest.mark.slow
 def test_token_trials_train_and_measure_their_own_losses():
     """`with_token` here is a task that a LoRA can learn; the other arms' it can't."""
     task = linear_task(turning, settings={"steps": 30, "samples": 50, "repeats": 1}, learning_rate=1e-3)
@@ -170,7 +171,10 @@ TIME = {
 OTHERS = ("text_embedder", "guidance_embedder", "context_embedder", "proj_out", "to_q", "proj_in", "ff", "mlp")
 
 
-@pytest.mark.parametrize("make", TIME, ids=lambda make: make.__name__)
+SLOW = [pytest.param(make, marks=pytest.mark.slow) for make in TIME if make not in (small_sdxl, small_flux)]
+
+
+@pytest.mark.parametrize("make", [small_sdxl, small_flux, *SLOW], ids=lambda make: make.__name__)
 def test_time_layers_get_a_lora_of_naras_size(make):
     pipe = make()
     config: Any = NaraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["to_q", "to_k"])

@@ -135,6 +135,42 @@ SDAR: dict[str, Any] = {
     "vocab_size": VOCABULARY,
 }
 """All fields that the public configuration of SDAR-4B-Chat has, at a tiny size."""
+SDAR_MOE: dict[str, Any] = {
+    "model_type": "sdar_moe",
+    "architectures": ["SDARMoeForCausalLM"],
+    "auto_map": {"AutoModelForCausalLM": "modeling_sdar_moe.SDARMoeForCausalLM"},
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 1,
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "hidden_size": 24,
+    "initializer_range": 0.02,
+    "intermediate_size": 40,
+    "max_position_embeddings": 128,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 12,
+    "norm_topk_prob": True,
+    "num_attention_heads": 4,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": 600.0,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": VOCABULARY,
+}
+"""All fields that the public configuration of SDAR-30B-A3B-Chat has, at a tiny size."""
 FAST_DLLM: dict[str, Any] = {
     "model_type": "Fast_dLLM_Qwen",
     "architectures": ["Fast_dLLM_QwenForCausalLM"],
@@ -211,7 +247,7 @@ def llada2_state(fields: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def qwen_state(fields: dict[str, Any]) -> dict[str, Tensor]:
-    """Qwen3, with norms of q and k, if `fields` has head_dim; else Qwen2, with biases."""
+    """Qwen3, with norms of q and k, if `fields` has head_dim, and with experts if it has these; else Qwen2."""
     d, heads, keys = (fields[n] for n in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
     size = fields.get("head_dim") or d // heads
     state = {"model.embed_tokens.weight": _around(0, VOCABULARY, d), "model.norm.weight": _around(1, d)}
@@ -227,7 +263,12 @@ def qwen_state(fields: dict[str, Any]) -> dict[str, Tensor]:
             elif name != "v":
                 state[f"{at}.self_attn.{name}_norm.weight"] = _around(1, size)
         state[f"{at}.self_attn.o_proj.weight"] = _around(0, d, heads * size)
-        state |= _mlp(f"{at}.mlp", d, fields["intermediate_size"])
+        if "num_experts" in fields:
+            state[f"{at}.mlp.gate.weight"] = _around(0, fields["num_experts"], d)
+            for expert in range(fields["num_experts"]):
+                state |= _mlp(f"{at}.mlp.experts.{expert}", d, fields["moe_intermediate_size"])
+        else:
+            state |= _mlp(f"{at}.mlp", d, fields["intermediate_size"])
     return state
 
 
@@ -338,7 +379,8 @@ class ByHand:
     def chosen(self, logits: Tensor, at: str) -> tuple[Tensor, list[int]]:
         count = self.fields["num_experts_per_tok"]
         if not self.is_llada2:
-            return logits.softmax(-1), logits.topk(count).indices.tolist()
+            scores, chosen = logits.softmax(-1), logits.topk(count).indices.tolist()
+            return scores / scores[chosen].sum() if self.fields["norm_topk_prob"] else scores, chosen
         scores, groups = logits.sigmoid(), self.fields["n_group"]
         expected = scores + self.state[f"{at}.gate.expert_bias"]
         of_group = expected.view(groups, -1)

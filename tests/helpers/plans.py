@@ -12,6 +12,16 @@ from nara_diffusion.training.planned_step import StepCounter
 from nara_diffusion.training.run import start_run
 from nara_flags.parser import parse_arguments
 
+CONFIGURATIONS = ("config.json", "scheduler_config.json", "model_index.json")
+
+
+def save_configurations(pipe, folder):
+    """Save a pipeline's folder without weights and tokenizers."""
+    pipe.save_pretrained(folder)
+    for file in folder.rglob("*"):
+        if file.name not in CONFIGURATIONS and file.is_file():
+            file.unlink()
+
 
 def text_words(model, *more):
     return [
@@ -34,9 +44,9 @@ def counted_run(module, args, monkeypatch):
     """The highest live storages of the training loop of a real run, and its adapter's optimizer states."""
     steps, frozen = [], []
 
-    def counted(run, parts, loss, validate):
+    def counted(run, parts, *functions):
         with StepCounter(tensors_of(parts.model, *frozen)) as counter:
-            original(run, parts, loss, validate)
+            original(run, parts, *functions)
         states = [value for state in parts.optimizer.state.values() for value in state.values()]
         steps.extend([counter.peak, sum(value.nbytes for value in states if value.dim())])
 

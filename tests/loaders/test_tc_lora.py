@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import nara_command
 from nara_diffusion.loaders.other_trainers import PipelineComponents
-from nara_diffusion.loaders.tc_lora import read_tc_lora
+from nara_diffusion.loaders.tc_lora import convert_tc_lora
 from nara_diffusion.loaders.tensor_files import is_nara
+from nara_diffusion.loaders.tlora import OtherFile
 from tests.helpers.adapted import TwoLayers, relative_error
 from tests.helpers.denoisers import denoiser, inputs_of, run
 
@@ -114,7 +115,7 @@ def test_tc_lora_is_for_flows_without_mask() -> None:
     with pytest.raises(ValueError, match="rank_mask is for a T-LoRA"):
         pipe.load_nara_weights(tensors, rank_mask={"min": 1})
     assert not hasattr(model, "peft_config")
-    config = read_tc_lora(tensors).config
+    config = convert_tc_lora(OtherFile(tensors)).config
     assert (config.noise_convention, config.noise_level_per) == ("flow", "sample")
 
 

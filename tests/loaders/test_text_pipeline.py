@@ -34,8 +34,13 @@ def pipeline(scheduler=None, model=None):
 
 def sampled(pipe, **options):
     generator = torch.Generator().manual_seed(3)
-    options |= {"gen_length": 2 * CANVAS, "num_inference_steps": 4, "output_type": "seq", "generator": generator}
-    return pipe(prompt=["a", "b"], **options).sequences
+    settings = {"gen_length": 2 * CANVAS, "num_inference_steps": 4, "output_type": "seq", "generator": generator}
+    return pipe(prompt=["a", "b"], **settings | options).sequences
+
+
+def short(pipe):
+    """The first canvas."""
+    return sampled(pipe, gen_length=CANVAS)
 
 
 BOTH = r".*(encoder\.language_model|decoder)\.layers\..*(q_proj|o_proj)"
@@ -83,25 +88,25 @@ def test_adapters_are_swapped_chosen_deleted_and_loaded_again(tmp_path):
     for folder in folders:
         pipe = pipeline()
         pipe.load_nara_weights(folder)
-        alone.append(sampled(pipe))
+        alone.append(short(pipe))
     assert len({str(answer) for answer in alone}) == 3
 
     pipe = pipeline()
     pipe.load_nara_weights(folders[0], adapter_name="x")
     pipe.load_nara_weights(folders[1], adapter_name="x", hotswap=True)
-    assert torch.equal(sampled(pipe), alone[1])
+    assert torch.equal(short(pipe), alone[1])
     with pytest.raises(ValueError, match="hotswap keeps the modules"):
         pipe.load_nara_weights(folders[2], adapter_name="x", hotswap=True)
     pipe.load_nara_weights(folders[2], adapter_name="y")
     for name, expected in (("x", alone[1]), ("y", alone[2])):
         set_adapter(pipe.model, name)
-        assert torch.equal(sampled(pipe), expected)
+        assert torch.equal(short(pipe), expected)
     set_adapter(pipe.model, "x")
     delete_adapter(pipe.model, "y", "lora_")
-    assert torch.equal(sampled(pipe), alone[1])
+    assert torch.equal(short(pipe), alone[1])
     pipe.unload_nara_weights()
     pipe.load_nara_weights(folders[2])
-    assert torch.equal(sampled(pipe), alone[2])
+    assert torch.equal(short(pipe), alone[2])
 
 
 def test_models_sharing_a_scheduler_unload_in_any_order(tmp_path):
@@ -109,16 +114,16 @@ def test_models_sharing_a_scheduler_unload_in_any_order(tmp_path):
     for folder in folders:
         pipe = pipeline()
         pipe.load_nara_weights(folder)
-        alone.append(sampled(pipe))
+        alone.append(short(pipe))
     for first in (0, 1):
         scheduler = BlockRefinementScheduler(threshold=0.4)
         pipes = [pipeline(scheduler), pipeline(scheduler)]
         for pipe, folder in zip(pipes, folders, strict=True):
             pipe.load_nara_weights(folder)
         for i in (0, 1, 0):
-            assert torch.equal(sampled(pipes[i]), alone[i])
+            assert torch.equal(short(pipes[i]), alone[i])
         pipes[first].unload_nara_weights()
-        assert torch.equal(sampled(pipes[1 - first]), alone[1 - first])
+        assert torch.equal(short(pipes[1 - first]), alone[1 - first])
         pipes[1 - first].unload_nara_weights()
         assert not {"step", "step_correct"} & set(vars(scheduler))
 

@@ -292,6 +292,14 @@ def test_layer_of_another_rank_is_refused() -> None:
     refused(lambda: pipe.load_nara_weights(tensors, rank_mask=MASK), pipe, "ff_net_2' has rank 3")
 
 
+@pytest.mark.parametrize("tensor", [torch.ones(4, 3), "text"])
+def test_start_factor_of_another_kind_is_refused(tensor: Any) -> None:
+    pipe = _bases.sdxl()
+    key = f"{BLOCK}.attn1.processor.to_q_lora.base_q.weight"
+    tensors = repository_file(pipe.unet, SDXL, ortho=True) | {key: tensor}
+    refused(lambda: pipe.load_nara_weights(tensors, rank_mask=MASK), pipe, f"'{key}'")
+
+
 def changed_tensors(tensors: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
     """One tensor that is missing, of another size or type, not finite, or under another name."""
     key = sorted(tensors)[int(torch.randint(len(tensors), (1,), generator=generator))]

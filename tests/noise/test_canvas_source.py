@@ -27,7 +27,7 @@ from tests.helpers.tiny_gemma import CANVAS, VOCABULARY, tiny_gemma
 
 TARGETS = r".*(encoder\.language_model|decoder)\.layers\..*(q_proj|o_proj)"
 PROMPTS = torch.tensor([[5, 9, 11, 30], [7, 8, 40, 3], [22, 1, 2, 60]])
-STEPS, BLOCKS = 4, 2
+STEPS, BLOCKS = 3, 2
 GENERATION = {
     "max_new_tokens": BLOCKS * CANVAS,
     "max_denoising_steps": STEPS,

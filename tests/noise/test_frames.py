@@ -6,6 +6,7 @@ b, k and l are 3, 4 and 24; the text has 24 tokens as well, so that no size show
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def video(name: str) -> Tensor:
     return torch.randn(shape)
 
 
+@cache
 class Runs:
     """A denoiser with an adapter on each of its linear layers, and what the layers get and give in a forward."""
 

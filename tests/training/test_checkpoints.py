@@ -129,7 +129,7 @@ def test_full_disk_leaves_earlier_checkpoints_only(tmp_path: Path) -> None:
     assert TEXT not in names(tmp_path / "run")
 
 
-@pytest.mark.parametrize("file", ["samples.jsonl", "README.md", "results.json"])
+@pytest.mark.parametrize("file", ["samples.jsonl", "results.json"])
 def test_full_disk_after_training_names_file_and_checkpoint(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ from nara_diffusion.dllm import train as text
 from nara_diffusion.dreambooth import train as images
 from nara_diffusion.dreambooth.families import placed
 from nara_diffusion.dreambooth.image_arguments import run_family
-from nara_diffusion.dreambooth.image_plan import PlannedPrompts, pipeline_on_meta
+from nara_diffusion.dreambooth.image_plan import PlannedPrompts, pipeline_on_meta, planned_image_step
 from nara_diffusion.training.optimization import build_optimizer
 from nara_diffusion.training.plan import cheaper
 from nara_diffusion.training.planned_step import PlannedStep, StepCounter, measure, optimizer_bytes
@@ -30,19 +30,10 @@ from nara_diffusion.utils.quantised import prepare_quantised
 from nara_flags.parser import parse_arguments
 from nara_flags.training import OPTIMIZERS
 from tests.helpers.pipelines.families import FAMILY_PIPELINES
-from tests.helpers.plans import counted_run, planned, text_words
+from tests.helpers.plans import CONFIGURATIONS, counted_run, planned, save_configurations, text_words
 from tests.helpers.small_pipelines import small_sdxl
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
-CONFIGURATIONS = ("config.json", "scheduler_config.json", "model_index.json")
-
-
-def save_configurations(pipe, folder):
-    """Save a pipeline's folder without weights and tokenizers."""
-    pipe.save_pretrained(folder)
-    for file in folder.rglob("*"):
-        if file.name not in CONFIGURATIONS and file.is_file():
-            file.unlink()
 
 
 @pytest.fixture(scope="module")
@@ -80,15 +71,21 @@ def test_image_plan_is_what_the_run_holds(folders, tmp_path, monkeypatch):
     assert figures["optimizer"] == states
 
 
-def test_plan_needs_no_data_and_writes_nothing(folders, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    words = ["--pretrained_model_name_or_path", str(folders / "small"), "--resolution", "16", "--train_text_encoder"]
-    figures = planned(images, words)
-    printed = capsys.readouterr().out
-    assert "trainable parameters" in printed
-    assert f"{figures['peak'] / 1e9:.2f} GB" in printed
-    assert figures["trainable"] > planned(images, words[:-1])["trainable"]
-    assert list(tmp_path.iterdir()) == []
+def test_plan_of_trained_text_encoders_counts_them(folders):
+    words = ["--pretrained_model_name_or_path", str(folders / "small"), "--resolution", "16", "--plan"]
+    both, denoiser = (
+        planned_image_step(parse_arguments(images.DreamBoothArguments, words + more, defaults=images.shipped_run))
+        for more in (["--train_text_encoder"], [])
+    )
+    assert both.model.trained.keys() > denoiser.model.trained.keys()
+    assert both.parts.keys() < denoiser.parts.keys()
+
+
+@pytest.mark.slow
+def test_step_of_trained_text_encoders_is_planned(folders):
+    words = ["--pretrained_model_name_or_path", str(folders / "small"), "--resolution", "16"]
+    flops = [planned(images, words + more)["flops"] for more in (["--train_text_encoder"], [])]
+    assert flops[0] > flops[1]
 
 
 @pytest.mark.slow
@@ -136,9 +133,8 @@ def family_words(name, folder):
     return [*words, "--max_sequence_length", str(length)]
 
 
-@pytest.mark.parametrize(
-    "name", ["z_image", *[pytest.param(name, marks=pytest.mark.slow) for name in OTHER_FAMILIES[1:]]]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHER_FAMILIES)
 def test_other_families_are_planned(name, tmp_path):
     assert planned(images, family_words(name, tmp_path))["flops"] > 0
 
@@ -160,7 +156,7 @@ def test_a_run_with_a_teacher_has_no_plan():
         planned(images, ["--pretrained_model_name_or_path", str(ASSETS / "sdxl-tiny"), "--distill_to", "2"])
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_rounded_weights_take_what_bitsandbytes_stores(bits, folders):
     pytest.importorskip("bitsandbytes")
     figures = planned(text, text_words(folders / "llada-tiny", f"--load_in_{bits}bit"))

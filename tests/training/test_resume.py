@@ -21,10 +21,14 @@ from nara_diffusion.dllm import masked_diffusion_loss
 from nara_diffusion.dllm import train as dllm
 from nara_diffusion.dllm.kinds.masked_kind import MASKED
 from nara_diffusion.dllm.text_arguments import Arguments
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.train import main
 from nara_diffusion.loaders.file import AdapterFile
+from nara_diffusion.training.adapters import adapter_config
+from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.checkpoints import read_manifest, write_manifest
+from nara_diffusion.training.init_adapter import start_from
 from nara_diffusion.training.resuming import MAY_CHANGE, changed_arguments
 from tests.acceptance._commands import assert_same_bits, metrics, names
 from tests.acceptance._runs import IMAGES, TEXT, image_arguments, image_flags, text_arguments
@@ -334,7 +338,16 @@ def test_text_run_refuses_an_image_adapter(start: Path, tmp_path: Path) -> None:
         dllm.main(text_arguments(tmp_path, init_adapter=str(start)))
 
 
+def start_with(*flags: Any, **changes: Any) -> None:
+    """Start the adapter that the arguments describe, as a run does."""
+    args, pipe = image_arguments(*flags, **changes), small_sdxl()
+    config: Any = adapter_config(args, noise_convention="timestep", strength=schedule_of(args))
+    model = AdaptedDenoiser(pipe, config, train_text_encoder=args.train_text_encoder)
+    start_from(model.components, str(args.init_adapter), pipe)
+
+
 def test_other_flags_than_the_file_s_are_refused(images: dict[str, Any], start: Path, tmp_path: Path) -> None:
+    """By the arguments, or by the adapter that they describe."""
     for changes, message in [
         (
             {"adapter_options": {"core_hidden_dims": [8, 7], "core_sharing": "layer"}},
@@ -349,4 +362,4 @@ def test_other_flags_than_the_file_s_are_refused(images: dict[str, Any], start: 
     ]:
         values = {"init_adapter": str(start), **STILL, **changes}
         with pytest.raises(ValueError, match=message):
-            main(image_arguments(images, tmp_path / "run", **values))
+            start_with(images, tmp_path / "run", **values)

@@ -31,7 +31,7 @@ DFACTORY_WINDOW = NoiseWindow(0.3, 0.8)
 def _objective(flags: TextFlags) -> dict[str, Any]:
     """Return the arguments of LLaDA's objective, or of dFactory's."""
     options = mask_options(flags)
-    if flags.objective == "llada":
+    if flags.objective != "dfactory":
         return options
     if flags.complementary:
         raise ValueError(

@@ -30,7 +30,7 @@ single block."""
 
 
 def _objective(flags: TextFlags) -> dict[str, Any]:
-    if flags.objective != "llada":
+    if flags.objective == "dfactory":
         raise ValueError(
             f"objective is {flags.objective}, which is one of models with blocks (LLaDA2): leave it out."
         )

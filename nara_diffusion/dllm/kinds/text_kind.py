@@ -75,4 +75,7 @@ class TextKind:
     # flags → arguments of `build_adapter`; ValueError for layers that can't be adapted
     targets: Callable[[TextFlags], Mapping[str, Any]] = lambda flags: {}
     refused_methods: tuple[str, ...] = ()  # families of `training.adapters.Method`
+    note: str = ""  # about the figures
+    figures: tuple[str, ...] = ()  # attributes (b,) of the loss that are logged beside it
+    rows_per_sample: int = 1  # in a forward of the loss
     whole_because: str = ""  # the reason why engines can't shard the model; "" if they can

@@ -7,6 +7,7 @@ mask, or none, into the block mask of `nara_diffusion.noise.blocks`:
 |-------------------------|-----------------------------|
 | LLaDA2                  | LLaDA2ForCausalLM           |
 | SDAR, TraDo, A2D-Qwen3  | BlockQwen3ForCausalLM       |
+| SDAR, Qwen3-MoE         | BlockQwen3MoeForCausalLM    |
 | A2D-Qwen2               | BlockQwen2ForCausalLM       |
 | Fast-dLLM v2            | ShiftedBlockQwen2ForCausalLM|
 
@@ -26,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
+    Qwen3MoeForCausalLM,
 )
 
 from nara_diffusion.noise.blocks import attention_argument, block_mask
@@ -37,6 +39,7 @@ from .shifted_logits import ShiftedQwen2ForCausalLM
 __all__ = [
     "BlockQwen2ForCausalLM",
     "BlockQwen3ForCausalLM",
+    "BlockQwen3MoeForCausalLM",
     "LLaDA2ForCausalLM",
     "PreTrainedModel",
     "ShiftedBlockQwen2ForCausalLM",
@@ -93,13 +96,21 @@ class BlockCausalLM(PreTrainedModel):
         )
 
 
-class LLaDA2ForCausalLM(BlockCausalLM, Glm4MoeForCausalLM):
-    """LLaDA2, a Glm4Moe."""
+class BlockMixtureLM(BlockCausalLM):
+    """A mixture of experts."""
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         """Return True: transformers looks for its experts in the source of the class's module."""
         return True
+
+
+class LLaDA2ForCausalLM(BlockMixtureLM, Glm4MoeForCausalLM):
+    """LLaDA2, a Glm4Moe."""
+
+
+class BlockQwen3MoeForCausalLM(BlockMixtureLM, Qwen3MoeForCausalLM):
+    """SDAR with experts."""
 
 
 class BlockQwen3ForCausalLM(BlockCausalLM, Qwen3ForCausalLM):

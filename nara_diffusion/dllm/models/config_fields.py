@@ -147,6 +147,8 @@ SDAR = PublishedFields(
 )
 """SDAR and TraDo."""
 
+SDAR_MOE = PublishedFields("SDAR", "Qwen3Moe", {}, "block_length block_size max_window_layers")
+
 FAST_DLLM = PublishedFields(
     "Fast-dLLM v2", "Qwen2", {"attention_bias": (True, None)}, "bd_size block_length"
 )

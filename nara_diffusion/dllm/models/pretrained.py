@@ -8,8 +8,8 @@
 | DiffusionGemma               | …ForBlockDiffusion      | unchanged; no mask token          |
 | Dream                        | ShiftedQwen2ForCausalLM | `qwen_formats`                    |
 | SDAR, TraDo, Fast-dLLM v2    | Block…, ShiftedBlock…   | `qwen_formats`, `block_causal`    |
-| A2D, Qwen2, Qwen3            | …ForCausalLM, Block…    | `qwen_formats`                    |
-| Llama, Qwen3-MoE, RND1       | their …ForCausalLM      | attention made bidirectional      |
+| A2D, Qwen2, Qwen3, Qwen3-MoE | …ForCausalLM, Block…    | `qwen_formats`                    |
+| Llama, RND1                  | their …ForCausalLM      | attention made bidirectional      |
 | BERT, RoBERTa, ModernBERT, … | AutoModelForMaskedLM    | unchanged                         |
 
 `config.is_causal = False` makes attention bidirectional in transformers. No code of the checkpoint
@@ -74,7 +74,6 @@ REFUSED = {
     "llava_llada": "LLaDA-V reads images",
     "mmada": "MMaDA reads and makes images",
     "nemotron_labs_diffusion": "Nemotron-Labs-Diffusion is trained with an autoregressive loss beside its own",
-    "sdar_moe": "its modelling file isn't public in SDAR's repositories; the dense SDAR models are",
     "wedlm": "WeDLM has causal attention and fills a window of tokens in a changed order",
 }
 """{model_type: the reason why it can't be loaded}"""
@@ -194,10 +193,9 @@ def _class_and_config(
         return LLaDA2ForCausalLM, _bidirectional(LLaDA2MoeConfig, llada2_fields(fields)), False
     if "expert_intermediate_size" in fields:  # LLaDA-MoE has LLaDA's model_type
         return Qwen3MoeForCausalLM, _bidirectional(Qwen3MoeConfig, qwen3_moe_fields(fields)), False
-    if family in ("qwen3_moe", "rnd1"):
-        if family == "rnd1":
-            config_fields.RND1.check(fields, Qwen3MoeConfig)
-            fields = {key: value for key, value in fields.items() if value is not False}
+    if family == "rnd1":
+        config_fields.RND1.check(fields, Qwen3MoeConfig)
+        fields = {key: value for key, value in fields.items() if value is not False}
         return Qwen3MoeForCausalLM, _bidirectional(Qwen3MoeConfig, fields), False
     if family in ("llada", "illada", "llama"):
         if family != "llama":

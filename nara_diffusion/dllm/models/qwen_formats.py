@@ -1,4 +1,4 @@
-"""The families that publish a Qwen2 or a Qwen3, and the class of each.
+"""The families that publish a Qwen2, Qwen3 or Qwen3-MoE, and the class of each.
 
 A family is a row of `FORMATS`. A saved copy is read again as the same class, since its config.json
 says `block_length` and `shifted_logits`. dLLM's A2D checkpoints don't say which attention they were
@@ -18,12 +18,15 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from . import config_fields
 from .block_causal import (
     BlockQwen2ForCausalLM,
     BlockQwen3ForCausalLM,
+    BlockQwen3MoeForCausalLM,
     ShiftedBlockQwen2ForCausalLM,
 )
 from .shifted_logits import ShiftedQwen2ForCausalLM
@@ -52,10 +55,12 @@ class QwenFormat:
 FORMATS = {
     "qwen2": QwenFormat(Qwen2Config),
     "qwen3": QwenFormat(Qwen3Config),
+    "qwen3_moe": QwenFormat(Qwen3MoeConfig),
     "a2d-qwen2": QwenFormat(Qwen2Config),
     "a2d-qwen3": QwenFormat(Qwen3Config),
     "dream": QwenFormat(Qwen2Config, config_fields.DREAM, is_shifted=True),
     "sdar": QwenFormat(Qwen3Config, config_fields.SDAR, "block_size", 4),
+    "sdar_moe": QwenFormat(Qwen3MoeConfig, config_fields.SDAR_MOE, "block_size", 4),
     "fast_dllm_qwen": QwenFormat(Qwen2Config, config_fields.FAST_DLLM, "bd_size", 32, True),
 }
 """{model_type: format}. SDAR's row is TraDo's, too."""
@@ -66,6 +71,8 @@ _CLASSES: Mapping[tuple[type[PreTrainedConfig], bool, bool], type[PreTrainedMode
     (Qwen2Config, True, True): ShiftedBlockQwen2ForCausalLM,
     (Qwen3Config, False, False): Qwen3ForCausalLM,
     (Qwen3Config, True, False): BlockQwen3ForCausalLM,
+    (Qwen3MoeConfig, False, False): Qwen3MoeForCausalLM,
+    (Qwen3MoeConfig, True, False): BlockQwen3MoeForCausalLM,
 }
 """{(configuration, attends by blocks, is shifted): class}"""
 

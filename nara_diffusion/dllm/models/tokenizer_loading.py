@@ -24,6 +24,7 @@ _STOCK_TOKENIZERS: dict[str, type[PreTrainedTokenizerBase]] = {
     "lladamoe": PreTrainedTokenizerFast,
     "dream": Qwen2Tokenizer,
     "sdar": PreTrainedTokenizerFast,
+    "sdar_moe": PreTrainedTokenizerFast,
     "fast_dllm_qwen": PreTrainedTokenizerFast,
     "a2d-qwen2": PreTrainedTokenizerFast,
     "a2d-qwen3": PreTrainedTokenizerFast,
