@@ -131,11 +131,11 @@ class ObjectiveArguments:
         rare=True,
     )
     dpo_beta: Positive = option(
-        0.1, "dpo: weight of the difference of log-likelihood ratios, in 1 / nats.", rare=True
+        0.1, "For dpo: weight of the difference of log-likelihood ratios, in 1 / nats.", rare=True
     )
     dpo_draws: Count = option(
         8,
-        "dpo: masks of each answer; a forward has 2 x draws x --train_batch_size rows.",
+        "For dpo: masks of each answer; a forward has 2 x draws x --train_batch_size rows.",
         unit="masks",
         rare=True,
     )

@@ -83,7 +83,8 @@ def preference_loss(
     """
     if noise_level is None:
         noise_level = torch.tensor(draw_noise_levels(sample_indices, seed, group_size))
-    levels = 1 - (-noise_level[:, None] - torch.arange(draws) / draws) % 1  # (2b, K), in (0, 1]
+    turns = noise_level[:, None] + torch.arange(draws) / draws  # (2b, K)
+    levels = 1 + turns - turns.ceil()  # in (0, 1]
     rows = {
         "input_ids": input_ids,
         "prompt_lengths": prompt_lengths,

@@ -41,10 +41,10 @@ def arguments(folder: Path, flags: dict[str, Any], **changes: Any) -> Arguments:
 
 
 def flags_of(folder: Path) -> dict[str, Any]:
-    flags = text_flags(folder)
+    files = {}
     for seed, (name, count) in enumerate((("train", 12), ("validation", 5), ("test", 2))):
-        write_pairs(flags[f"{name}_file"], count, seed)
-    return flags
+        files[f"{name}_file"] = write_pairs(folder / f"{name}.jsonl", count, seed)
+    return text_flags(folder) | files
 
 
 def test_preference_run_logs_reports_and_resumes_exactly(tmp_path: Path) -> None:

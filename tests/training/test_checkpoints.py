@@ -185,7 +185,9 @@ def test_divergence_stops_before_it_is_saved(tmp_path: Path) -> None:
             value.per_sample[0] *= float("nan") if len(steps) == 3 else 1.0
             return value
 
-        patch.setattr("nara_diffusion.dllm.text_base.kind_of", lambda backbone: replace(MASKED, loss=diverging))
+        patch.setattr(
+            "nara_diffusion.dllm.text_base.kind_of", lambda backbone, flags=None: replace(MASKED, loss=diverging)
+        )
         with pytest.raises(TrainingDiverged, match=r"In step 3 the loss became nan\. .*checkpoint-2$"):
             dllm.main(args)
 

@@ -127,7 +127,9 @@ def test_other_data_start_in_a_fresh_order(
     other.write_text("".join(f'{{"instruction": "say {n}", "output": "{n}"}}\n' for n in range(8)))
     options: dict[str, Any] = {"train_file": str(other), "checkpointing_steps": 500}
     run = train(tmp_path, checkpointing_steps=500)
-    monkeypatch.setattr("nara_diffusion.dllm.text_base.kind_of", lambda backbone: replace(MASKED, loss=watched))
+    monkeypatch.setattr(
+        "nara_diffusion.dllm.text_base.kind_of", lambda backbone, flags=None: replace(MASKED, loss=watched)
+    )
     train(tmp_path / "fresh", **options)
     options |= LATEST | {"max_train_steps": None, "num_train_epochs": 1}
     train(tmp_path, **options)  # 8 records in steps of 4
