@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_record import ROOT, median_ratio, run_command, save_record, times_in_turn
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 
 OURS = ROOT / "train_scripts" / "dreambooth_sdxl.py"
 TARGETS = ("to_k", "to_q", "to_v", "to_out.0")  # those of their script
@@ -44,9 +45,10 @@ def widen(base: str, channels: int, folder: Path) -> int:
     pipe = StableDiffusionXLPipeline.from_pretrained(base)
     widths = {"block_out_channels": [channels, 2 * channels, 4 * channels], "attention_head_dim": 8}
     config = {**pipe.unet.config, **widths}
-    pipe.unet = UNet2DConditionModel.from_config(config)
+    unet: Any = UNet2DConditionModel.from_config(config)
+    pipe.register_modules(unet=unet)
     pipe.save_pretrained(folder)
-    return pipe.unet.num_parameters()
+    return unet.num_parameters()
 
 
 def run(command: list[str], output: Path) -> None:

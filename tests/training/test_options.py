@@ -338,7 +338,7 @@ def test_choices_are_those_of_the_library() -> None:
 def test_lasting_imports_collect_nothing_and_restore_the_collector(is_enabled):
     was_enabled, number = gc.isenabled(), gc.get_freeze_count()
     try:
-        gc.enable() if is_enabled else gc.disable()
+        (gc.enable if is_enabled else gc.disable)()
         with pytest.raises(ImportError), lasting_imports():
             assert not gc.isenabled()
             raise ImportError
@@ -349,4 +349,4 @@ def test_lasting_imports_collect_nothing_and_restore_the_collector(is_enabled):
         assert gc.get_freeze_count() > number
     finally:
         gc.unfreeze()
-        gc.enable() if was_enabled else gc.disable()
+        (gc.enable if was_enabled else gc.disable)()
