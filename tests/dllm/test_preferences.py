@@ -82,14 +82,14 @@ def test_preference_loss_equals_single_forwards_in_float64() -> None:
 def test_preference_draws_are_paired_and_spread() -> None:
     """Draws have λ₁ + k / K, a pair alone gets the same, and answers of one length get the same masks."""
     model, draws = nara(backbone(VOCABULARY)), 4
-    levels = torch.tensor([0.3, 0.9, 0.3, 0.9])
+    levels = torch.tensor([0.31, 0.91, 0.31, 0.91])
     with inputs_of(model) as seen:
         both = preference_loss(model, **pairs(), seed=2, draws=draws, noise_level=levels)
         alone = preference_loss(model, **pairs(1), seed=2, draws=draws, noise_level=levels[1::2])
     torch.testing.assert_close(alone.margin, both.margin[1:])
     assert both.noise_level.tolist() == levels[:2].tolist()
     counts = [ids.count(MASK) for ids in seen[: 4 * draws]]
-    shares = [[0.3, 0.55, 0.8, 0.05], [0.9, 0.15, 0.4, 0.65]]
+    shares = [[0.31, 0.56, 0.81, 0.06], [0.91, 0.16, 0.41, 0.66]]
     sizes = [len(answer) for which in (1, 2) for answer in (PAIRS[0][which], PAIRS[1][which])]
     assert counts == [
         math.ceil(share * n) for n, pair in zip(sizes, (0, 1, 0, 1), strict=True) for share in shares[pair]
