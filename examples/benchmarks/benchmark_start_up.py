@@ -8,7 +8,8 @@ Get their script from examples/dreambooth of huggingface/diffusers, at the tag o
 train rank 16 on the same four projections of each attention layer, in float32, with the same images, batch and steps.
 Ours trains a NaRA, caches latents, and makes its samples and curves at the default times; theirs trains a LoRA without
 samples. Each round runs both programs at `few_steps` and at `steps` in a random order, as processes of one thread. Per
-step is the difference of the two lengths; start and end is what remains. Ours takes as many samples in both.
+step is the difference of the two lengths; start and end is what remains. Ours takes as many samples in both. A first
+round, not counted, lets Python write its bytecode files.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def widen(base: str, channels: int, folder: Path) -> int:
 def run(command: list[str], output: Path) -> None:
     """Run a program that writes to `output`, from the project's folder, and delete what it wrote."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     program = [sys.executable, *command, "--output_dir", str(output)]
     result = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True)
     if result.returncode:
@@ -127,7 +129,7 @@ def main(
             for number in (few_steps, steps):
                 words = [*command, "--max_train_steps", str(number)]
                 arms[f"{name} {number}"] = partial(run, words, place / "output")
-        times = times_in_turn(arms, rounds, processor_time, warm_up=False)
+        times = times_in_turn(arms, rounds, processor_time)
     figures = {"base": base, "parameters": parameters, "options": options}
     figures |= {"train_batch_size": train_batch_size, "rounds": rounds}
     figures |= figures_of(times, few_steps, steps)
