@@ -12,8 +12,8 @@ def lasting_imports() -> Iterator[None]:
     """Import without garbage collection, and exempt what the imports made from later collections.
 
     Modules last as long as the program, so collections would only look through a million objects
-    in vain, and once more when the program ends. This saves 2 to 3 of the 8 to 10 seconds that
-    importing `nara_diffusion.dreambooth.train` and ending takes.
+    in vain, and once more when the program ends. This saves 3 of the 9 seconds that importing
+    `nara_diffusion.dreambooth.train` and ending takes.
     """
     is_enabled = gc.isenabled()
     gc.disable()

@@ -2,7 +2,8 @@
 
     python examples/benchmarks/benchmark_start_up.py --script train_dreambooth_lora_sdxl.py
     python examples/benchmarks/benchmark_start_up.py --script … --channels 224 --train_batch_size 1 \\
-        --few_steps 4 --steps 24 --options "--validation_steps none --num_inference_steps 1 --num_validation_images 1"
+        --few_steps 4 --steps 24 --options "--validation_steps none --curve_points 1 --num_inference_steps 1 \\
+        --num_validation_images 1"
 
 Get their script from examples/dreambooth of huggingface/diffusers, at the tag of the installed version. Both programs
 train rank 16 on the same four projections of each attention layer, in float32, with the same images, batch and steps.
