@@ -2,6 +2,7 @@
 
     options    how a flag is declared; the conversion of its value, and the check of its range
     parser     the command line and the YAML file; --help
+    imports    what the train scripts import their libraries in
     hints      flags of other scripts, and what they are called here
     training   the flags that both scripts share
     text       the flags of train_scripts/dllm.py

@@ -8,13 +8,15 @@ Your own five images, on one GPU:
 """
 
 from nara_flags.images import ImageFlags
+from nara_flags.imports import lasting_imports
 from nara_flags.parser import read_flags
 
 if __name__ == "__main__":
     flags = read_flags(ImageFlags)
 
     # these imports take seconds, so help and mistakes come first
-    from nara_diffusion.dreambooth.train import DreamBoothArguments, main, shipped_run
-    from nara_diffusion.training.command import run_command
+    with lasting_imports():
+        from nara_diffusion.dreambooth.train import DreamBoothArguments, main, shipped_run
+        from nara_diffusion.training.command import run_command
 
     run_command(main, DreamBoothArguments, flags, shipped_run)

@@ -18,15 +18,17 @@ from.
 from functools import partial
 
 from nara_flags.images import ImageFlags
+from nara_flags.imports import lasting_imports
 from nara_flags.parser import read_flags
 
 if __name__ == "__main__":
     flags = read_flags(ImageFlags, about=__doc__)
 
     # these imports take seconds, so help and mistakes come first
-    from nara_diffusion.dreambooth.shipped_images import CONFIGS, shipped_run
-    from nara_diffusion.dreambooth.train import DreamBoothArguments, main
-    from nara_diffusion.training.command import run_command
+    with lasting_imports():
+        from nara_diffusion.dreambooth.shipped_images import CONFIGS, shipped_run
+        from nara_diffusion.dreambooth.train import DreamBoothArguments, main
+        from nara_diffusion.training.command import run_command
 
     shipped = partial(shipped_run, config=CONFIGS / "sdxl_tiny.yaml")
     run_command(main, DreamBoothArguments, flags, shipped)

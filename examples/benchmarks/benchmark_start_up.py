@@ -1,14 +1,16 @@
 """Processor time of dreambooth_sdxl.py from start to files, beside Diffusers' train_dreambooth_lora_sdxl.py.
 
     python examples/benchmarks/benchmark_start_up.py --script train_dreambooth_lora_sdxl.py
-    python examples/benchmarks/benchmark_start_up.py --script … --channels 288 --train_batch_size 1 \\
-        --few_steps 4 --steps 24 --options "--validation_steps none --num_inference_steps 1"
+    python examples/benchmarks/benchmark_start_up.py --script … --channels 224 --train_batch_size 1 \\
+        --few_steps 4 --steps 24 --options "--validation_steps none --curve_points 1 --num_inference_steps 1 \\
+        --num_validation_images 1"
 
 Get their script from examples/dreambooth of huggingface/diffusers, at the tag of the installed version. Both programs
 train rank 16 on the same four projections of each attention layer, in float32, with the same images, batch and steps.
 Ours trains a NaRA, caches latents, and makes its samples and curves at the default times; theirs trains a LoRA without
 samples. Each round runs both programs at `few_steps` and at `steps` in a random order, as processes of one thread. Per
-step is the difference of the two lengths; start and end is what remains. Ours takes as many samples in both.
+step is the difference of the two lengths; start and end is what remains. Ours takes as many samples in both. A first
+round, not counted, lets Python write its bytecode files.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_record import ROOT, median_ratio, run_command, save_record, times_in_turn
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 
 OURS = ROOT / "train_scripts" / "dreambooth_sdxl.py"
 TARGETS = ("to_k", "to_q", "to_v", "to_out.0")  # those of their script
@@ -44,14 +47,16 @@ def widen(base: str, channels: int, folder: Path) -> int:
     pipe = StableDiffusionXLPipeline.from_pretrained(base)
     widths = {"block_out_channels": [channels, 2 * channels, 4 * channels], "attention_head_dim": 8}
     config = {**pipe.unet.config, **widths}
-    pipe.unet = UNet2DConditionModel.from_config(config)
+    unet: Any = UNet2DConditionModel.from_config(config)
+    pipe.register_modules(unet=unet)
     pipe.save_pretrained(folder)
-    return pipe.unet.num_parameters()
+    return unet.num_parameters()
 
 
 def run(command: list[str], output: Path) -> None:
     """Run a program that writes to `output`, from the project's folder, and delete what it wrote."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     program = [sys.executable, *command, "--output_dir", str(output)]
     result = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True)
     if result.returncode:
@@ -125,7 +130,7 @@ def main(
             for number in (few_steps, steps):
                 words = [*command, "--max_train_steps", str(number)]
                 arms[f"{name} {number}"] = partial(run, words, place / "output")
-        times = times_in_turn(arms, rounds, processor_time, warm_up=False)
+        times = times_in_turn(arms, rounds, processor_time)
     figures = {"base": base, "parameters": parameters, "options": options}
     figures |= {"train_batch_size": train_batch_size, "rounds": rounds}
     figures |= figures_of(times, few_steps, steps)

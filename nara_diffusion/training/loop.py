@@ -111,7 +111,7 @@ def train(
                 pending.losses.append((run.step + 1, torch.stack(measured).detach().float()))
                 accelerator.backward(step.loss)
                 if accelerator.sync_gradients:
-                    norm = _prepare_gradients(run, model, optimizer)
+                    norm = _prepare_gradients(run, optimizer)
                     if norm is not None:
                         pending.norms.append((run.step + 1, norm))
                 optimizer.step()
@@ -192,9 +192,7 @@ def _collect(run: Run, pending: _Pending) -> None:
     pending.norms.clear()
 
 
-def _prepare_gradients(
-    run: Run, model: torch.nn.Module, optimizer: AcceleratedOptimizer
-) -> Tensor | None:
+def _prepare_gradients(run: Run, optimizer: AcceleratedOptimizer) -> Tensor | None:
     """Clip all gradients, after deleting those of the core before `core_start_step`.
 
     Return the norm of the gradients. Return None under fp16, since an overflow is normal there: the
@@ -203,7 +201,9 @@ def _prepare_gradients(
     if run.step < run.args.core_start_step:
         freeze_core(optimizer)
     limit = math.inf if run.args.max_grad_norm is None else run.args.max_grad_norm
-    norm = run.accelerator.clip_grad_norm_(model.parameters(), limit)
+    # not model.parameters(), which walks over all modules
+    trained = [weight for group in optimizer.param_groups for weight in group["params"]]
+    norm = run.accelerator.clip_grad_norm_(trained, limit)
     if norm is None or run.accelerator.scaler is not None:
         return None
     norm = torch.as_tensor(norm).detach()

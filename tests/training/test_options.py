@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import os
 import re
 import resource
@@ -24,6 +25,7 @@ from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.training.run import Run
 from nara_flags.hints import COUNTERPARTS
 from nara_flags.images import UNET_TARGETS
+from nara_flags.imports import lasting_imports
 from nara_flags.parser import ArgumentParser, parse_arguments
 from nara_flags.text import REMASKING
 from tests.acceptance._commands import ROOT, refusal, run
@@ -330,3 +332,21 @@ def test_counterparts_of_other_flags_exist_here() -> None:
 def test_choices_are_those_of_the_library() -> None:
     assert REMASKING == decoding.REMASKING
     assert list(TRANSFORMER_TARGETS) == UNET_TARGETS
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_lasting_imports_collect_nothing_and_restore_the_collector(is_enabled):
+    was_enabled, number = gc.isenabled(), gc.get_freeze_count()
+    try:
+        (gc.enable if is_enabled else gc.disable)()
+        with pytest.raises(ImportError), lasting_imports():
+            assert not gc.isenabled()
+            raise ImportError
+        assert (gc.isenabled(), gc.get_freeze_count()) == (is_enabled, number)
+        with lasting_imports():
+            pass
+        assert gc.isenabled() is is_enabled
+        assert gc.get_freeze_count() > number
+    finally:
+        gc.unfreeze()
+        (gc.enable if was_enabled else gc.disable)()
