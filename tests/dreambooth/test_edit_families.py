@@ -260,12 +260,13 @@ def test_folded_nara_edits_as_at_its_level(name: str, tmp_path: Path) -> None:
     call = {"height": SIZE[0], "width": SIZE[1], "num_inference_steps": 2, "output_type": "latent"}
     call = model.family.sampling(call | model.family.sample_call, 1) | CALLS[name]
     call |= {"image": images if len(images) > 1 else images[0], "prompt": "a toy"}
-    pipe = EDIT_PIPELINES[name]()
+    pipe: Any = EDIT_PIPELINES[name]()
     plain = pipe(generator=torch.Generator().manual_seed(1), **call).images
     pipe.load_lora_weights(file)
     folded = pipe(generator=torch.Generator().manual_seed(1), **call).images
     with noise_level(model.denoiser, 0.4):
-        expected = model.pipe(generator=torch.Generator().manual_seed(1), **call).images
+        pipe = model.pipe
+        expected = pipe(generator=torch.Generator().manual_seed(1), **call).images
     torch.testing.assert_close(folded, expected, rtol=1e-4, atol=1e-5)
     assert (folded - plain).abs().max() > 1e-3
 
