@@ -184,6 +184,15 @@ def test_swap_without_checkpointing_or_in_8bit_is_refused(flags: dict[str, Any])
         DreamBoothArguments(pretrained_model_name_or_path="none", instance_data_dir="none", block_swap=3, **flags)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_swap_of_too_few_blocks_is_refused(count: int) -> None:
+    """The planned weights are those of a run without it."""
+    flags: dict[str, Any] = {"pretrained_model_name_or_path": "none", "instance_data_dir": "none"}
+    with pytest.raises(ValueError, match=f"block_swap is {count}, which frees nothing: .* Give at least 3") as error:
+        DreamBoothArguments(**flags, block_swap=count, gradient_checkpointing=True)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.gpu
 def test_streams_copy_what_blocks_run_with() -> None:
     """Not run yet: no GPU was at hand."""
