@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
 from accelerate.state import AcceleratorState
+from PIL import Image
 
 from nara_diffusion.dreambooth import edit_families, train
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset
