@@ -130,7 +130,7 @@ def _fold(add: Callable[..., Any]) -> None:
         "--form",
         choices=("diffusers", "kohya", "comfyui", "peft"),
         default="diffusers",
-        help="the format to write (default: %(default)s). ComfyUI reads diffusers only for FLUX and SD3; "
+        help="the format to write (default: %(default)s). ComfyUI reads diffusers only for FLUX, SD3 and Qwen-Image; "
         "only diffusers and peft can hold a DoRA",
     )
     bases = ("sd15", "sdxl", "sd3", "flux", "wan")
@@ -139,6 +139,7 @@ def _fold(add: Callable[..., Any]) -> None:
         choices=bases,
         help="the model that the adapter was trained on; kohya and comfyui need it",
     )
+    add("--component", help="which part of a pipeline: transformer, transformer_2, text_encoder, …")
     _overwrite(add)
 
 

@@ -338,6 +338,15 @@ def _check_combinations(args: ImageFlags) -> None:
             f"block_swap is {args.block_swap}: it needs gradient_checkpointing, and can't be used with load_in_8bit, "
             "whose weights bitsandbytes keeps on the device. load_in_4bit is allowed."
         )
+    if 0 < args.block_swap < 3:
+        raise ValueError(
+            f"block_swap is {args.block_swap}, which frees nothing: the block that runs and the next one are on the "
+            "device. Give at least 3, or 0."
+        )
+    if args.validation_source_dir is not None and args.validation_data_dir is None:
+        raise ValueError(
+            "validation_source_dir has sources for validation_data_dir, which is missing: give both."
+        )
     if args.snr_gamma is not None and args.weighting_scheme in WEIGHTING:
         raise ValueError(
             f"weighting_scheme {args.weighting_scheme!r} weights the errors, and so does snr_gamma: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from nara_diffusion.loaders.file import MODEL, AdapterFile
 from nara_diffusion.utils.files import check_free
 
 PEFT = "peft"
+_HOST = {"transformer_2": "transformer"}
+"""{component: its name in other programs' files}. They load one file for each transformer."""
 
 
 def fold(args: Namespace) -> str:
@@ -33,11 +36,21 @@ def fold(args: Namespace) -> str:
 
     The LoRA equals the NaRA at the chosen λ (1 = pure noise) and differs at any other;
     docs/export.md says by how much, and how to choose λ. Adapters of text encoders don't depend on
-    λ and go into the same file; --form peft writes only one component.
+    λ and go into the same file; --form peft writes only one component. --component writes one of
+    several: each transformer of Wan 2.2 gets its own file, at a λ that it runs at.
+
+        nara fold my-toy low.safetensors --noise_level 0.4 --form comfyui --base wan \\
+            --component transformer_2
     """
     file = AdapterFile.read(Path(args.file))
+    if args.component is not None:
+        if args.component not in file.parts:
+            raise ValueError(
+                f"The file has {', '.join(file.parts)}: choose one of them, not {args.component!r}."
+            )
+        file = replace(file, parts={args.component: file.parts[args.component]})
     _check(file, args)
-    adapters = {name: adapter_of_part(part) for name, part in file.parts.items()}
+    adapters = {_HOST.get(name, name): adapter_of_part(part) for name, part in file.parts.items()}
     loras = {name: lora_of(adapter, args.noise_level) for name, adapter in adapters.items()}
     if args.form == PEFT:
         next(iter(loras.values())).save_pretrained(args.output)
@@ -79,10 +92,15 @@ def _check(file: AdapterFile, args: Namespace) -> None:
             f"The file has several adapters, {', '.join(file.parts)}, and one LoRA can't switch between them. Split "
             "the file with nara convert --component."
         )
-    if args.form == PEFT and len(file.parts) > 1:
+    is_split = args.form == PEFT or file.parts.keys() >= {*_HOST, *_HOST.values()}
+    if is_split and len(file.parts) > 1:
+        kind = (
+            "a folder of PEFT has one component"
+            if args.form == PEFT
+            else "a LoRA has one transformer"
+        )
         raise ValueError(
-            f"--form peft writes one component, but the file has {', '.join(file.parts)}. Choose "
-            "another --form, or split the file with nara convert --component."
+            f"{kind}, but the file has {', '.join(file.parts)}: choose one with --component."
         )
     if args.form != PEFT and MODEL in file.parts:
         raise ValueError(

@@ -52,8 +52,8 @@ class DreamBoothArguments(ImageFlags):
 
 
 FOLDER_KEYS = (
-    "instance_data_dir", "instance_prompt", "trigger", "caption_column", "repeats", "resolution",
-    "aspect_ratio_buckets", "class_data_dir", "class_prompt", "num_class_images",
+    "instance_data_dir", "source_data_dir", "instance_prompt", "trigger", "caption_column", "repeats",
+    "resolution", "aspect_ratio_buckets", "class_data_dir", "class_prompt", "num_class_images",
     "alpha_mask",
 )  # fmt: skip
 """The flags that a folder of `--dataset_config` may set for itself."""

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -32,6 +33,7 @@ from .families import Family, Placed
 from .image_arguments import DreamBoothArguments, folder_arguments, run_family
 from .image_records import ImageRecord
 from .pipelines import family_named, model_index, modules_of, quantised_parts, training_sizes
+from .source_images import sources_in_metadata
 from .training_step import training_step
 
 _WIDTHS = ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim", "text_dim")
@@ -82,19 +84,19 @@ def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
         )
     prompts: Any = None if args.train_text_encoder else PlannedPrompts(pipe, family)
     step = replace(step, model=model, prompts=prompts)
-    has_source = family.needs_source or args.source_data_dir is not None
+    sources = planned_sources(folders, family)
     items: list[dict[str, Any]] = []
     for position in range(batch_size):
         samples = []
         for role in ("instance", "class") if has_class else ("instance",):
             image = ImageRecord("planned", bytes, size, "", f"{role} {position}")
-            if has_source:
-                image = replace(image, sources=(replace(image, key=f"source {position}"),))
+            named = [replace(image, key=f"source {i} of {position}") for i in range(sources)]
+            image = replace(image, sources=tuple(named))
             samples.append(PlannedSample(image, size, 0, 0, False, position, role, ""))
         items.append({"samples": samples})
     batch = collate_samples(items)
     # the pipeline's image processor can't work on fake tensors
-    if has_source and family.source_pixels is not None:
+    if sources and family.source_pixels is not None:
         pixels = family.source_pixels(pipe, new_image("RGB", (size[1], size[0])))
         step.latents.source_pixels = lambda image: pixels
     return PlannedStep(
@@ -112,6 +114,17 @@ def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
             step.latents.sources(batch["samples"]),
         ),
     )
+
+
+def planned_sources(folders: Sequence[DreamBoothArguments], family: Family) -> int:
+    """Return the largest number of sources of an image, as far as flags and metadata.jsonl say it."""
+    numbers = [int(family.needs_source)]
+    for folder in folders if family.most_sources else ():
+        if folder.source_data_dir is not None:
+            numbers.append(1)
+        elif folder.instance_data_dir is not None:
+            numbers += map(len, sources_in_metadata(Path(folder.instance_data_dir)).values())
+    return max(numbers)
 
 
 def rounded_weights(model: nn.Module) -> Iterator[Tensor]:

@@ -91,6 +91,10 @@ def load_subject(args: DreamBoothArguments, run: Run) -> Subject:
             "samples of pairs have the pairs' captions, and class images have no sources: leave --validation_prompts "
             "and --class_prompt out."
         )
+    if has_sources == {True} and args.alignment_model is not None:
+        raise ValueError(
+            "samples of pairs are compared with their targets, not with prompts: leave --alignment_model out."
+        )
     if args.mask_floor and not any(image.mask for records in images for image in records):
         raise ValueError(
             "mask_floor is the weight outside of masks, but no image has one: add a folder `mask`, set --alpha_mask, "
@@ -321,6 +325,10 @@ def place_models(subject: Subject, sampling: DiffusionPipeline) -> None:
             subject.step.prompts.fill(dict.fromkeys([*dropped, *prompts]))
         else:
             samples = subject.dataset.plain_samples() + subject.measured_on.plain_samples()
+            if args.random_flip:
+                samples += [
+                    replace(sample, flip=True) for sample in subject.dataset.plain_samples()
+                ]
             for sample in samples:
                 texts = [sample.prompt, *dropped]
                 subject.step.prompts.fill(texts, [sample] * len(texts))

@@ -128,6 +128,7 @@ class NaraVariant(LoraVariant):
             x,
             kind=self.rows,
             sample_major=self.channel.rows.sample_major,
+            tiled=self.channel.rows.tiled,
             layer_name=self.layer_name,
         )
 

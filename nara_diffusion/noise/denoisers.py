@@ -151,6 +151,9 @@ def source_of_class(model: nn.Module) -> DenoiserNoise | None:
             {"meaning": "sigma"} if config.guidance_embeds else {"scale": config.timestep_scale}
         )
         return replace(source, **changes)
+    if name == "QwenImageTransformer2DModel" and config.get("zero_cond_t"):
+        # its modulations see the samples at their timesteps, then at t = 0 for images to edit
+        return replace(source, tiled=True)
     if name == "CosmosTransformer3DModel" and config.extra_pos_embed_type == "learnable":
         # Cosmos 1: ¼ ln σ of EDM
         return replace(source, meaning="edm")

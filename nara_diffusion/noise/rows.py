@@ -3,6 +3,7 @@
     one for all     λ (1,)   C (1, r, r)   for every row
     one per sample  λ (b,)   C (b, r, r)   row i of a layer's input (b, …) is sample i
     b · k rows      λ (b,)   C (b, r, r)   rows i·k to i·k + k − 1 are sample i: frames, tokens
+    k · b rows      λ (b,)   C (b, r, r)   all samples, k times over: at their timesteps and at 0
     guidance        λ (b,)   λ (2b,)       the samples, then the same samples again
     k parts         λ (b, k)               parts of a sample's positions: see `parts`
 
@@ -48,7 +49,13 @@ def guidance_rows(values: Tensor) -> Tensor:
 
 
 def core_of_rows(
-    core: Tensor, x: Tensor, *, kind: RowKind, sample_major: bool, layer_name: str
+    core: Tensor,
+    x: Tensor,
+    *,
+    kind: RowKind,
+    sample_major: bool,
+    tiled: bool = False,
+    layer_name: str,
 ) -> Tensor:
     """Return C for each row of a layer's input.
 
@@ -56,6 +63,7 @@ def core_of_rows(
         core: C of the samples, (b, r, r), or (1, r, r) for all samples.
         x: the input of the layer, (rows, …).
         sample_major: whether the layer may see b · k rows, k consecutive rows for each sample.
+        tiled: whether it may see all samples, k times over.
 
     Returns:
         C (rows, r, r), or (1, r, r) if all rows have the same C.
@@ -81,8 +89,8 @@ def core_of_rows(
         return core
     if rows == 0:  # an expert without tokens: A and B get gradients of zero
         return core[:1]
-    if sample_major and rows % samples == 0:
-        return repeat_rows(core, rows // samples, "interleaved")
+    if (sample_major or tiled) and rows % samples == 0:
+        return repeat_rows(core, rows // samples, "tiled" if tiled else "interleaved")
     refusal = _cannot_assign(
         samples,
         f"the batch inside layer '{layer_name}' is {rows}",
@@ -129,7 +137,7 @@ class ModelRows:
     """A description of how the layers of a model see its batch.
 
     Attributes:
-        sample_major, one_level, frames: as in `DenoiserNoise`.
+        sample_major, tiled, one_level, frames: as in `DenoiserNoise`.
         is_denoiser: whether the model is a denoiser, so only `frames` says what its layers see.
     """
 
@@ -137,6 +145,7 @@ class ModelRows:
     one_level: bool = False
     is_denoiser: bool = False
     frames: FrameTokens | None = None
+    tiled: bool = False
 
     @classmethod
     def of(cls, source: DenoiserNoise | None) -> ModelRows:
@@ -147,7 +156,8 @@ class ModelRows:
         """
         if source is None:
             return cls()
-        return cls(source.sample_major, source.one_level or source.packed, True, source.frames)
+        one_level = source.one_level or source.packed
+        return cls(source.sample_major, one_level, True, source.frames, source.tiled)
 
     def parts_of_forward(
         self, level: Tensor, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -186,7 +196,7 @@ class ModelRows:
                 "run the samples one by one",
             )
             return _the_only(level, refusal)
-        if values == 1 or not self.sample_major:
+        if values == 1 or not (self.sample_major or self.tiled):
             return level
         arguments = arguments_of(root, args, kwargs).values()
         tensors = [x for x in arguments if isinstance(x, Tensor) and x.dim() > 0]
@@ -225,7 +235,8 @@ class ModelRows:
                 or their first axis is not the sample axis; or k > 1.
         """
         has_parts = level.dim() == 2 and level.shape[1] > 1
-        if has_parts or (len(level) > 1 and (self.sample_major or self.one_level)):
+        has_other_rows = self.sample_major or self.tiled or self.one_level
+        if has_parts or (len(level) > 1 and has_other_rows):
             raise RuntimeError(
                 _cannot_assign(
                     level.numel(),

@@ -209,12 +209,14 @@ class DenoiserNoise(TimestepNoise):
     Attributes:
         sample_major: whether layers may see b · k rows, k consecutive rows for each sample, while
             the model sees b. If False, any number of rows other than the batch size is an error.
+        tiled: whether these are instead all samples, k times over.
         one_level: whether the first axis of the layers' inputs is not the sample axis. If True, a
             batch with different values of λ raises an error.
         schedulers: the schedulers of the pipelines that loaded the adapters; see `under`.
     """
 
     sample_major: bool = False
+    tiled: bool = False
     one_level: bool = False
     schedulers: Sequence[Any] = ()
 

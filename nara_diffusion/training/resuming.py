@@ -36,7 +36,8 @@ _DATA = (
     "dataset_name train_file validation_file validation_samples max_train_samples "
     "dataset_config_name messages_field instruction_field input_field output_field text_field "
     "answer_field max_prompt_length caption_column instance_data_dir instance_prompt "
-    "class_data_dir num_class_images validation_data_dir dataset_config trigger"
+    "class_data_dir num_class_images validation_data_dir dataset_config trigger source_data_dir "
+    "validation_source_dir"
 )
 _PLACES = "pretrained_model_name_or_path pretrained_vae_model_name_or_path init_adapter core_module"
 MAY_CHANGE = frozenset(f"{_LENGTH} {_EVALUATION} {_DATA} {_PLACES}".split())

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 
 import nara_command
-from nara_diffusion import core_matrix
-from tests.helpers.adapted import TwoLayers, adapted
+from nara_diffusion import core_matrix, to_lora
+from nara_diffusion.export.host_files import host_state_dict
+from tests.helpers.adapted import TwoLayers, adapted, disturb, nara_config
+from tests.helpers.pipelines.families import small_wan_experts
 
 LEVEL = 0.375
 TARGETS = ["first", "second"]
@@ -119,3 +122,45 @@ def test_outputs_that_would_be_lost_are_refused(tmp_path: Path) -> None:
     assert (tmp_path / "there.safetensors").read_text() == "mine"
     fold(pipeline, tmp_path / "there.safetensors", "--overwrite")
     assert (tmp_path / "there.safetensors").read_bytes() != b"mine"
+
+
+# ---------------------------------------------------------------------- two experts
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The file of a NaRA on both transformers of a Wan 2.2, which differ, and the pipeline."""
+    pipe = small_wan_experts()
+    for seed, name in enumerate(("transformer", "transformer_2")):
+        model = getattr(pipe, name)
+        model.add_adapter(nara_config(target_modules=["to_q", "ffn.net.2"], noise_convention="flow"), "toy")
+        disturb(model, seed=seed)
+    folder = tmp_path_factory.mktemp("experts")
+    pipe.save_nara_weights(folder, adapter_name="toy")
+    return folder, pipe
+
+
+@pytest.mark.parametrize("form", ["comfyui", "diffusers"])
+def test_each_expert_folds_into_its_own_file(form: str, experts: tuple[Path, Any], tmp_path: Path) -> None:
+    """With the keys of a transformer, which Diffusers and ComfyUI load into either."""
+    folder, pipe = experts
+    for name, level in (("transformer", 0.95), ("transformer_2", 0.4)):
+        file = tmp_path / f"{name}.safetensors"
+        fold(folder, file, "--form", form, "--base", "wan", "--component", name, level=level)
+        expected = host_state_dict({"transformer": to_lora(getattr(pipe, name), level, "toy")}, form, "wan")
+        tensors = load_file(file)
+        assert tensors.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(tensors[key], value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", ["comfyui", "diffusers", "peft"])
+def test_experts_without_a_component_are_refused(form: str, experts: tuple[Path, Any], tmp_path: Path) -> None:
+    """Diffusers would load such a file into the first transformer, and leave the other out without a word."""
+    message = "one (transformer|component), but the file has transformer, transformer_2: choose one with --component"
+    with pytest.raises(SystemExit, match=message) as error:
+        fold(experts[0], tmp_path / "out.safetensors", "--form", form, "--base", "wan")
+    assert "\n" not in str(error.value)
+    with pytest.raises(SystemExit, match="has transformer, transformer_2: choose one of them, not 'unet'"):
+        fold(experts[0], tmp_path / "out.safetensors", "--component", "unet")
+    assert not list(tmp_path.iterdir())

@@ -160,7 +160,7 @@ def test_run_with_swapped_blocks_writes_the_same_adapter(tmp_path: Path) -> None
         "learning_rate": 1e-3,
     }
     files = []
-    for count in (0, 2):
+    for count in (0, 3):
         fresh_accelerate()
         folder = tmp_path / f"swap-{count}"
         train.main(image_arguments(flags, folder, gradient_checkpointing=True, block_swap=count))
@@ -182,6 +182,15 @@ def test_every_family_has_blocks_to_swap(name: str) -> None:
 def test_swap_without_checkpointing_or_in_8bit_is_refused(flags: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="block_swap is 3: it needs gradient_checkpointing, and can't be used with"):
         DreamBoothArguments(pretrained_model_name_or_path="none", instance_data_dir="none", block_swap=3, **flags)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_swap_of_too_few_blocks_is_refused(count: int) -> None:
+    """The planned weights are those of a run without it."""
+    flags: dict[str, Any] = {"pretrained_model_name_or_path": "none", "instance_data_dir": "none"}
+    with pytest.raises(ValueError, match=f"block_swap is {count}, which frees nothing: .* Give at least 3") as error:
+        DreamBoothArguments(**flags, block_swap=count, gradient_checkpointing=True)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.gpu

@@ -12,9 +12,11 @@ import torch
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from peft import LoraConfig
+from safetensors.torch import load_file
 from torch import Tensor
 
-from nara_diffusion import NaraConfig
+import nara_command
+from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.dreambooth.caches import LatentCache, PromptCache
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, TrainingSample, collate_samples
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
@@ -43,6 +45,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "flux2 klein": {"guidance_scale": 1.0},
 }
 SIZE = (96, 64)
+CORE: dict[str, Any] = {"core_hidden_dims": (4, 4), "core_init": "kaiming", "noise_convention": "flow"}
 
 
 @pytest.fixture(autouse=True)
@@ -126,8 +129,7 @@ def test_denoiser_gets_what_its_edit_pipeline_passes(name: str, tmp_path: Path) 
 def trained(name: str, config: Any = None) -> AdaptedDenoiser:
     """With an adapter whose weights all differ from those of their start."""
     pipe = EDIT_PIPELINES[name]()
-    core = {"core_hidden_dims": (4, 4), "core_init": "kaiming", "noise_convention": "flow"}
-    nara: Any = NaraConfig(r=2, lora_alpha=3, target_modules=["to_q", "to_v"], **core)
+    nara: Any = NaraConfig(r=2, lora_alpha=3, target_modules=["to_q", "to_v"], **CORE)
     model = AdaptedDenoiser(pipe, config or nara, family=configured(name, pipe))
     disturb(model, scale=0.2)
     return model.eval()
@@ -170,8 +172,12 @@ def test_loss_reads_target_tokens_at_sample_level(name: str, tmp_path: Path) -> 
 
 
 def test_step_and_curve_are_pairs_one_by_one(tmp_path: Path) -> None:
-    """The loss of a batch is that of its pairs; a curve measures each pair with its own sources."""
-    model, samples = trained("qwen plus"), pairs(tmp_path, "qwen plus")
+    """The loss of a batch is that of its pairs; a curve measures each pair with its own sources.
+
+    All layers are adapted, also those that see each sample at its timestep and at t = 0, in a batch of 2 b.
+    """
+    samples = pairs(tmp_path, "qwen plus")
+    model = trained("qwen plus", NaraConfig(r=2, lora_alpha=3, target_modules="all-linear", **CORE))
     step = step_of(model)
     assert step.prompts is not None
     with torch.no_grad():
@@ -196,25 +202,29 @@ def test_step_and_curve_are_pairs_one_by_one(tmp_path: Path) -> None:
         assert measured == pytest.approx((prediction - corrupted.target).square().mean().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["kontext", "qwen edit", "flux2 klein"])
+@pytest.mark.parametrize("name", ["kontext", "qwen edit", "qwen plus", "flux2 klein"])
 def test_saved_nara_reads_level_of_each_step(name: str, tmp_path: Path) -> None:
-    """Of a batch with classifier-free guidance."""
+    """Of a batch with classifier-free guidance, and of two images in one sample."""
     model, samples = trained(name), pairs(tmp_path / "pairs", name)
     (tmp_path / "out").mkdir()
     write_adapter(model, tmp_path / "out", {})
     pipe, levels = EDIT_PIPELINES[name](), []
     call = {"height": SIZE[0], "width": SIZE[1], "num_inference_steps": 3, "output_type": "latent"}
     call = configured(name, pipe).sampling(call | configured(name, pipe).sample_call, 2)
+    prompts = ["a toy", "a car"]
     if name == "flux2 klein":
         images = samples[0].source_images()
         call |= {"guidance_scale": 3.0}
+    elif name == "qwen plus":  # which takes one prompt
+        images, prompts = samples[0].source_images(), prompts[:1]
+        call |= {"true_cfg_scale": 3.0, "negative_prompt": ["grey"]}
     else:
         images = [sample.source_images()[0] for sample in samples]
         call |= {"true_cfg_scale": 3.0, "negative_prompt": ["grey", "blue"]}
 
     def sampled() -> Tensor:
-        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-        return pipe(image=images, prompt=["a toy", "a car"], generator=generators, **call).images
+        generators = [torch.Generator().manual_seed(seed) for seed, _ in enumerate(prompts)]
+        return pipe(image=images, prompt=prompts, generator=generators, **call).images
 
     plain = sampled()
     pipe.load_nara_weights(tmp_path / "out", "default")
@@ -228,13 +238,48 @@ def test_saved_nara_reads_level_of_each_step(name: str, tmp_path: Path) -> None:
     assert [level for row in levels for level in set(row)] == pytest.approx(expected, abs=1e-6)
 
 
-def test_saved_lora_loads_on_the_edit_pipeline(tmp_path: Path) -> None:
-    model = trained("kontext", LoraConfig(r=2, target_modules=["to_q"]))
+@pytest.mark.parametrize("name", ["kontext", "qwen plus", "flux2"])
+def test_saved_lora_loads_on_the_edit_pipeline(name: str, tmp_path: Path) -> None:
+    model = trained(name, LoraConfig(r=2, target_modules=["to_q"]))
     write_adapter(model, tmp_path, {})
-    pipe = EDIT_PIPELINES["kontext"]()
+    pipe = EDIT_PIPELINES[name]()
     pipe.load_lora_weights(tmp_path)
     for key, value in model.denoiser.state_dict().items():
         torch.testing.assert_close(dict(pipe.transformer.state_dict())[key.replace(".default.", ".default_0.")], value)
+
+
+@pytest.mark.parametrize("name", ["kontext", "qwen plus", "flux2 klein"])
+def test_folded_nara_edits_as_at_its_level(name: str, tmp_path: Path) -> None:
+    """In the stock pipeline. ComfyUI reads Qwen-Image's layers by the same names."""
+    model, samples = trained(name), pairs(tmp_path / "pairs", name)
+    (tmp_path / "out").mkdir()
+    write_adapter(model, tmp_path / "out", {})
+    file = tmp_path / "lora.safetensors"
+    nara_command.main(["fold", str(tmp_path / "out"), str(file), "--noise_level", "0.4"])
+    images = samples[0].source_images()
+    call = {"height": SIZE[0], "width": SIZE[1], "num_inference_steps": 2, "output_type": "latent"}
+    call = model.family.sampling(call | model.family.sample_call, 1) | CALLS[name]
+    call |= {"image": images if len(images) > 1 else images[0], "prompt": "a toy"}
+    pipe: Any = EDIT_PIPELINES[name]()
+    plain = pipe(generator=torch.Generator().manual_seed(1), **call).images
+    pipe.load_lora_weights(file)
+    folded = pipe(generator=torch.Generator().manual_seed(1), **call).images
+    with noise_level(model.denoiser, 0.4):
+        pipe = model.pipe
+        expected = pipe(generator=torch.Generator().manual_seed(1), **call).images
+    torch.testing.assert_close(folded, expected, rtol=1e-4, atol=1e-5)
+    assert (folded - plain).abs().max() > 1e-3
+
+
+def test_kontext_folds_for_comfyui_by_names_of_flux(tmp_path: Path) -> None:
+    write_adapter(trained("kontext"), tmp_path, {})
+    file = tmp_path / "lora.safetensors"
+    words = ["--noise_level", "best", "--form", "comfyui", "--base", "flux"]
+    nara_command.main(["fold", str(tmp_path), str(file), *words])
+    matrices = {key.rpartition(".lora_")[0] for key in load_file(file)}
+    assert matrices == {
+        f"diffusion_model.{block}" for block in ("double_blocks.0.img_attn.qkv", "single_blocks.0.linear1")
+    }
 
 
 def test_kontext_prefers_its_sizes_for_large_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

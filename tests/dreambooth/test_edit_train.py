@@ -11,16 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
-from nara_diffusion.dreambooth import train
+from nara_diffusion.dreambooth import edit_families, train
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.pipelines import family_of
 from nara_diffusion.dreambooth.source_images import records_of_pairs
+from nara_diffusion.dreambooth.subject import load_subject, place_models
+from nara_diffusion.training.run import start_run
 from tests.acceptance._commands import ROOT, results, run, tensors
 from tests.acceptance._runs import ASSETS, image_arguments, image_flags
 from tests.dreambooth.pictures import folder_of, noise
-from tests.helpers.pipelines.edits import small_kontext
+from tests.helpers.pipelines.edits import small_kontext, small_qwen_edit
 from tests.helpers.plans import counted_run
 
 PROMPT = "make it red"
@@ -134,6 +137,27 @@ def test_plan_counts_the_tokens_of_sources(
     assert figures["peak"] == pytest.approx(counted, rel=0.05)
 
 
+def test_mirrored_pairs_are_encoded_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen's text encoder reads the sources, and then leaves the device."""
+    monkeypatch.setattr(edit_families, "AREA", 64**2)
+    flags = image_flags(tmp_path, small_qwen_edit()) | {"random_flip": True, "caption_dropout": 0.5}
+    shutil.copytree(flags["instance_data_dir"], tmp_path / "sources")
+    args = image_arguments(flags, tmp_path / "out", source_data_dir=tmp_path / "sources")
+    AcceleratorState._reset_state(True)
+    with start_run(args, "run", train.write_checkpoint) as run:
+        subject = load_subject(args, run)
+        place_models(subject, subject.pipe)
+        prompts = subject.step.prompts
+        assert prompts is not None
+        monkeypatch.setattr(prompts, "_encode", lambda *_: pytest.fail("it is encoded in training"))
+        flips = set()
+        for position in range(24):
+            samples = subject.dataset.samples_at(position)
+            flips |= {(sample.flip, sample.prompt) for sample in samples}
+            prompts.get([sample.prompt for sample in samples], samples)
+    assert len(flips) == 4
+
+
 def test_pairs_that_do_not_fit_are_refused(flags: dict[str, Any], tmp_path: Path) -> None:
     def refused(message: str, **changes: Any) -> None:
         with pytest.raises(SystemExit, match=message) as error:
@@ -142,5 +166,7 @@ def test_pairs_that_do_not_fit_are_refused(flags: dict[str, Any], tmp_path: Path
 
     refused("FLUX.1 Kontext edits images, and those in .* have no sources: give --source", source_data_dir=None)
     refused("leave --validation_prompts and --class_prompt out", validation_prompts=["a"])
+    refused("compared with their targets, not with prompts: leave --alignment_model", alignment_model=ASSETS)
+    refused("validation_source_dir has sources for validation_data_dir, which is missing", validation_data_dir=None)
     tiny = str(ASSETS / "sd-tiny-flow")
     refused("--source_data_dir is .*, but .* doesn't edit images", pretrained_model_name_or_path=tiny)

@@ -392,7 +392,7 @@ def test_plan_has_one_expert_on_the_device(flags: dict[str, Any]) -> None:
     ("flags", "message"),
     [
         ({"load_in_8bit": True}, "load_in_8bit is True, but Wan .* has two transformers"),
-        ({"block_swap": 2, "gradient_checkpointing": True}, "block_swap is 2, but Wan .* has two transformers"),
+        ({"block_swap": 3, "gradient_checkpointing": True}, "block_swap is 3, but Wan .* has two transformers"),
     ],
 )
 def test_flags_that_two_experts_exclude_are_refused(flags: dict[str, Any], message: str) -> None:

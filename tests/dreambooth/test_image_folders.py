@@ -34,6 +34,7 @@ def arguments(**flags: Any) -> DreamBoothArguments:
 def test_folders_have_own_values_before_the_runs(tmp_path: Path) -> None:
     first = {
         "instance_data_dir": "dog",
+        "source_data_dir": "dog before",
         "instance_prompt": "a photo of [trigger]",
         "trigger": "sks dog",
         "caption_column": "said",

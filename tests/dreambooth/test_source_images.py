@@ -13,6 +13,10 @@ import torch
 from PIL import Image, ImageOps
 
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, source_sizes
+from nara_diffusion.dreambooth.edit_families import FLUX_KONTEXT
+from nara_diffusion.dreambooth.flow_families import FLUX, FLUX2
+from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, folder_arguments
+from nara_diffusion.dreambooth.image_plan import planned_sources
 from nara_diffusion.dreambooth.source_images import records_of_pairs
 from tests.dreambooth.pictures import folder_of, noise
 
@@ -88,6 +92,24 @@ def test_broken_source_is_named(folder: Path) -> None:
     lines(folder, {"file_name": "00.png", "text": "a", "source": ["source/00.png", "01.png", "02.png"]})
     with pytest.raises(ValueError, match=r"1 of 3 images can't be used:\n.*source/00.png can't be decoded"):
         pairs_of(folder, most=3)
+
+
+def test_plan_has_the_most_sources_of_an_image(folder: Path, tmp_path: Path) -> None:
+    """Those in metadata.jsonl or one of a second folder, which may be missing, since a plan needs no data."""
+    row = {"file_name": "00.png", "text": "a", "source": ["01.png", "02.png"]}
+    lines(folder, row, row | {"file_name": "01.png", "source": "02.png"})
+    (tmp_path / "data.yaml").write_text("- instance_data_dir: missing\n  source_data_dir: before\n")
+    choices: list[dict[str, Any]] = [
+        {"instance_data_dir": "missing"},
+        {"dataset_config": str(tmp_path / "data.yaml")},
+        {"instance_data_dir": str(folder)},
+    ]
+    numbers = []
+    for family in (FLUX, FLUX2, FLUX_KONTEXT):
+        for flags in choices:
+            args = DreamBoothArguments(pretrained_model_name_or_path="none", **flags)
+            numbers.append(planned_sources(folder_arguments(args), family))
+    assert numbers == [0, 0, 0, 0, 1, 2, 1, 1, 2]
 
 
 # ---------------------------------------------------------------------- samples

@@ -51,6 +51,16 @@ def test_consecutive_rows_have_the_level_of_their_sample() -> None:
     assert samples_of(8, samples=2, sample_major=True) == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
+def test_tiled_rows_have_the_level_of_their_sample() -> None:
+    assert samples_of(6, tiled=True) == [0, 1, 2, 0, 1, 2]
+    rows = ModelRows.of(DenoiserNoise("sigma", tiled=True))
+    assert rows.level_of_forward(LEVELS, Stack(), (X,), {}) is LEVELS
+    with pytest.raises(ValueError, match=f"{REFUSED}one per sample"):
+        rows.level_of_forward(LEVELS, Stack(), (torch.zeros(6, 2, 7),), {})
+    with pytest.raises(RuntimeError, match=f"{REFUSED}call the whole model"):
+        rows.level_of_part(torch.rand(3))
+
+
 def test_expert_without_tokens_keeps_core_for_gradient() -> None:
     assert samples_of(0) == [0]
 

@@ -145,6 +145,8 @@ def test_other_data_start_in_a_fresh_order(
 def test_changeable_names_are_arguments_that_train_nothing() -> None:
     arguments = {field.name for cls in (Arguments, DreamBoothArguments) for field in dataclasses.fields(cls)}
     assert arguments >= MAY_CHANGE
+    data = {name for name in arguments if name.endswith(("_data_dir", "_source_dir"))}
+    assert data <= MAY_CHANGE  # digests notice other images
     training_names = {
         "seed",
         "adapter",
