@@ -65,6 +65,11 @@ def read_lora(
     """
     path, origin = Path(lora).expanduser(), f"'{lora}'"
     try:
+        if is_nara(path):
+            raise ValueError(
+                "it already depends on the noise level, so it is no LoRA. Load it with PeftModel.from_pretrained(model, folder) or "
+                "pipe.load_nara_weights(…)."
+            )
         if (path / CONFIG_NAME).is_file():
             parts = {denoiser_name(model) if is_pipeline(model) else "": _read_folder(path)}
         else:
@@ -86,11 +91,6 @@ def is_pipeline(model: object) -> TypeGuard[DiffusionPipeline]:
 
 
 def _read_folder(folder: Path) -> PlainLora:
-    if is_nara(folder):
-        raise ValueError(
-            "it is already a NaRA. Load it with PeftModel.from_pretrained(model, folder) or "
-            "pipe.load_nara_weights(folder)."
-        )
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
         raise ValueError(f"it has '{scheduler.relative_to(folder)}': {OTHER_PREDICTION}")

@@ -40,7 +40,9 @@ from nara_diffusion.utils.files import atomic_write_files
 from nara_diffusion.utils.wording import listed
 
 from .adapter_part import AdapterPart, config_from_fields, config_to_fields
+from .lycoris import convert_lycoris
 from .part_check import check_part
+from .tc_lora import convert_tc_lora
 from .tensor_files import (
     METADATA_KEY,
     PEFT_CONFIG_NAME,
@@ -51,8 +53,9 @@ from .tensor_files import (
     read_tensors,
     save_tensors,
 )
-from .time_aware import TimeAwareFormat, format_of
+from .time_aware import LYCORIS, REPOSITORY, TC_LORA, format_of
 from .tlora import OtherFile
+from .tlora_repository import convert_repository
 
 FORMAT_VERSION = 1
 MODEL = "model"
@@ -60,6 +63,13 @@ MODEL = "model"
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 """A file, a folder, a repository on the Hub, or a dict of tensors."""
+
+_CONVERTERS = {
+    LYCORIS: convert_lycoris,
+    REPOSITORY: convert_repository,
+    TC_LORA: convert_tc_lora,
+}
+"""{name of another project's format: the function that makes an adapter's part of it}."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +80,12 @@ class AdapterFile:
         parts: {component: its configuration and tensors}.
         path: the file with the tensors; None for a dict, or for an adapter that has not been
             written yet.
-        other: the format, for a file of another project.
+        other: the name of the format, for a file of another project.
     """
 
     parts: dict[str, AdapterPart]
     path: Path | None = None
-    other: TimeAwareFormat | None = None
+    other: str | None = None
 
     @classmethod
     def read(
@@ -124,7 +134,7 @@ class AdapterFile:
                 tensors, metadata = read_tensors(path)
             is_ours = METADATA_KEY in (metadata or {})
             if not is_ours and (other := format_of(tensors)):
-                part = other.convert(OtherFile(tensors, path, base, without_base, rank_mask))
+                part = _CONVERTERS[other](OtherFile(tensors, path, base, without_base, rank_mask))
                 check_part(part, beside=False, for_model=for_model or without_base)
                 return cls({component: part}, path, other)
             if rank_mask is not None:

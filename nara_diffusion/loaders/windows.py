@@ -25,8 +25,7 @@ from nara_diffusion.tuner.strength import check_strength, give_strength, strengt
 
 from .adapter_part import AdapterPart, config_from_fields, config_to_fields
 from .components import TEXT_ENCODER, Pipeline, adapters_of, denoiser_name
-from .tensor_files import PEFT_WEIGHTS_NAME, is_nara, locate, read_tensors
-from .time_aware import format_of
+from .tensor_files import PEFT_WEIGHTS_NAME, is_nara, locate
 
 _EXAMPLE = '[("early.safetensors", (0.5, 1)), ("late.safetensors", (0, 0.5))]'
 
@@ -69,8 +68,7 @@ def is_lora(
     except OSError:  # a repository without a NaRA's file
         return True
     folder = path.parent if path.name == PEFT_WEIGHTS_NAME else path
-    is_of_nara = is_nara(path) or is_nara(folder)
-    return not is_of_nara and format_of(read_tensors(path)[0]) is None
+    return not (is_nara(path) or is_nara(folder))
 
 
 def load_lora_inside(
