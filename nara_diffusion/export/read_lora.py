@@ -67,8 +67,8 @@ def read_lora(
     try:
         if is_nara(path):
             raise ValueError(
-                "it already depends on the noise level, so it is no LoRA. Load it with PeftModel.from_pretrained(model, folder) or "
-                "pipe.load_nara_weights(…)."
+                "it already depends on the noise level. Load it with pipe.load_nara_weights(…), or a folder in PEFT's "
+                "format with PeftModel.from_pretrained(model, folder)."
             )
         if (path / CONFIG_NAME).is_file():
             parts = {denoiser_name(model) if is_pipeline(model) else "": _read_folder(path)}

@@ -121,10 +121,6 @@ class AdapterFile:
             ValueError: there is no file, or the file is damaged or of another kind.
             OSError: the download from the Hub failed.
         """
-        if not isinstance(source, Mapping) and metadata is not None:
-            raise ValueError(
-                "metadata is for a dict of tensors. A file contains its own: leave it out."
-            )
         with naming(source):
             path = None
             if isinstance(source, Mapping):
