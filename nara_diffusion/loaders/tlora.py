@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mode
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,16 +110,12 @@ def check_layers(
         base_shapes: {layer: the shape of the base's weight}; None means the sizes of A and B.
 
     Raises:
-        ValueError: a tensor has a wrong shape, dtype or value, or a layer another rank.
+        ValueError: a tensor has a wrong shape, dtype or value, or another rank than most layers.
     """
-    ranks = {layer: (*next(iter(layers[layer].values())).shape, 0)[0] for layer in layers}
-    rank = mode(ranks.values())
+    # T-LoRA's mask is for one rank
+    rank = mode((*next(iter(by_field.values())).shape, 0)[0] for by_field in layers.values())
     expected = {}
     for layer, by_field in layers.items():
-        if ranks[layer] != rank:
-            raise ValueError(
-                f"'{layer}' has rank {ranks[layer]}, but most layers have {rank}. T-LoRA's mask is for one rank."
-            )
         A, B = (tensor.shape for tensor in list(by_field.values())[:2])
         d_out, d_in, *kernel = (base_shapes or {}).get(layer, ((*B, 0)[0], (*A, 0, 0)[1], *A[2:]))
         ones = (1,) * len(kernel)
@@ -154,11 +149,10 @@ def tlora_part(
     """
     rank = len(next(iter(factors.values()))[0]) // step
     least, exponent = mask_settings(file, rank)
-    scaled: Any = step * (rank if alpha is None else alpha)  # PEFT declares an integer
     config = NaraConfig(
         core_type="rank_mask",
         r=step * rank,
-        lora_alpha=scaled,
+        lora_alpha=step * (rank if alpha is None else alpha),  # type: ignore[arg-type]
         rank_mask_min=step * least,
         rank_mask_exponent=exponent,
         rank_mask_step=step,
@@ -213,13 +207,8 @@ def mask_settings(file: OtherFile, rank: int) -> tuple[int, float]:
             LYCORIS_CONFIG_NAME,
         )
     least, exponent = settings["min"], settings["exponent"]
-    is_rank = isinstance(least, int) and not isinstance(least, bool) and 1 <= least <= rank
-    if (
-        settings.keys() != defaults.keys()
-        or not is_rank
-        or not is_number(exponent)
-        or exponent <= 0
-    ):
+    is_valid = least in range(1, rank + 1) and is_number(exponent) and exponent > 0
+    if settings.keys() != defaults.keys() or not is_valid:
         raise ValueError(
             f"{origin} gives T-LoRA's mask {settings}, expected 'min' from 1 to the file's rank {rank} and "
             "'exponent' greater than 0."
