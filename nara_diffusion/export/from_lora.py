@@ -19,6 +19,7 @@ from torch import nn
 
 from nara_diffusion.config import NaraConfig, changes_base
 from nara_diffusion.loaders.components import TEXT_ENCODER, follow_scheduler
+from nara_diffusion.loaders.file import naming
 from nara_diffusion.loaders.insertion import LOADED_FLAG
 from nara_diffusion.strict import check_tensors
 from nara_diffusion.tuner.adding import restored_on_error
@@ -68,7 +69,9 @@ def from_lora(
         raise ValueError(
             f"{', '.join(decided)} can't be given, since the LoRA determines them. Leave them out."
         )
-    parts, origin = read_lora(lora, model)
+    origin = f"'{lora}'"
+    with naming(lora):
+        parts = read_lora(lora, model)
     with ExitStack() as undo:
         if not is_pipeline(model):
             inject = isinstance(model, PeftAdapterMixin)

@@ -119,7 +119,7 @@ def locate(
     is_local = isinstance(source, Path) or str(source).startswith((".", "/", "~"))
     if is_local or path.suffix == ".safetensors":
         raise ValueError(
-            f"There is no file or folder '{source}': pass one that save_nara_weights or PEFT wrote."
+            f"There is no file or folder '{source}': pass the path of an adapter's file or folder."
         )
     names = (
         [weight_name] if weight_name else [WEIGHTS_NAME, PEFT_WEIGHTS_NAME, *OTHER_WEIGHTS_NAMES]
@@ -172,19 +172,16 @@ def _in_folder(folder: Path, weight_name: str | None) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    remedy = f"pass weight_name, one of {listed(present)}"
-    if weight_name == PEFT_WEIGHTS_NAME:
-        remedy = f"pass a folder that PEFT wrote, not one of {listed(present)}"
-    if not present:
-        remedy = "it has no safetensors file"
-    raise ValueError(f"There is no '{weight_name or WEIGHTS_NAME}' in '{folder}': {remedy}.")
+    raise ValueError(
+        f"There is no '{weight_name or WEIGHTS_NAME}' in '{folder}': it has {listed(present) or 'no safetensors file'}. "
+        "Pass another folder or, to load_nara_weights, weight_name."
+    )
 
 
 def check_peft_weights(source: str | os.PathLike[str], subfolder: str | None = None) -> None:
     """Raise ValueError if a local folder, which PEFT is about to read, has no file of weights."""
     folder = Path(source, subfolder or "")
-    has_safetensors = (folder / PEFT_WEIGHTS_NAME).exists()
-    if folder.is_dir() and (has_safetensors or not (folder / PEFT_PICKLE_NAME).is_file()):
+    if folder.is_dir() and not (folder / PEFT_PICKLE_NAME).is_file():
         _in_folder(folder, PEFT_WEIGHTS_NAME)
 
 
