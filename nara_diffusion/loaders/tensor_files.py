@@ -173,8 +173,8 @@ def _in_folder(folder: Path, weight_name: str | None) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise ValueError(
-        f"There is no '{weight_name or WEIGHTS_NAME}' in '{folder}': it has {listed(present) or 'no safetensors file'}. "
-        "Pass another folder or, to load_nara_weights, weight_name."
+        f"There is no '{weight_name or WEIGHTS_NAME}' in '{folder}': it has "
+        f"{listed(present) or 'no safetensors file'}. Pass another folder or, to load_nara_weights, weight_name."
     )
 
 
