@@ -128,13 +128,13 @@ class AdapterFile:
             else:
                 path = locate(source, weight_name, subfolder, hub or {})
                 tensors, metadata = read_tensors(path)
-            is_ours = METADATA_KEY in (metadata or {})
-            if not is_ours and (other := format_of(tensors)):
+            other = None if METADATA_KEY in (metadata or {}) else format_of(tensors)
+            if rank_mask is not None and other not in (LYCORIS, REPOSITORY):
+                raise ValueError("rank_mask is for a T-LoRA of another project: leave it out.")
+            if other is not None:
                 part = _CONVERTERS[other](OtherFile(tensors, path, base, without_base, rank_mask))
                 check_part(part, beside=False, for_model=for_model or without_base)
                 return cls({component: part}, path, other)
-            if rank_mask is not None:
-                raise ValueError("rank_mask is for a T-LoRA of another project: leave it out.")
             if path is not None and path.name == PEFT_WEIGHTS_NAME:
                 return cls({component: _of_peft(path, tensors, for_model)}, path)
             origin = "The dict" if path is None else f"'{path}'"

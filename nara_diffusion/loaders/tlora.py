@@ -113,7 +113,7 @@ def check_layers(
         ValueError: a tensor has a wrong shape, dtype or value, or another rank than most layers.
     """
     # T-LoRA's mask is for one rank
-    rank = mode((*next(iter(by_field.values())).shape, 0)[0] for by_field in layers.values())
+    rank = mode(next(iter(by_field.values())).shape[:1].numel() for by_field in layers.values())
     expected = {}
     for layer, by_field in layers.items():
         A, B = (tensor.shape for tensor in list(by_field.values())[:2])
@@ -121,10 +121,11 @@ def check_layers(
         ones = (1,) * len(kernel)
         shapes = {"A": (rank, d_in, *ones), "B": (d_out, rank, *ones), "values": (1, rank), "": ()}
         for field, tensor in by_field.items():
+            # LyCORIS stores alpha as given
             is_integer = field == "alpha" and tensor.dtype in (torch.int32, torch.int64)
-            dtype = tensor.dtype if is_integer else torch.float32  # LyCORIS stores alpha as given
-            shape = shapes[_KINDS[field]]
-            expected[f"{layer}.{field}"] = torch.empty(shape, dtype=dtype, device="meta")
+            dtype = tensor.dtype if is_integer else torch.float32
+            like = torch.empty(shapes[_KINDS[field]], dtype=dtype, device="meta")
+            expected[f"{layer}.{field}"] = like
     check_tensors(tensors, expected)
     return rank
 
