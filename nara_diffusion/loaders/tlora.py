@@ -110,12 +110,16 @@ def check_layers(
         base_shapes: {layer: the shape of the base's weight}; None means the sizes of A and B.
 
     Raises:
-        ValueError: a tensor has a wrong shape, dtype or value, or another rank than most layers.
+        ValueError: a tensor has a wrong shape, dtype or value, or a layer another rank.
     """
-    # T-LoRA's mask is for one rank
-    rank = mode(next(iter(by_field.values())).shape[:1].numel() for by_field in layers.values())
+    ranks = {layer: next(iter(layers[layer].values())).shape[:1].numel() for layer in layers}
+    rank = mode(ranks.values())
     expected = {}
     for layer, by_field in layers.items():
+        if ranks[layer] != rank:
+            raise ValueError(
+                f"'{layer}' has rank {ranks[layer]}, but most layers have {rank}. T-LoRA's mask is for one rank."
+            )
         A, B = (tensor.shape for tensor in list(by_field.values())[:2])
         d_out, d_in, *kernel = (base_shapes or {}).get(layer, ((*B, 0)[0], (*A, 0, 0)[1], *A[2:]))
         ones = (1,) * len(kernel)

@@ -306,7 +306,7 @@ def test_mixed_file_is_refused_by_its_first_key(key: str) -> None:
 def test_layer_of_another_rank_is_refused() -> None:
     pipe = _bases.sdxl()
     tensors = lycoris_file(pipe.unet, NAMES[:2]) | lycoris_file(pipe.unet, NAMES[2:], rank=3)
-    refused(lambda: pipe.load_nara_weights(tensors, rank_mask=MASK), pipe, "ff_net_2.q_layer.weight' has shape (3, ")
+    refused(lambda: pipe.load_nara_weights(tensors, rank_mask=MASK), pipe, "ff_net_2' has rank 3")
 
 
 @pytest.mark.parametrize("tensor", [torch.ones(4, 3), "text"])
