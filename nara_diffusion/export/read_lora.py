@@ -179,20 +179,19 @@ def _by_peft_names(
     pipe: DiffusionPipeline,
 ) -> Values:
     """Return the values by PEFT's keys, without the component's prefix."""
-    new: Values = {}
-    old: Values = {}
+    values: Values = {}
     for key, tensor in tensors.items():
         layer = key.partition(".lora.")[0]
         alpha_keys = f"{layer}.alpha", key.replace(".lora_A.weight", ".alpha"), f"{key}.alpha"
         alpha = next((alphas[name] for name in alpha_keys if name in alphas), None)
-        values = new if _PEFTS.search(key) else old
         values[key.removeprefix(f"{component}.")] = (tensor, alpha)
     if not component.startswith(TEXT_ENCODER):
-        return new | (convert_unet_state_dict_to_peft(old) if old else {})
-    new |= convert_state_dict_to_peft(old) if old else {}
+        return convert_unet_state_dict_to_peft(values)
+    if not any(map(_PEFTS.search, values)):
+        values = convert_state_dict_to_peft(values)
     if hasattr(getattr(pipe, component), "text_model"):
-        return {with_text_model(key): value for key, value in new.items()}
-    return {key.removeprefix("text_model."): value for key, value in new.items()}
+        return {with_text_model(key): value for key, value in values.items()}
+    return {key.removeprefix("text_model."): value for key, value in values.items()}
 
 
 def _inferred_config(values: Values) -> LoraConfig:
