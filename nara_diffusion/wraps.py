@@ -7,7 +7,7 @@ PEFT           PeftModel.from_pretrained       would leave a partly loaded NaRA 
                PeftModel.load_adapter          would do the same
 Transformers   PeftAdapterMixin.load_adapter   would read only A and B, and leave the core random
 Diffusers      LoraBaseMixin.set_adapters      would accept numbers, but no StrengthSchedule
-               lora_base._get_model_file       would load a NaRA's file as a LoRA, without the core
+               lora_base._get_model_file       would load a NaRA as a LoRA, and nothing of a T-LoRA
 """
 
 from __future__ import annotations
