@@ -207,8 +207,6 @@ def save_nara_weights(
     models = {component: unwrapped(model) for component, model in adaptable_models(self).items()}
     listed_names = adapter_name if isinstance(adapter_name, list) else [adapter_name]
     names = [_name_to_save(models, name) for name in listed_names]
-    for name in names:
-        _check_nothing_left_out(self, models, name)
     weight_name = WEIGHTS_NAME if weight_name is None else weight_name
     if not weight_name.endswith(".safetensors") or Path(weight_name).name != weight_name:
         raise ValueError(
@@ -328,6 +326,7 @@ def _parts_to_save(
     pipe: Pipeline, models: Mapping[str, nn.Module], name: str
 ) -> dict[str, AdapterPart]:
     """Return {component: the adapter's part} of all components that have the adapter."""
+    _check_nothing_left_out(pipe, models, name)
     parts = {}
     for component, model in models.items():
         if name not in adapters_of(model):
