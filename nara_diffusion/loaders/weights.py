@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from nara_diffusion.config import NaraConfig
+from nara_diffusion.noise.drawn_levels import NoiseWindow
 from nara_diffusion.tuner.adding import restored_on_error
 from nara_diffusion.utils.wording import listed
 
@@ -149,28 +150,32 @@ def load_nara_weights(
             if request is not None:
                 prepare_for_hotswap(model, request)
 
-    with offloading_suspended(self), restored_on_error(*models.values()):
-        if isinstance(source, list):
-            windows = checked_windows(source)
-            names = _names_to_load(models, adapter_name, hotswap, len(windows), is_list=True)
-            for name, (path, window) in zip(names, windows, strict=True):
-                with naming(path):
-                    if is_lora(path, **place):
-                        load_lora_inside(self, window, path, name, **place)
-                    else:
-                        insert_parts(parts_inside(self, window, partial(read, path)), name)
-                    restrict(models, name, window)
-        else:
-            adapters = read(source, denoiser_name(self)).adapters
-            with naming(source):
-                names = _names_to_load(models, adapter_name, hotswap, len(adapters))
-                for name, parts in zip(names, adapters, strict=True):
-                    if hotswap:
-                        _swap(models, parts, name)
-                    else:
-                        insert_parts(parts, name)
-        if not hotswap:
-            _activate(models, names)
+    def insert_inside(window: NoiseWindow, path: str, name: str) -> None:
+        with naming(path):
+            if is_lora(path, **place):
+                load_lora_inside(self, window, path, name, **place)
+            else:
+                insert_parts(parts_inside(self, window, partial(read, path)), name)
+            restrict(models, name, window)
+
+    with offloading_suspended(self):
+        adapters = [] if isinstance(source, list) else read(source, denoiser_name(self)).adapters
+        with restored_on_error(*models.values()):
+            if isinstance(source, list):
+                windows = checked_windows(source)
+                names = _names_to_load(models, adapter_name, hotswap, len(windows), is_list=True)
+                for name, (path, window) in zip(names, windows, strict=True):
+                    insert_inside(window, path, name)
+            else:
+                with naming(source):
+                    names = _names_to_load(models, adapter_name, hotswap, len(adapters))
+                    for name, parts in zip(names, adapters, strict=True):
+                        if hotswap:
+                            _swap(models, parts, name)
+                        else:
+                            insert_parts(parts, name)
+            if not hotswap:
+                _activate(models, names)
     follow_scheduler(self)
 
 
