@@ -7,7 +7,7 @@ PEFT           PeftModel.from_pretrained       would leave a partly loaded NaRA 
                PeftModel.load_adapter          would do the same
 Transformers   PeftAdapterMixin.load_adapter   would read only A and B, and leave the core random
 Diffusers      LoraBaseMixin.set_adapters      would accept numbers, but no StrengthSchedule
-               lora_base._get_model_file       would load a NaRA's file as a LoRA, without the core
+               lora_base._get_model_file       would load a NaRA as a LoRA, and nothing of a T-LoRA
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ from nara_diffusion.loaders.components import (
 from nara_diffusion.loaders.file import naming
 from nara_diffusion.loaders.insertion import LOADED_FLAG
 from nara_diffusion.loaders.tensor_files import check_peft_weights, is_nara, is_nara_for_peft
-from nara_diffusion.loaders.time_aware import check_readable_by_peft
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.tuner.adding import restored_on_error
 from nara_diffusion.tuner.holder import holder_of
@@ -133,7 +132,6 @@ def _is_nara(
     """Return True if the adapter to be loaded, from a folder or with `config`, is a NaRA."""
     if config is not None or not model_id:
         return isinstance(config, NaraConfig)
-    check_readable_by_peft(str(model_id))
     return is_nara_for_peft(str(model_id), **_hub_options(options))
 
 
@@ -252,9 +250,9 @@ def _numbers(weights: _Weight) -> _Weight:
 
 def _find_lora_file(original: _Function, *args: Any, **kwargs: Any) -> str:
     path = original(*args, **kwargs)
-    if str(path).endswith(".safetensors") and is_nara(Path(path)):
+    if is_nara(Path(path)):
         raise ValueError(
-            f"'{path}' contains a NaRA adapter, and loading it as a LoRA would leave out the core. Load it with "
-            "pipe.load_nara_weights(…)."
+            f"'{path}' contains an adapter that depends on the noise level, which loading it as a LoRA would lose. "
+            "Load it with pipe.load_nara_weights(…)."
         )
     return path

@@ -55,7 +55,7 @@ def inspect(args: Namespace) -> str:
     }
     if file.other is not None:
         for rows in description["components"].values():
-            rows["method"] = file.other.name
+            rows["method"] = file.other
     if args.json:
         return json.dumps(description, indent=2, default=list)
     lines = [f"{file.path}: {len(content):,} bytes, sha256 {description['sha256']}"]

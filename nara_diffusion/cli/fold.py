@@ -76,8 +76,8 @@ def _described(
         return f"{modules} modules, nearest over all λ, {worst}"
     strengths = []
     for adapter in adapters.values():
-        for schedule in adapter.schedules:
-            strengths.append(f"{schedule.at(torch.tensor([noise_level])).item():g}")
+        if adapter.schedule is not None:
+            strengths.append(f"{adapter.schedule.at(torch.tensor([noise_level])).item():g}")
     strength = f", at its strength of {', '.join(strengths)} there" if strengths else ""
     return f"{modules} modules, λ = {noise_level:g}{strength}"
 

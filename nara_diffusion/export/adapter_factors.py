@@ -45,10 +45,6 @@ _EXPORTED = (type(None), NaraVariant, *PEFT_DORA)
 """LoRA variants that a plain LoRA or DoRA can express."""
 
 
-CoreKey = Any
-"""What a core is found by: a `Key` in a model, a group's name in a file."""
-
-
 @dataclass(frozen=True)
 class Adapter:
     """One adapter, with copies of its factors on the CPU.
@@ -56,40 +52,39 @@ class Adapter:
     Attributes:
         config: the adapter's configuration.
         lora: the adapter's modules, ranks, factors and other tensors as a LoRA, without C.
-        keys: {module: the key of its core}; the key is None for layers that read no core.
-        make: a function (key, λ (b,)) → C (b or 1, r, r), float32.
+        groups: {module: the group of its core}; the group is None for layers that read no core.
+        cores_by_group: the cores, without a strength over λ.
+        schedule: the strength over λ, if there is one.
         level_of: a function that converts the given λ to (1,) or (b,), or to None if the cores need
             no λ.
-        schedules: the strengths over λ that C includes.
     """
 
     config: LoraConfig
     lora: PlainLora
-    keys: Mapping[str, CoreKey | None]
-    make: Callable[[CoreKey, Tensor | None], Tensor]
+    groups: Mapping[str, str | None]
+    cores_by_group: CoreSet
+    schedule: StrengthSchedule | None
     level_of: Callable[[Level | None], Tensor | None]
-    schedules: set[StrengthSchedule]
 
+    @torch.no_grad()
     def cores(
         self, level: Tensor | None, strength: float = 1.0, device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:
-        """Return {module: strength · C (b or 1, r, r)} at λ (b,), float32.
+        """Return {module: strength · C (b or 1, r, r)} at λ (b,), float32, including the schedule.
 
         Layers that share a core share the memory of its matrix.
         """
-        ranks = {name: layer.rank for name, layer in self.lora.layers.items()}
-        shared: dict[CoreKey | None, Tensor] = {}
+        largest = max(layer.rank for layer in self.lora.layers.values())
+        matrices: dict[str | None, Tensor] = {None: torch.eye(largest)[None]}
+        for group in self.cores_by_group:
+            C = self.cores_by_group.matrix(group, level)
+            if self.schedule is not None and level is not None:
+                C = self.schedule.at(level)[:, None, None].to(C.device) * C
+            matrices[group] = C
+        matrices = {group: (strength * C).to(device) for group, C in matrices.items()}
         cores = {}
-        for name, rank in ranks.items():
-            key = self.keys[name]
-            if key not in shared:
-                if key is None:
-                    core = torch.eye(max(ranks.values()))[None]
-                else:
-                    with torch.no_grad():
-                        core = self.make(key, level)
-                shared[key] = (strength * core).to(device)
-            cores[name] = shared[key][:, :rank, :rank]
+        for name, layer in self.lora.layers.items():
+            cores[name] = matrices[self.groups[name]][:, : layer.rank, : layer.rank]
         return cores
 
     def folded(self, cores: Mapping[str, Tensor]) -> PlainLora:
@@ -145,30 +140,25 @@ def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
             "can be exported exactly. peft.convert_to_lora(model, rank=…) approximates other methods."
         )
     factors: dict[str, PlainLoraLayer] = {}
-    keys: dict[str, CoreKey | None] = {}
+    groups: dict[str, str | None] = {}
     for name, layer in layers_of(root, adapter_name).items():
         variant = getattr(layer, "lora_variant", {}).get(adapter_name)
         factors[name] = _factors(name, layer, adapter_name, variant)
-        keys[name] = variant.key if isinstance(variant, NaraVariant) else None
+        groups[name] = variant.key[1] if isinstance(variant, NaraVariant) else None
     extra = {}
     for key, tensor in extra_tensors(adapter_tensors(root, adapter_name)).items():
         extra[key] = _copied(tensor, key)
     lora = PlainLora(_plain_config(config, root), factors, extra)
-    strength = strength_of(root, adapter_name)
-    schedules = set() if strength is None else {strength}
-    source = holder if holder is not None and adapter_name in holder.cores else None
-
-    def make(key: CoreKey, level: Tensor | None) -> Tensor:
-        assert source is not None, f"no layer reads a core, but {key} is requested"
-        return source.matrix(key, level)
-
-    def level_of(level: Level | None) -> Tensor | None:
-        if source is None:
-            return None
-        return source.merging.level_to_export(adapter_name, level, source.context())
-
+    schedule = strength_of(root, adapter_name)
     with onloaded_cores(model):
-        yield Adapter(config, lora, keys, make, level_of, schedules)
+        if holder is None or adapter_name not in holder.cores:
+            yield Adapter(config, lora, groups, CoreSet(), schedule, lambda _: None)
+            return
+
+        def level_of(level: Level | None) -> Tensor | None:
+            return holder.merging.level_to_export(adapter_name, level, holder.context())
+
+        yield Adapter(config, lora, groups, holder.cores_of(adapter_name), schedule, level_of)
 
 
 def _factors(
@@ -260,13 +250,9 @@ def adapter_of_part(part: AdapterPart) -> Adapter:
     for key, tensor in part.tensors.items():
         tensors[key] = tensor if tensor.dtype == torch.float64 else tensor.float()
     layers = layers_of_tensors(config, tensors)
-    keys: dict[str, CoreKey | None] = {}
+    groups: dict[str, str | None] = {}
     for name, layer in layers.items():
-        keys[name] = core_group(config, name, layer.rank) if config.reads_core else None
-
-    def make(group: str, level: Tensor | None) -> Tensor:
-        C = cores.matrix(group, level)
-        return C if schedule is None or level is None else schedule.at(level)[:, None, None] * C
+        groups[name] = core_group(config, name, layer.rank) if config.reads_core else None
 
     def level_of(level: Level | None) -> Tensor | None:
         if not cores.needs_noise and schedule is None:
@@ -276,7 +262,7 @@ def adapter_of_part(part: AdapterPart) -> Adapter:
         return as_level(level)
 
     lora = PlainLora(_plain_config(config), layers, extra_tensors(part.tensors))
-    return Adapter(config, lora, keys, make, level_of, set() if schedule is None else {schedule})
+    return Adapter(config, lora, groups, cores, schedule, level_of)
 
 
 def schedule_of(config: NaraConfig) -> StrengthSchedule | None:

@@ -8,7 +8,6 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import fields
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import nn
 
 from nara_diffusion.config import NaraConfig, changes_base
 from nara_diffusion.loaders.components import TEXT_ENCODER, follow_scheduler
+from nara_diffusion.loaders.file import naming
 from nara_diffusion.loaders.insertion import LOADED_FLAG
 from nara_diffusion.strict import check_tensors
 from nara_diffusion.tuner.adding import restored_on_error
@@ -68,15 +68,18 @@ def from_lora(
         raise ValueError(
             f"{', '.join(decided)} can't be given, since the LoRA determines them. Leave them out."
         )
-    parts, origin = read_lora(lora, model)
-    with ExitStack() as undo:
-        if not is_pipeline(model):
+    origin = f"'{lora}'"
+    with naming(lora):
+        parts = read_lora(lora, model)
+    if not is_pipeline(model):
+        with restored_on_error(model):
             inject = isinstance(model, PeftAdapterMixin)
-            return _insert(parts[""], model, adapter_name, core, origin, undo, inject)
+            return _insert(parts[""], model, adapter_name, core, origin, inject)
+    targets = {component: getattr(model, component) for component in parts}
+    with restored_on_error(*targets.values()):
         for component, part in parts.items():
             options = {"core_type": "identity"} if component.startswith(TEXT_ENCODER) else core
-            target = getattr(model, component)
-            _insert(part, target, adapter_name, options, origin, undo, inject=True)
+            _insert(part, targets[component], adapter_name, options, origin, inject=True)
         follow_scheduler(model)
     return model
 
@@ -87,10 +90,9 @@ def _insert(
     name: str,
     core: Mapping[str, Any],
     origin: str,
-    undo: ExitStack,
     inject: bool,
 ) -> Any:
-    """Add the adapter to `model`, and register its removal after an error in `undo`.
+    """Add the adapter to `model`, and return the adapted model.
 
     Args:
         inject: whether to inject the adapter without wrapping the model in a PeftModel.
@@ -107,7 +109,6 @@ def _insert(
     if not changes_base(values["init_lora_weights"]):
         values["init_lora_weights"] = True  # the LoRA's tensors replace these values
     config = NaraConfig(**values | dict(core))
-    undo.enter_context(restored_on_error(root))
     with warnings.catch_warnings():
         # several adapters are intended
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")

@@ -45,18 +45,16 @@ def save_lycoris(part: AdapterPart, folder: Path, base: str | None = None) -> No
         ValueError: LyCORIS can't express the adapter; or ComfyUI has no such module.
     """
     config = part.config
-    if config.lora_a_init != "residual_base" or config.strength is not None:
-        reason = "has a strength over λ"
-        if config.lora_a_init != "residual_base":
-            reason = f"has lora_a_init={config.lora_a_init!r}, so it was trained without them"
+    if config.lora_a_init != "residual_base":
         raise ValueError(
-            "LyCORIS' T-LoRA subtracts singular vectors of the base weight, at strength 1, and this adapter "
-            f"{reason}: it can't be written. Train with --adapter tlora --adapter_options lora_a_init=residual_base."
+            "LyCORIS' T-LoRA subtracts singular vectors of the base weight, and this adapter has lora_a_init="
+            f"{config.lora_a_init!r}, so it was trained without them: it can't be written. Train with --adapter tlora "
+            "--adapter_options lora_a_init=residual_base."
         )
-    if config.rank_pattern or extra_tensors(part.tensors):
+    if config.strength is not None or config.rank_pattern or extra_tensors(part.tensors):
         raise ValueError(
-            "LyCORIS' T-LoRA needs layers of one rank and nothing else, so rank_pattern and trained biases can't be "
-            "written."
+            "LyCORIS' T-LoRA needs strength 1, layers of one rank and nothing else, so a strength over λ, rank_pattern "
+            "and trained biases can't be written."
         )
     layers = layers_of_tensors(config, part.tensors)
     names = {name: name for name in layers} if base is None else names_in_comfyui(layers, base)

@@ -123,6 +123,7 @@ _IN_RESNET = {
 _BLOCK = re.compile(
     r"(down|up|mid)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
 )
+_LAYER = re.compile(r"(down|up)_blocks\.\d+\.(?:resnets|attentions)\.(\d+)\.")
 UNETS = {"sd15": (1, 2, 3), "sdxl": (0, 1)}
 """{base with a UNet: the up blocks that have attention}."""
 _ABSENT = {
@@ -224,7 +225,10 @@ def _layers_per_block(names: Collection[str], base: str) -> int:
 
     Up blocks have one layer more. The released UNets have two layers in each down block.
     """
-    down, up = _number_of_layers(names, "down"), _number_of_layers(names, "up")
+    counts = {"down": 0, "up": 0}
+    for match in filter(None, map(_LAYER.match, names)):
+        counts[match[1]] = max(counts[match[1]], int(match[2]) + 1)
+    down, up = counts.values()
     least = max(down, up - 1, 1)
     if least > 1 or 0 < down == up - 1:
         return least
@@ -235,17 +239,6 @@ def _layers_per_block(names: Collection[str], base: str) -> int:
                 "UNet, and the adapter doesn't show whether it is one or two. Use --form diffusers, which needs no "
                 "such name."
             )
-    return least
-
-
-def _number_of_layers(names: Collection[str], side: str) -> int:
-    """Return the least number of layers that blocks on one side, "down" or "up", must have."""
-    layer = re.compile(rf"{side}_blocks\.\d+\.(?:resnets|attentions)\.(\d+)\.")
-    least = 0
-    for name in names:
-        match = layer.match(name)
-        if match:
-            least = max(least, int(match[1]) + 1)
     return least
 
 

@@ -144,8 +144,8 @@ def layers_of_tensors(
     """Return {module: its factors} from tensors by PEFT's keys, ignoring any other tensors.
 
     Raises:
-        ValueError: A or B of a module is missing, or doesn't have the configuration's rank; or the
-            module's tensors contradict use_dora or lora_bias.
+        ValueError: A or B of a module is missing, or the module's tensors contradict use_dora or
+            lora_bias.
     """
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -165,13 +165,6 @@ def layers_of_tensors(
                 f"{config.use_dora}. The file is damaged: download or save it again."
             )
         A, B = factors[letters[0]], factors[letters[1]]
-        has_axes = min(A.dim(), B.dim()) >= 2
-        # B has rank / groups columns
-        if not has_axes or len(A) != rank or not B.shape[1] or rank % B.shape[1]:
-            raise ValueError(
-                f"'{name}' has A {tuple(A.shape)} and B {tuple(B.shape)}, expected rank {rank}. The file is damaged: "
-                "download or save it again."
-            )
         alpha = configured_scaling(config, name, rank) * rank
         magnitude = factors.get("magnitude_vector")
         layers[name] = PlainLoraLayer(A, B, alpha, rank, magnitude, is_embedding)

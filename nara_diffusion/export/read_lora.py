@@ -28,6 +28,7 @@ from nara_diffusion.config import OTHER_PREDICTION
 from nara_diffusion.loaders.components import TEXT_ENCODER, denoiser_name
 from nara_diffusion.loaders.tensor_files import (
     is_nara,
+    locate,
     read_peft_tensors,
     read_tensors,
 )
@@ -55,29 +56,29 @@ Values = dict[str, tuple[Tensor, float | None]]
 
 def read_lora(
     lora: str | os.PathLike[str], model: nn.Module | DiffusionPipeline
-) -> tuple[dict[str, PlainLora], str]:
-    """Return {component: its LoRA}, and the name of the source for error messages.
-
-    If `model` isn't a pipeline, the only component has an empty name.
+) -> dict[str, PlainLora]:
+    """Return {component: its LoRA}. If `model` isn't a pipeline, the component has an empty name.
 
     Raises:
         ValueError: `lora` can't be read; see `from_lora`.
     """
-    path, origin = Path(lora).expanduser(), f"'{lora}'"
-    try:
-        if (path / CONFIG_NAME).is_file():
-            parts = {denoiser_name(model) if is_pipeline(model) else "": _read_folder(path)}
-        else:
-            parts = _read_file(_file_in(path), model)
-        for part in parts.values():
-            if part.others or part.config.lora_bias:
-                extra = next(iter(part.others), "biases of B")
-                raise ValueError(
-                    f"it has trained '{extra}' in addition to a LoRA's factors, and a NaRA can't start from that."
-                )
-    except ValueError as error:
-        raise ValueError(f"{origin}: {error}") from error
-    return parts, origin
+    path = Path(lora).expanduser()
+    if is_nara(path):
+        raise ValueError(
+            "it already depends on the noise level. Load it with pipe.load_nara_weights(…), or a folder in PEFT's "
+            "format with PeftModel.from_pretrained(model, folder)."
+        )
+    if (path / CONFIG_NAME).is_file():
+        parts = {denoiser_name(model) if is_pipeline(model) else "": _read_folder(path)}
+    else:
+        parts = _read_file(locate(path, None, None, {}), model)
+    for part in parts.values():
+        if part.others or part.config.lora_bias:
+            extra = next(iter(part.others), "biases of B")
+            raise ValueError(
+                f"it has trained '{extra}' in addition to a LoRA's factors, and a NaRA can't start from that."
+            )
+    return parts
 
 
 def is_pipeline(model: object) -> TypeGuard[DiffusionPipeline]:
@@ -86,11 +87,6 @@ def is_pipeline(model: object) -> TypeGuard[DiffusionPipeline]:
 
 
 def _read_folder(folder: Path) -> PlainLora:
-    if is_nara(folder):
-        raise ValueError(
-            "it is already a NaRA. Load it with PeftModel.from_pretrained(model, folder) or "
-            "pipe.load_nara_weights(folder)."
-        )
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
         raise ValueError(f"it has '{scheduler.relative_to(folder)}': {OTHER_PREDICTION}")
@@ -107,22 +103,6 @@ def _plain_lora(config: LoraConfig, tensors: Mapping[str, Tensor]) -> PlainLora:
     if not layers:
         raise ValueError(f"it has no LoRA in PEFT's format, but {listed(tensors) or 'no tensors'}.")
     return PlainLora(config, layers, extra_tensors(tensors))
-
-
-def _file_in(path: Path) -> Path:
-    """Return the LoRA's file, which is `path` itself or the only suitable file in that folder."""
-    if path.is_file():
-        return path
-    named = path / "pytorch_lora_weights.safetensors"
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
-    if named in files:
-        return named
-    if len(files) == 1:
-        return files[0]
-    raise ValueError(
-        f"'{path}' is not a LoRA file, nor a folder with {CONFIG_NAME} or with one LoRA file. Give the path of a file. "
-        "Download a LoRA from the Hub first, with huggingface_hub.snapshot_download(repository)."
-    )
 
 
 def _read_file(path: Path, pipe: nn.Module | DiffusionPipeline) -> dict[str, PlainLora]:
@@ -199,20 +179,19 @@ def _by_peft_names(
     pipe: DiffusionPipeline,
 ) -> Values:
     """Return the values by PEFT's keys, without the component's prefix."""
-    new: Values = {}
-    old: Values = {}
+    values: Values = {}
     for key, tensor in tensors.items():
         layer = key.partition(".lora.")[0]
         alpha_keys = f"{layer}.alpha", key.replace(".lora_A.weight", ".alpha"), f"{key}.alpha"
         alpha = next((alphas[name] for name in alpha_keys if name in alphas), None)
-        values = new if _PEFTS.search(key) else old
         values[key.removeprefix(f"{component}.")] = (tensor, alpha)
     if not component.startswith(TEXT_ENCODER):
-        return new | (convert_unet_state_dict_to_peft(old) if old else {})
-    new |= convert_state_dict_to_peft(old) if old else {}
+        return convert_unet_state_dict_to_peft(values)
+    if not any(map(_PEFTS.search, values)):
+        values = convert_state_dict_to_peft(values)
     if hasattr(getattr(pipe, component), "text_model"):
-        return {with_text_model(key): value for key, value in new.items()}
-    return {key.removeprefix("text_model."): value for key, value in new.items()}
+        return {with_text_model(key): value for key, value in values.items()}
+    return {key.removeprefix("text_model."): value for key, value in values.items()}
 
 
 def _inferred_config(values: Values) -> LoraConfig:

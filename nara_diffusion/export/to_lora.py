@@ -118,8 +118,8 @@ def _grid(adapter: Adapter) -> Tensor:
     """Return λ (n,), ascending, float32: equidistant points, and where C(λ) bends or jumps."""
     config: Any = adapter.config
     levels = [torch.linspace(0, 1, _GRID, dtype=torch.float32)]
-    for schedule in adapter.schedules:
-        points = torch.tensor([level for level, _ in schedule.points], dtype=torch.float32)
+    if adapter.schedule is not None:
+        points = torch.tensor([level for level, _ in adapter.schedule.points], dtype=torch.float32)
         jumps = points[1:][points.diff() == 0]
         levels += [points, jumps.nextafter(torch.zeros_like(jumps))]
     if getattr(config, "core_type", None) == "knots":

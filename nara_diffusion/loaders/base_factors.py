@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,14 @@ def base_factors(weights: Mapping[str, Tensor], rank: int, file: Path | None) ->
     """
     digest = digest_tensors({**weights, "rank": torch.tensor(rank)})
     cache = None if file is None else file.with_suffix(f".{digest[:16]}{SUFFIX}")
-    tensors = {} if cache is None else undamaged_factors(cache)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not tensors:
+    tensors: dict[str, Tensor] = {}
+    metadata = None
+    if cache is not None:
+        with suppress(OSError, ValueError):  # it is missing or damaged
+            tensors, metadata = read_tensors(cache)
+    if (metadata or {}).get("digest") != digest_tensors(tensors):
+        tensors = {}
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         for name, weight in tqdm(weights.items(), desc="SVD of the base", leave=False):
             P, values, Q = singular_triples(weight.to(device).float().flatten(1), rank)
             for label, tensor in {"p": P, "s": values, "q": Q[:, : weight.shape[1]]}.items():
@@ -102,12 +108,3 @@ def base_factors(weights: Mapping[str, Tensor], rank: int, file: Path | None) ->
             except OSError as error:
                 logger.info("The start factors aren't kept: %s", error)
     return {name: Triples(*(tensors[f"{name}.{label}"] for label in "psq")) for name in weights}
-
-
-def undamaged_factors(cache: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file with start factors, or none if it is missing or damaged."""
-    try:
-        tensors, metadata = read_tensors(cache)
-    except (OSError, ValueError):
-        return {}
-    return tensors if (metadata or {}).get("digest") == digest_tensors(tensors) else {}

@@ -40,7 +40,9 @@ from nara_diffusion.utils.files import atomic_write_files
 from nara_diffusion.utils.wording import listed
 
 from .adapter_part import AdapterPart, config_from_fields, config_to_fields
+from .lycoris import convert_lycoris
 from .part_check import check_part
+from .tc_lora import convert_tc_lora
 from .tensor_files import (
     METADATA_KEY,
     PEFT_CONFIG_NAME,
@@ -51,8 +53,9 @@ from .tensor_files import (
     read_tensors,
     save_tensors,
 )
-from .time_aware import TimeAwareFormat, format_of
+from .time_aware import LYCORIS, REPOSITORY, TC_LORA, format_of
 from .tlora import OtherFile
+from .tlora_repository import convert_repository
 
 FORMAT_VERSION = 1
 MODEL = "model"
@@ -60,6 +63,13 @@ MODEL = "model"
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 """A file, a folder, a repository on the Hub, or a dict of tensors."""
+
+_CONVERTERS = {
+    LYCORIS: convert_lycoris,
+    REPOSITORY: convert_repository,
+    TC_LORA: convert_tc_lora,
+}
+"""{name of another project's format: the function that makes an adapter's part of it}."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +80,12 @@ class AdapterFile:
         parts: {component: its configuration and tensors}.
         path: the file with the tensors; None for a dict, or for an adapter that has not been
             written yet.
-        other: the format, for a file of another project.
+        other: the name of the format, for a file of another project.
     """
 
     parts: dict[str, AdapterPart]
     path: Path | None = None
-    other: TimeAwareFormat | None = None
+    other: str | None = None
 
     @classmethod
     def read(
@@ -111,10 +121,6 @@ class AdapterFile:
             ValueError: there is no file, or the file is damaged or of another kind.
             OSError: the download from the Hub failed.
         """
-        if not isinstance(source, Mapping) and metadata is not None:
-            raise ValueError(
-                "metadata is for a dict of tensors. A file contains its own: leave it out."
-            )
         with naming(source):
             path = None
             if isinstance(source, Mapping):
@@ -122,13 +128,13 @@ class AdapterFile:
             else:
                 path = locate(source, weight_name, subfolder, hub or {})
                 tensors, metadata = read_tensors(path)
-            is_ours = METADATA_KEY in (metadata or {})
-            if not is_ours and (other := format_of(tensors)):
-                part = other.convert(OtherFile(tensors, path, base, without_base, rank_mask))
+            other = None if METADATA_KEY in (metadata or {}) else format_of(tensors)
+            if rank_mask is not None and other not in (LYCORIS, REPOSITORY):
+                raise ValueError("rank_mask is for a T-LoRA of another project: leave it out.")
+            if other is not None:
+                part = _CONVERTERS[other](OtherFile(tensors, path, base, without_base, rank_mask))
                 check_part(part, beside=False, for_model=for_model or without_base)
                 return cls({component: part}, path, other)
-            if rank_mask is not None:
-                raise ValueError("rank_mask is for a T-LoRA of another project: leave it out.")
             if path is not None and path.name == PEFT_WEIGHTS_NAME:
                 return cls({component: _of_peft(path, tensors, for_model)}, path)
             origin = "The dict" if path is None else f"'{path}'"

@@ -121,8 +121,11 @@ def prepare_swap(model: nn.Module, adapter_name: str, part: AdapterPart) -> Call
     cores: Any = holder.cores[adapter_name]
     layers = layers_of(model, adapter_name)
     # only the factory of a custom core knows which fields it reads
-    custom = {group: core for group, core in cores.items() if isinstance(core, CustomCore)}
-    rebuilt = {group: rebuild_core(core, config) for group, core in custom.items()}
+    rebuilt = {
+        group: rebuild_core(core, config)
+        for group, core in cores.items()
+        if isinstance(core, CustomCore)
+    }
     completed = holder.finder.with_convention(adapter_name, config)
 
     @torch.no_grad()

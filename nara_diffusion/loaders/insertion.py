@@ -101,14 +101,13 @@ def insert(
 
 def remove(model: nn.Module, adapter_names: list[str]) -> None:
     """Remove adapters without changing which others are active; after the last, restore the base."""
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
-        for layer in tuner_layers(model):
-            active = [name for name in layer.active_adapters if name not in adapter_names]
-            for name in adapter_names:
-                layer.delete_adapter(name)
-            layer._active_adapter = active
+    for layer in tuner_layers(model):
+        # PEFT would activate another adapter instead of the deleted one
+        layer._active_adapter = [
+            name for name in layer.active_adapters if name not in adapter_names
+        ]
+        for name in adapter_names:
+            layer.delete_adapter(name)
     for name in adapter_names:
         adapters_of(model).pop(name, None)
     drop_idle_holder(model)
@@ -119,5 +118,3 @@ def remove(model: nn.Module, adapter_names: list[str]) -> None:
     if not adapters_of(model):
         for name in ("peft_config", LOADED_FLAG):
             model.__dict__.pop(name, None)
-    for parameter, requires_grad in trainable:
-        parameter.requires_grad = requires_grad

@@ -38,12 +38,10 @@ def convert_tc_lora(file: OtherFile) -> AdapterPart:
     """Return the part of a Tc-LoRA, with the default s.
 
     Raises:
-        ValueError: a tensor is missing or unknown, or there is a `rank_mask`.
+        ValueError: a tensor is missing or unknown.
     """
-    if file.rank_mask is not None:
-        raise ValueError("rank_mask is for a T-LoRA, and this is a Tc-LoRA: leave it out.")
     modules = layers_of(file.tensors, _TENSOR, _FIELDS, "a Tc-LoRA")
-    ranks = {module: len(named["lora_A.weight"]) for module, named in modules.items()}
+    ranks = {module: named["lora_A.weight"].shape[:1].numel() for module, named in modules.items()}
     r = mode(ranks.values())
     other_ranks = {module: rank for module, rank in ranks.items() if rank != r}
     config = NaraConfig(

@@ -25,7 +25,7 @@ from nara_diffusion.strict import check_loaded
 from nara_diffusion.utils.repositories import is_out_of_reach
 from nara_diffusion.utils.wording import listed
 
-from .tc_lora import KEY
+from .time_aware import format_of
 from .tlora import LYCORIS_CONFIG_NAME
 
 WEIGHTS_NAME = "pytorch_nara_weights.safetensors"
@@ -36,24 +36,18 @@ METADATA_KEY = "nara_adapter_metadata"
 
 
 def is_nara(path: Path) -> bool:
-    """Return whether a file, a PEFT folder or a pipeline's adapter folder contains a NaRA adapter.
+    """Return whether a file or folder contains a NaRA, or another adapter that depends on λ.
 
     For a file that can't be read, return False. Code that reads the file later raises the error.
 
     Raises:
         ValueError: a folder's adapter_config.json is damaged, or has another type but a core.
     """
-    if path.is_file():
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                keys = file.keys()
-                has_core = any(map(is_core_key, keys)) or any(map(KEY.fullmatch, keys))
-                return METADATA_KEY in (file.metadata() or {}) or has_core
-        except (OSError, SafetensorError):
-            return False
     config = path / PEFT_CONFIG_NAME
     if not config.is_file():
-        return (path / WEIGHTS_NAME).is_file()
+        names = (PEFT_WEIGHTS_NAME, *OTHER_WEIGHTS_NAMES)
+        files = [path, *(path / name for name in names)]
+        return (path / WEIGHTS_NAME).is_file() or any(map(_depends_on_noise, files))
     fields = read_config_file(config)
     is_of_nara = fields["peft_type"] == NaraPeftType.NARA.value
     if not is_of_nara and "core_type" in fields:
@@ -64,11 +58,25 @@ def is_nara(path: Path) -> bool:
     return is_of_nara
 
 
+def _depends_on_noise(file: Path) -> bool:
+    """Return whether the names in a file are those of a NaRA or of a `time_aware` format."""
+    try:
+        if file.suffix == ".pt":
+            return format_of(read_pickle(file)) is not None
+        with safe_open(file, framework="pt", device="cpu") as content:
+            keys = list(content.keys())
+            is_of_nara = METADATA_KEY in (content.metadata() or {}) or any(map(is_core_key, keys))
+            return is_of_nara or format_of(keys) is not None
+    except (OSError, SafetensorError, ValueError):
+        return False
+
+
 def is_nara_for_peft(source: str, subfolder: str | None = None, **hub: object) -> bool:
     """Return whether a folder or repository that PEFT is about to load contains a NaRA adapter.
 
     Raises:
-        ValueError: a folder's configuration is that of a LoRA, but its weights have more.
+        ValueError: a folder's configuration is that of a LoRA, but its weights have more; or the
+            adapter is in another format than PEFT's.
     """
     folder = Path(source, subfolder or "")
     if (folder / PEFT_CONFIG_NAME).is_file():
@@ -79,6 +87,11 @@ def is_nara_for_peft(source: str, subfolder: str | None = None, **hub: object) -
                 "with pipe.load_nara_weights."
             )
         return is_of_nara
+    if is_nara(folder):
+        raise ValueError(
+            f"'{folder}' depends on the noise level but isn't a folder in PEFT's format: it has no {PEFT_CONFIG_NAME}. "
+            "Load it with pipe.load_nara_weights, or write such a folder with nara convert --to peft."
+        )
     try:
         kind = PeftConfig._get_peft_type(source, subfolder=subfolder, **hub)
     except Exception:  # PEFT is about to raise its own error
@@ -106,7 +119,7 @@ def locate(
     is_local = isinstance(source, Path) or str(source).startswith((".", "/", "~"))
     if is_local or path.suffix == ".safetensors":
         raise ValueError(
-            f"There is no file or folder '{source}': pass one that save_nara_weights or PEFT wrote."
+            f"There is no file or folder '{source}': pass the path of an adapter's file or folder."
         )
     names = (
         [weight_name] if weight_name else [WEIGHTS_NAME, PEFT_WEIGHTS_NAME, *OTHER_WEIGHTS_NAMES]
@@ -159,19 +172,16 @@ def _in_folder(folder: Path, weight_name: str | None) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    remedy = f"pass weight_name, one of {listed(present)}"
-    if weight_name == PEFT_WEIGHTS_NAME:
-        remedy = f"pass a folder that PEFT wrote, not one of {listed(present)}"
-    if not present:
-        remedy = "it has no safetensors file"
-    raise ValueError(f"There is no '{weight_name or WEIGHTS_NAME}' in '{folder}': {remedy}.")
+    raise ValueError(
+        f"There is no '{weight_name or WEIGHTS_NAME}' in '{folder}': it has "
+        f"{listed(present) or 'no safetensors file'}. Pass another folder or, to load_nara_weights, weight_name."
+    )
 
 
 def check_peft_weights(source: str | os.PathLike[str], subfolder: str | None = None) -> None:
     """Raise ValueError if a local folder, which PEFT is about to read, has no file of weights."""
     folder = Path(source, subfolder or "")
-    has_safetensors = (folder / PEFT_WEIGHTS_NAME).exists()
-    if folder.is_dir() and (has_safetensors or not (folder / PEFT_PICKLE_NAME).is_file()):
+    if folder.is_dir() and not (folder / PEFT_PICKLE_NAME).is_file():
         _in_folder(folder, PEFT_WEIGHTS_NAME)
 
 

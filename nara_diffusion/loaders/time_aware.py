@@ -13,57 +13,22 @@ so that everything else in this package treats the adapter as its own.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable
 
 from . import tc_lora, tlora_repository
-from .adapter_part import AdapterPart
-from .lycoris import convert_lycoris
-from .tensor_files import OTHER_WEIGHTS_NAMES, PEFT_CONFIG_NAME, read_tensors
-from .tlora import OtherFile
-from .tlora_repository import convert_repository
+
+LYCORIS = "a T-LoRA of LyCORIS"
+REPOSITORY = "a T-LoRA of its authors' code"
+TC_LORA = "a Tc-LoRA"
+_KEYS = {
+    LYCORIS: re.compile(r"[^.]+\.(lambda_layer|[pq]_layer\.weight)"),
+    REPOSITORY: tlora_repository.KEY,
+    TC_LORA: tc_lora.KEY,
+}
+"""{name of a format: the pattern of keys that only this format has}."""
 
 
-@dataclass(frozen=True)
-class TimeAwareFormat:
-    """A format of another project.
-
-    Attributes:
-        name: the name in messages.
-        key: the pattern of keys that only this format has.
-        convert: a function that returns the adapter's part.
-    """
-
-    name: str
-    key: re.Pattern[str]
-    convert: Callable[[OtherFile], AdapterPart]
-
-
-FORMATS = (
-    TimeAwareFormat(
-        "a T-LoRA of LyCORIS; its start factors come from the base's weights",
-        re.compile(r"[^.]+\.(lambda_layer|[pq]_layer\.weight)"),
-        convert_lycoris,
-    ),
-    TimeAwareFormat("a T-LoRA of its authors' code", tlora_repository.KEY, convert_repository),
-    TimeAwareFormat("a Tc-LoRA", tc_lora.KEY, tc_lora.convert_tc_lora),
-)
-
-
-def format_of(keys: Iterable[str]) -> TimeAwareFormat | None:
-    """Return the format that one of the `keys` belongs to, or None."""
+def format_of(keys: Iterable[str]) -> str | None:
+    """Return the name of the format that one of the `keys` belongs to, or None."""
     keys = list(keys)
-    return next((kind for kind in FORMATS if any(map(kind.key.fullmatch, keys))), None)
-
-
-def check_readable_by_peft(source: str | Path) -> None:
-    """Raise ValueError if PEFT is about to load a local file of one of these formats."""
-    path = Path(source)
-    files = [path] if path.is_file() else [path / name for name in OTHER_WEIGHTS_NAMES]
-    for file in [] if (path / PEFT_CONFIG_NAME).is_file() else filter(Path.is_file, files):
-        if other := format_of(read_tensors(file)[0]):
-            raise ValueError(
-                f"'{file}' is {other.name}, without an {PEFT_CONFIG_NAME}. Load it with pipe.load_nara_weights, or "
-                "write a folder for PEFT with nara convert --to peft."
-            )
+    return next((name for name, key in _KEYS.items() if any(map(key.fullmatch, keys))), None)

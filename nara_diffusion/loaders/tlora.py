@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mode
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +112,7 @@ def check_layers(
     Raises:
         ValueError: a tensor has a wrong shape, dtype or value, or a layer another rank.
     """
-    ranks = {layer: (*next(iter(layers[layer].values())).shape, 0)[0] for layer in layers}
+    ranks = {layer: next(iter(layers[layer].values())).shape[:1].numel() for layer in layers}
     rank = mode(ranks.values())
     expected = {}
     for layer, by_field in layers.items():
@@ -126,10 +125,11 @@ def check_layers(
         ones = (1,) * len(kernel)
         shapes = {"A": (rank, d_in, *ones), "B": (d_out, rank, *ones), "values": (1, rank), "": ()}
         for field, tensor in by_field.items():
+            # LyCORIS stores alpha as given
             is_integer = field == "alpha" and tensor.dtype in (torch.int32, torch.int64)
-            dtype = tensor.dtype if is_integer else torch.float32  # LyCORIS stores alpha as given
-            shape = shapes[_KINDS[field]]
-            expected[f"{layer}.{field}"] = torch.empty(shape, dtype=dtype, device="meta")
+            dtype = tensor.dtype if is_integer else torch.float32
+            like = torch.empty(shapes[_KINDS[field]], dtype=dtype, device="meta")
+            expected[f"{layer}.{field}"] = like
     check_tensors(tensors, expected)
     return rank
 
@@ -154,11 +154,10 @@ def tlora_part(
     """
     rank = len(next(iter(factors.values()))[0]) // step
     least, exponent = mask_settings(file, rank)
-    scaled: Any = step * (rank if alpha is None else alpha)  # PEFT declares an integer
     config = NaraConfig(
         core_type="rank_mask",
         r=step * rank,
-        lora_alpha=scaled,
+        lora_alpha=step * (rank if alpha is None else alpha),  # type: ignore[arg-type]
         rank_mask_min=step * least,
         rank_mask_exponent=exponent,
         rank_mask_step=step,
@@ -213,13 +212,8 @@ def mask_settings(file: OtherFile, rank: int) -> tuple[int, float]:
             LYCORIS_CONFIG_NAME,
         )
     least, exponent = settings["min"], settings["exponent"]
-    is_rank = isinstance(least, int) and not isinstance(least, bool) and 1 <= least <= rank
-    if (
-        settings.keys() != defaults.keys()
-        or not is_rank
-        or not is_number(exponent)
-        or exponent <= 0
-    ):
+    is_valid = least in range(1, rank + 1) and is_number(exponent) and exponent > 0
+    if settings.keys() != defaults.keys() or not is_valid:
         raise ValueError(
             f"{origin} gives T-LoRA's mask {settings}, expected 'min' from 1 to the file's rank {rank} and "
             "'exponent' greater than 0."

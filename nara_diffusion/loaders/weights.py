@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from copy import copy
@@ -12,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from nara_diffusion.config import NaraConfig
+from nara_diffusion.noise.drawn_levels import NoiseWindow
 from nara_diffusion.tuner.adding import restored_on_error
 from nara_diffusion.utils.wording import listed
 
@@ -101,6 +103,10 @@ def load_nara_weights(
             "Adapters are read from safetensors files only. Leave use_safetensors out."
         )
     source = pretrained_model_name_or_path_or_dict
+    if metadata is not None and not isinstance(source, Mapping):
+        raise ValueError(
+            "metadata is for a dict of tensors. A file contains its own: leave it out."
+        )
     hub = {
         "revision": revision,
         "token": token,
@@ -109,52 +115,67 @@ def load_nara_weights(
         "proxies": proxies,
         "local_files_only": local_files_only,
     }
+    place: dict[str, Any] = {"weight_name": weight_name, "subfolder": subfolder, "hub": hub}
     models = adaptable_models(self)
-    component = denoiser_name(self)
 
-    def base(name: str = component) -> nn.Module:
-        check_not_wrapped(models[name], name, "load_nara_weights")
+    def base(component: str) -> nn.Module:
+        check_not_wrapped(models[component], component, "load_nara_weights")
         if fused := getattr(self, "fused_loras", None):
             raise ValueError(
                 f"{listed(fused)} is fused into the base, but the adapter's start factors come from the original "
                 "weights. Call pipe.unfuse_lora() first."
             )
-        return models[name]
+        return models[component]
 
-    place: dict[str, Any] = {"weight_name": weight_name, "subfolder": subfolder, "hub": hub}
-    if isinstance(source, list):
-        if metadata is not None:
-            raise ValueError(
-                "metadata is for a dict of tensors, and windows are files: leave it out."
-            )
-        _check_several(hotswap)
-
-        def read(path: str | os.PathLike[str], name: str) -> Mapping[str, AdapterPart]:
-            conversion: Any = {"base": partial(base, name), "rank_mask": rank_mask}
-            return AdapterFile.read(path, name, for_model=True, **place, **conversion).parts
-
-        _load_windows(self, models, source, adapter_name, place, read, low_cpu_mem_usage)
-        return
-    with offloading_suspended(self):
-        file = AdapterFile.read(
-            source,
+    def read(path: Source, component: str) -> AdapterFile:
+        return AdapterFile.read(
+            path,
             component,
             metadata=metadata,
             for_model=True,
-            base=base,
+            base=partial(base, component),
             rank_mask=rank_mask,
             **place,
         )
-        adapters = file.adapters
-        with naming(source):
-            if len(adapters) > 1:
-                _check_several(hotswap)
-            for parts in adapters:
-                _check_parts(parts, models)
-            if hotswap:
-                _swap_all(models, adapters[0], _name_to_load(models, adapter_name, hotswap))
+
+    def insert_parts(parts: Mapping[str, AdapterPart], name: str) -> None:
+        _check_parts(parts, models)
+        for component, part in parts.items():
+            model = models[component]
+            try:
+                insert(model, name, part, low_cpu_mem_usage)
+            except ValueError as error:
+                raise ValueError(f"{component}: {error}") from error
+            request = getattr(model, REQUEST, None)
+            if request is not None:
+                prepare_for_hotswap(model, request)
+
+    def insert_inside(window: NoiseWindow, path: str, name: str) -> None:
+        with naming(path):
+            if is_lora(path, **place):
+                load_lora_inside(self, window, path, name, **place)
             else:
-                _insert_several(models, adapters, adapter_name, low_cpu_mem_usage)
+                insert_parts(parts_inside(self, window, partial(read, path)), name)
+            restrict(models, name, window)
+
+    with offloading_suspended(self):
+        adapters = [] if isinstance(source, list) else read(source, denoiser_name(self)).adapters
+        with restored_on_error(*models.values()):
+            if isinstance(source, list):
+                windows = checked_windows(source)
+                names = _names_to_load(models, adapter_name, hotswap, len(windows), is_list=True)
+                for name, (path, window) in zip(names, windows, strict=True):
+                    insert_inside(window, path, name)
+            else:
+                with naming(source):
+                    names = _names_to_load(models, adapter_name, hotswap, len(adapters))
+                    for name, parts in zip(names, adapters, strict=True):
+                        if hotswap:
+                            _swap(models, parts, name)
+                        else:
+                            insert_parts(parts, name)
+            if not hotswap:
+                _activate(models, names)
     follow_scheduler(self)
 
 
@@ -191,8 +212,6 @@ def save_nara_weights(
     models = {component: unwrapped(model) for component, model in adaptable_models(self).items()}
     listed_names = adapter_name if isinstance(adapter_name, list) else [adapter_name]
     names = [_name_to_save(models, name) for name in listed_names]
-    for name in names:
-        _check_nothing_left_out(self, models, name)
     weight_name = WEIGHTS_NAME if weight_name is None else weight_name
     if not weight_name.endswith(".safetensors") or Path(weight_name).name != weight_name:
         raise ValueError(
@@ -212,60 +231,12 @@ def unload_nara_weights(self: Pipeline) -> None:
     Fused weights stay fused, as with a LoRA. To avoid this, call `unfuse_lora` first.
     """
     models = adaptable_models(self)
-    for component, model in models.items():
-        if nara_adapters_of(model):
-            check_not_wrapped(model, component, "unload_nara_weights")
+    adapted = {name: model for name, model in models.items() if nara_adapters_of(model)}
+    for component, model in adapted.items():
+        check_not_wrapped(model, component, "unload_nara_weights")
     with offloading_suspended(self):
-        for model in models.values():
-            if nara_adapters_of(model):
-                remove(model, list(nara_adapters_of(model)))
-
-
-def _load_windows(
-    pipe: Pipeline,
-    models: Mapping[str, nn.Module],
-    windows: list[Any],
-    adapter_name: str | None,
-    place: dict[str, Any],
-    read: Callable[[Any, str], Mapping[str, AdapterPart]],
-    low_cpu_mem_usage: bool,
-) -> None:
-    """Load each file for its window of λ and activate all of them or, after an error, load none."""
-    names = []
-    with offloading_suspended(pipe), restored_on_error(*models.values()):
-        for source, window in checked_windows(windows):
-            name = _name_to_load(models, adapter_name and f"{adapter_name}_{len(names)}", False)
-            with naming(source):
-                if is_lora(source, **place):
-                    load_lora_inside(pipe, window, source, name, **place)
-                else:
-                    parts = parts_inside(pipe, window, partial(read, source))
-                    _check_parts(parts, models)
-                    _insert_all(models, parts, name, low_cpu_mem_usage)
-                restrict(models, name, window)
-            names.append(name)
-        _activate(models, names)
-    follow_scheduler(pipe)
-
-
-def _insert_several(
-    models: Mapping[str, nn.Module],
-    adapters: list[dict[str, AdapterPart]],
-    adapter_name: str | None,
-    low_cpu_mem_usage: bool,
-) -> None:
-    """Insert the adapters of one file and activate all of them or, after an error, insert none."""
-    if len(adapters) == 1:
-        name = _name_to_load(models, adapter_name, False)
-        _insert_all(models, adapters[0], name, low_cpu_mem_usage)
-        return
-    names = []
-    with restored_on_error(*models.values()):
-        for parts in adapters:
-            name = _name_to_load(models, adapter_name and f"{adapter_name}_{len(names)}", False)
-            _insert_all(models, parts, name, low_cpu_mem_usage)
-            names.append(name)
-        _activate(models, names)
+        for model in adapted.values():
+            remove(model, list(nara_adapters_of(model)))
 
 
 def _activate(models: Mapping[str, nn.Module], names: list[str]) -> None:
@@ -274,13 +245,6 @@ def _activate(models: Mapping[str, nn.Module], names: list[str]) -> None:
         present = [name for name in names if name in adapters_of(model)]
         for layer in tuner_layers(model) if present else ():
             layer.set_adapter(present)
-
-
-def _check_several(hotswap: bool) -> None:
-    if hotswap:
-        raise ValueError(
-            "hotswap=True replaces one adapter, but these are several. Load them without hotswap, or one by one."
-        )
 
 
 def _check_parts(parts: Mapping[str, AdapterPart], models: Mapping[str, nn.Module]) -> None:
@@ -295,27 +259,9 @@ def _check_parts(parts: Mapping[str, AdapterPart], models: Mapping[str, nn.Modul
         check_storable(part.config, name)
 
 
-def _insert_all(
-    models: Mapping[str, nn.Module],
-    parts: Mapping[str, AdapterPart],
-    name: str,
-    low_cpu_mem_usage: bool,
-) -> None:
-    """Insert the parts into all components or, after an error, into none."""
-    with restored_on_error(*(models[component] for component in parts)):
-        for component, part in parts.items():
-            model = models[component]
-            try:
-                insert(model, name, part, low_cpu_mem_usage)
-            except ValueError as error:
-                raise ValueError(f"{component}: {error}") from error
-            request = getattr(model, REQUEST, None)
-            if request is not None:
-                prepare_for_hotswap(model, request)
-
-
-def _swap_all(models: Mapping[str, nn.Module], parts: Mapping[str, AdapterPart], name: str) -> None:
+def _swap(models: Mapping[str, nn.Module], parts: Mapping[str, AdapterPart], name: str) -> None:
     """Replace the adapter with that name in all components or, after an error, in none."""
+    _check_parts(parts, models)
     for component, model in models.items():
         check_swappable(model, component, name, parts.get(component))
     swaps = [prepare_swap(models[component], name, part) for component, part in parts.items()]
@@ -323,26 +269,38 @@ def _swap_all(models: Mapping[str, nn.Module], parts: Mapping[str, AdapterPart],
         write()
 
 
-def _name_to_load(models: Mapping[str, nn.Module], name: str | None, hotswap: bool) -> str:
-    """Return the name for an adapter to load, which is `name` or the first free default_N."""
+def _names_to_load(
+    models: Mapping[str, nn.Module],
+    name: str | None,
+    hotswap: bool,
+    count: int,
+    is_list: bool = False,
+) -> list[str]:
+    """Return the names for adapters to load, which are `name`, name_0, …, or the first free default_N."""
     existing = {adapter for model in models.values() for adapter in adapters_of(model)}
-    if hotswap and name not in existing:
-        raise ValueError(
-            f"hotswap=True replaces an existing adapter, but adapter_name is {name!r} and the pipeline has "
-            f"{listed(sorted(existing)) or 'none'}. Pass the name of one of them, or leave hotswap out."
-        )
+    are_several = is_list or count > 1
+    if hotswap:
+        if are_several:
+            raise ValueError(
+                "hotswap=True replaces one adapter, but these are several. Load them without hotswap, or one by one."
+            )
+        if name is None or name not in existing:
+            raise ValueError(
+                f"hotswap=True replaces an existing adapter, but adapter_name is {name!r} and the pipeline has "
+                f"{listed(sorted(existing)) or 'none'}. Pass the name of one of them, or leave hotswap out."
+            )
+        return [name]
     if name is None:
-        number = len(adapters_of(next(iter(models.values()))))
-        while f"default_{number}" in existing:
-            number += 1
-        return f"default_{number}"
-    if name in existing and not hotswap:
+        first = len(adapters_of(next(iter(models.values()))))
+        numbered = (f"default_{number}" for number in itertools.count(first))
+        return list(itertools.islice((new for new in numbered if new not in existing), count))
+    names = [f"{name}_{number}" for number in range(count)] if are_several else [name]
+    if duplicates := existing.intersection(names):
         raise ValueError(
-            f"adapter_name '{name}' is a duplicate: the pipeline already has an adapter with that name. "
-            f"Choose another name, delete the old adapter with pipe.delete_adapters('{name}'), or "
-            "replace it with hotswap=True."
+            f"adapter_name {listed(duplicates)} is a duplicate: the pipeline already has an adapter with that name. "
+            "Choose another name, delete the old adapter with pipe.delete_adapters(…), or replace it with hotswap=True."
         )
-    return name
+    return names
 
 
 def _name_to_save(models: Mapping[str, nn.Module], name: str | None) -> str:
@@ -373,24 +331,22 @@ def _parts_to_save(
     pipe: Pipeline, models: Mapping[str, nn.Module], name: str
 ) -> dict[str, AdapterPart]:
     """Return {component: the adapter's part} of all components that have the adapter."""
+    _check_nothing_left_out(pipe, models, name)
     parts = {}
     for component, model in models.items():
-        if name in adapters_of(model):
-            parts[component] = _part_to_save(pipe, model, component, name)
+        if name not in adapters_of(model):
+            continue
+        config = adapters_of(model)[name]
+        if not isinstance(config, NaraConfig):
+            raise ValueError(
+                f"'{name}' of {component} is a plain LoRA, which a NaRA's file cannot contain. Add it as "
+                'NaraConfig(core_type="identity", …), which computes the same.'
+            )
+        check_storable(config, component)
+        config = copy(config)  # the model's own configuration stays unchanged
+        base = getattr(pipe, "name_or_path", None) or config.base_model_name_or_path
+        if base and Path(base).exists():
+            base = Path(base).name
+        config.base_model_name_or_path = base or None
+        parts[component] = AdapterPart(config, part_of(model, name).tensors)
     return parts
-
-
-def _part_to_save(pipe: Pipeline, model: nn.Module, component: str, name: str) -> AdapterPart:
-    config = adapters_of(model)[name]
-    if not isinstance(config, NaraConfig):
-        raise ValueError(
-            f"'{name}' of {component} is a plain LoRA, which a NaRA's file cannot contain. Add it as "
-            'NaraConfig(core_type="identity", …), which computes the same.'
-        )
-    check_storable(config, component)
-    config = copy(config)  # the model's own configuration stays unchanged
-    base = getattr(pipe, "name_or_path", None) or config.base_model_name_or_path
-    if base and Path(base).exists():
-        base = Path(base).name
-    config.base_model_name_or_path = base or None
-    return AdapterPart(config, part_of(model, name).tensors)

@@ -25,8 +25,8 @@ from nara_diffusion.tuner.strength import check_strength, give_strength, strengt
 
 from .adapter_part import AdapterPart, config_from_fields, config_to_fields
 from .components import TEXT_ENCODER, Pipeline, adapters_of, denoiser_name
-from .tensor_files import PEFT_WEIGHTS_NAME, is_nara, locate, read_tensors
-from .time_aware import format_of
+from .file import AdapterFile
+from .tensor_files import PEFT_WEIGHTS_NAME, is_nara, locate
 
 _EXAMPLE = '[("early.safetensors", (0.5, 1)), ("late.safetensors", (0, 0.5))]'
 
@@ -69,8 +69,7 @@ def is_lora(
     except OSError:  # a repository without a NaRA's file
         return True
     folder = path.parent if path.name == PEFT_WEIGHTS_NAME else path
-    is_of_nara = is_nara(path) or is_nara(folder)
-    return not is_of_nara and format_of(read_tensors(path)[0]) is None
+    return not (is_nara(path) or is_nara(folder))
 
 
 def load_lora_inside(
@@ -99,7 +98,7 @@ def load_lora_inside(
 
 
 def parts_inside(
-    pipe: Pipeline, window: NoiseWindow, read: Callable[[str], Mapping[str, AdapterPart]]
+    pipe: Pipeline, window: NoiseWindow, read: Callable[[str], AdapterFile]
 ) -> dict[str, AdapterPart]:
     """Return the parts of a file, or its only transformer's part for each denoiser inside the window.
 
@@ -109,9 +108,9 @@ def parts_inside(
     """
     inside: dict[str, AdapterPart] = {}
     for name in denoisers_inside(pipe, window):
-        parts = dict(read(name))
-        if len(parts) == 1 and set(parts) <= {"transformer", "transformer_2"}:
-            parts = dict(zip([name], parts.values(), strict=True))
+        parts = read(name).parts
+        if len(parts) == 1 and parts.keys() <= {"transformer", "transformer_2"}:
+            parts = dict.fromkeys([name], *parts.values())
         inside |= parts
     return inside
 

@@ -72,7 +72,7 @@ def start_from(
                 set_peft_model_state_dict(root, part.tensors, adapter_name="default")
                 check_loaded(root, "default", part.tensors, origin)
             return
-        loras, _ = read_lora(file, source_model)
+        loras = read_lora(file, source_model)
         _check_components(list(loras), list(components), origin)
         for name, root in components.items():
             config = _config_of(root)

@@ -276,11 +276,6 @@ class CoreHolder(nn.Module):
         identity = torch.eye(*D.shape[-2:], dtype=D.dtype, device=D.device)
         return strength * D + (strength - 1) * identity
 
-    def matrix(self, key: Key, level: Tensor | None) -> Tensor:
-        """Return C (b or 1, r, r) times the strength, float32, for export."""
-        D = self.deviation(key, level)
-        return torch.eye(D.shape[-1], dtype=D.dtype, device=D.device) + D
-
     @torch.compiler.disable(recursive=True)
     def core_of_part(self, key: Key) -> tuple[Tensor, Parts | None]:
         """Return D, and the parts for its rows, for a layer with a key that isn't in the channel.

@@ -176,7 +176,7 @@ def lycoris(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_inspect_and_plot_need_no_base_of_tlora(lycoris, tmp_path, capsys) -> None:
     (part,) = inspected(capsys, lycoris[0])["components"].values()
-    assert part["method"] == "a T-LoRA of LyCORIS; its start factors come from the base's weights"
+    assert part["method"] == "a T-LoRA of LyCORIS"
     assert part["core"] == {"rank_mask_min": 2, "rank_mask_exponent": 2.0, "rank_mask_step": 2}
     assert part["module_kinds"] == {"to_q": 1, "to_k": 1, "net": 1, "conv_shortcut": 1}
     run("plot", lycoris[0], "--output", tmp_path / "core.png", "--points", 3)

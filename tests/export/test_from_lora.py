@@ -85,7 +85,7 @@ def test_second_adapter_in_half_precision_changes_no_bit(tmp_path):
         ({}, {"core_type": "bins", "core_bins": 2}, base, "doesn't start at C = I"),
         ({"bias": "lora_only"}, {}, base, "in addition to a LoRA's factors"),
         ({}, {}, lambda: nn.ModuleDict({"first": nn.Linear(7, 11)}), r"has 2 layers .* has 1\. .* has 'second'"),
-        ({}, {"lora": "nowhere"}, base, "is not a LoRA file"),
+        ({}, {"lora": "nowhere"}, base, "There is no file or folder"),
     ],
     ids=str,
 )

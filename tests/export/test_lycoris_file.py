@@ -98,8 +98,8 @@ def test_comfyuis_names_are_those_of_original_unet(tmp_path: Path) -> None:
     [
         ({"lora_a_init": "residual"}, [], "lora_a_init='residual', so it was trained without them"),
         ({"lora_a_init": "orthogonal", "rank_mask_step": 1}, [], "lora_a_init='orthogonal'"),
-        ({"strength": [[0, 1], [1, 0]]}, [], "has a strength over λ"),
-        ({"rank_pattern": {"second": 4}}, [], "so rank_pattern and trained biases"),
+        ({"strength": [[0, 1], [1, 0]]}, [], "so a strength over λ"),
+        ({"rank_pattern": {"second": 4}}, [], "rank_pattern and trained biases"),
         ({}, ["--base", "sd15"], "'first' is not a module of Stable Diffusion's UNet"),
     ],
 )

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nara_diffusion import NaraConfig, noise_level
+from nara_diffusion import NaraConfig, from_lora, noise_level
 from nara_diffusion.loaders import base_factors, tensor_files
 from nara_diffusion.loaders.file import AdapterFile
 from tests.acceptance import _bases, _files
@@ -55,7 +55,7 @@ def test_argument_has_precedence_over_settings_beside_the_file(tmp_path) -> None
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"min": 5}, "rank 4"), ({"min": True}, "rank 4"), ({"exponent": 0}, "greater"), ({"least": 2}, "least")],
+    [({"min": 5}, "rank 4"), ({"min": 1.5}, "rank 4"), ({"exponent": 0}, "greater"), ({"least": 2}, "least")],
 )
 def test_mask_beyond_the_rank_is_refused(changes, message) -> None:
     pipe = _bases.sdxl()
@@ -263,12 +263,29 @@ def test_hotswap_replaces_a_tlora_in_place(tmp_path) -> None:
         pipe.load_nara_weights(second, "mask", hotswap=True, rank_mask={"min": 1})
 
 
-def test_peft_is_told_where_such_a_file_belongs(tmp_path) -> None:
-    unet = _bases.unet()
-    folder = saved(tmp_path, lycoris_file(unet, NAMES))
-    for source in (folder, folder / FILE):
-        with pytest.raises(ValueError, match=r"T-LoRA of LyCORIS.*pipe\.load_nara_weights"):
-            PeftModel.from_pretrained(unet, source)
+@pytest.mark.parametrize("kind", ["lycoris", "vanilla", "ortho", "flux"])
+def test_other_readers_refuse_a_tlora_with_remedy(kind: str, tmp_path) -> None:
+    pipe: Any = _bases.flux() if kind == "flux" else _bases.sdxl()
+    denoiser = pipe.transformer if kind == "flux" else pipe.unet
+    file = tmp_path / FILE
+    if kind == "flux":
+        file = tmp_path / "lora.pt"
+        torch.save(repository_file(denoiser, FLUX), file)
+    elif kind == "lycoris":
+        save_file(lycoris_file(denoiser, NAMES), file)
+    else:
+        save_file(repository_file(denoiser, SDXL, ortho=kind == "ortho"), file)
+    for read in (
+        lambda: PeftModel.from_pretrained(denoiser, tmp_path),
+        lambda: PeftModel.from_pretrained(denoiser, file),
+        lambda: pipe.load_lora_weights(tmp_path, weight_name=file.name),
+        lambda: denoiser.load_lora_adapter(str(tmp_path), weight_name=file.name, prefix=None),
+        lambda: from_lora(tmp_path, pipe),
+        lambda: from_lora(file, denoiser),
+    ):
+        with pytest.raises(ValueError, match=r"depends on the noise level.*pipe\.load_nara_weights"):
+            read()
+    assert not hasattr(denoiser, "peft_config")
 
 
 # ---------------------------------------------------------------- mixed and damaged files
