@@ -34,7 +34,7 @@ from .functional import (
     scaled,
 )
 from .offloading import is_managed, onloaded
-from .row_norm import norm_parts, row_norm, times_core
+from .row_norm import row_norm, times_core
 from .variants import NaraVariant, fits_one_function, frozen_base, is_dropout_free
 
 PEFT_DORA = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
@@ -59,7 +59,7 @@ class NaraDoraLinear(NaraVariant):
             D, scaling = self.deviation(module.r[active_adapter], x), module.scaling[active_adapter]
             weight = base_matrix(module)
             K = times_core(B.weight.flatten(1), D)
-            norm = row_norm(norm_parts(weight, A.weight.flatten(1)), K, scaling)
+            norm = row_norm(weight, A.weight.flatten(1), K, scaling)
             is_dropped = not is_dropout_free(module, active_adapter)
             is_one = not (is_dropped or self.is_conv or has_beta(D))
             if is_one and fits_one_function(A, B, x, result):
@@ -100,7 +100,7 @@ class NaraDoraLinear(NaraVariant):
         is_transposed = getattr(module, "fan_in_fan_out", False)
         with module._unmerged_base_weight(safe_merge=True) as weight:
             matrix = transpose(weight, is_transposed).flatten(1)
-            norm = row_norm(norm_parts(matrix, A), K, module.scaling[active_adapter])[0]
+            norm = row_norm(matrix, A, K, module.scaling[active_adapter])[0]
         magnitude = module.lora_magnitude_vector[active_adapter].weight
         factor = magnitude.detach().flatten() / norm
         if isinstance(module, CONVOLUTIONS):

@@ -9,12 +9,13 @@ from the schedulers of the pipelines that loaded adapters.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from copy import copy
 from dataclasses import replace
 from enum import Enum, auto
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from peft import LoraConfig
@@ -35,6 +36,10 @@ from .usage import Usage
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+
+_KINDS = {"sample": "sample", "part": "part of a sample (a frame, a block)"}
+"""`NaraConfig.noise_level_per` → its name in messages."""
 
 
 class NotSet(Enum):
@@ -71,6 +76,7 @@ class LevelFinder:
         self.class_source = class_source
         self.given_source: NoiseSource | NotSet | None = NotSet.DEFAULT
         self.length: int | None = None
+        self._warned: dict[str, LoraConfig] = {}  # of adapters that are used in another way
         self.usage = Usage(configs)
         self.forwards = forwards_of(root, self.usage.schedulers)
 
@@ -117,7 +123,7 @@ class LevelFinder:
 
     def add_pipeline(self, pipe: DiffusionPipeline) -> None:
         """Remember a pipeline that loaded an adapter."""
-        self.usage.add_pipeline(pipe)
+        self.usage.pipelines.add(pipe)
         if self.class_source is None:
             self.block_source.ignore_past_runs()
 
@@ -133,12 +139,8 @@ class LevelFinder:
     def set_source(self, source: NoiseSource | None) -> None:
         """Set the source, or remove it if None, and replace assumed definitions of λ with its own."""
         self.given_source = source
-        if source is None:
-            return
-        for config in self.configs.values():
-            if isinstance(config, NaraConfig) and is_assumed(config):
-                config.noise_convention = getattr(source, "convention", None)
-                config.assumes_convention = False
+        if source is not None:
+            self.adopt_convention(self.configs, getattr(source, "convention", None))
 
     def check_source(self, source: NoiseSource | None) -> None:
         """Raise ValueError if `source` and an adapter define λ differently."""
@@ -175,23 +177,40 @@ class LevelFinder:
             )
         if level is None:
             raise unknown_level(self.root, names)
-        per = "part" if level.dim() == 2 else "sample"
         is_for_all = entry is not None and level.numel() == 1  # valid for samples and for parts
-        trained = {getattr(self.configs[name], "noise_level_per", None) for name in names}
-        if not is_for_all and trained - {None, per}:
-            self.usage.warn_of_parts(names, per)
+        if not is_for_all:
+            self._warn_of_other_training(names, "part" if level.dim() == 2 else "sample")
         if level.dim() == 2 and level.shape[1] > 1:
             parts = self.rows.parts_of_forward(level, self.root, args, kwargs)
             return parts.levels(level), parts
         level = level[:, 0] if level.dim() == 2 else level
         return self.rows.level_of_forward(level, self.root, args, kwargs), None
 
-    def _definitions(self, but: str | None = None) -> dict[str, str]:
-        """Return the definitions of λ by adapter name, without adapter `but`."""
+    def _warn_of_other_training(self, names: Iterable[str], per: str) -> None:
+        """Warn once of each adapter that was trained with λ per sample and is used per part, or vice versa.
+
+        Args:
+            per: what has one λ in the present forward, "sample" or "part".
+        """
+        for name in names:
+            config = self.configs[name]
+            trained = getattr(config, "noise_level_per", None)
+            if trained in (None, per) or self._warned.get(name) is config:
+                continue
+            self._warned[name] = config
+            warnings.warn(
+                f"Adapter '{name}' was trained with one λ for each {_KINDS[trained]}. This forward has one for each "
+                f"{_KINDS[per]}, which the adapter hasn't seen, so its results may be worse.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _definitions(self) -> dict[str, str]:
+        """Return the definitions of λ by adapter name; a plain LoRA has none."""
         definitions = {}
         for name, config in self.configs.items():
-            convention = convention_of(config)
-            if convention is not None and name != but:
+            convention = getattr(config, "noise_convention", None)
+            if convention is not None:
                 definitions[name] = convention
         return definitions
 
@@ -207,7 +226,8 @@ class LevelFinder:
             ValueError: the adapter defines λ differently from the source.
         """
         convention = config.noise_convention
-        definitions = self._definitions(but=name)
+        definitions = self._definitions()
+        definitions.pop(name, None)
         source = self.given_source
         if source is NotSet.DEFAULT:
             first = next(iter(definitions.values()), convention)
@@ -226,23 +246,20 @@ class LevelFinder:
             config.assumes_convention = True
         return config
 
-    def adopt_convention(self, names: Iterable[str], convention: str) -> dict[str, str]:
+    def adopt_convention(self, names: Iterable[str], convention: str | None) -> dict[str, str]:
         """Give the adapters `names` this definition of λ if their current definition is assumed.
 
         Returns:
             The definitions, by adapter name, of the adapters with a different definition. If there
             are any, this method changes nothing.
         """
-        different, assumed = {}, []
-        for name in names:
-            config = self.configs[name]
-            defined = convention_of(config)
-            if isinstance(config, NaraConfig) and is_assumed(config):
-                assumed.append(config)
-            elif defined is not None and defined != convention:
+        configs = {name: self.configs[name] for name in names}
+        different = {}
+        for name, defined in self._definitions().items():
+            if name in configs and defined != convention and not is_assumed(configs[name]):
                 different[name] = defined
-        if not different:
-            for config in assumed:
+        for config in configs.values() if not different else ():
+            if is_assumed(config):
                 config.noise_convention = convention
                 config.assumes_convention = False
         return different
@@ -264,14 +281,9 @@ def _goes_by_blocks(model: nn.Module) -> bool:
     return getattr(getattr(model, "config", None), "model_type", None) == LLADA2
 
 
-def is_assumed(config: LoraConfig) -> bool:
+def is_assumed(config: LoraConfig) -> TypeGuard[NaraConfig]:
     """Return whether the configuration's definition of λ was only assumed from the default source."""
-    return getattr(config, "assumes_convention", False)
-
-
-def convention_of(config: LoraConfig) -> str | None:
-    """Return the definition of λ in a configuration, or None if it has none, as in a plain LoRA."""
-    return getattr(config, "noise_convention", None)
+    return isinstance(config, NaraConfig) and config.assumes_convention
 
 
 def unknown_level(root: nn.Module, names: list[str], remedy: str | None = None) -> ValueError:

@@ -199,7 +199,7 @@ class CoreHolder(nn.Module):
         entry = self.context()
         merged = self.merged_in_forward()
         sampled = names if merged is None else [*names, *self.merging.merged_names()]
-        if any(getattr(self.configs[name], "few_steps", None) for name in sampled):
+        if self.finder.usage.pipelines:
             self.finder.usage.warn_of_sampling(sampled)
         if merged is not None and entry is None:
             self.merging.warn_of_source(merged, self.finder, args, kwargs)

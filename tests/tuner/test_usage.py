@@ -44,7 +44,7 @@ def messages(usage: Usage) -> list[str]:
 
 def test_each_wrong_sampler_setting_warns_once() -> None:
     usage, pipe = Usage({"fast": few_step_config()}), Sampler()
-    usage.add_pipeline(pipe)  # pyright: ignore[reportArgumentType]
+    usage.pipelines.add(pipe)  # pyright: ignore[reportArgumentType]
     trailing, leading = DDIMScheduler(timestep_spacing="trailing"), EulerDiscreteScheduler()
     pipe.takes(2, 1.0, trailing)
     assert messages(usage) == []
@@ -77,7 +77,7 @@ def test_sampling_is_read_from_present_fields() -> None:
 def test_pipeline_without_scheduler_is_not_warned_of() -> None:
     """As the models of another trainer (`checkpoint_nara_weights`)."""
     usage, models = Usage({"fast": few_step_config()}), PipelineComponents()
-    usage.add_pipeline(models)  # pyright: ignore[reportArgumentType]
+    usage.pipelines.add(models)  # pyright: ignore[reportArgumentType]
     assert messages(usage) == []
 
 
