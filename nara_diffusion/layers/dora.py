@@ -29,8 +29,6 @@ from .adapted_layer import CONVOLUTIONS, AdaptedLayer, base_matrix
 from .functional import (
     has_beta,
     linear_in_one,
-    mixed,
-    mixed_channels,
     scaled,
 )
 from .offloading import is_managed, onloaded
@@ -75,15 +73,11 @@ class NaraDoraLinear(NaraVariant):
             if is_dropped:
                 dropped = module.lora_dropout[active_adapter](x)
                 base = self._base(base_layer, weight, dropped)
-                rise = self._rise(D, A, B, dropped)
+                rise = self.rise(D, A, B, dropped)
                 return result + self._scaled(base, gain - 1) + scaling * self._scaled(rise, gain)
-            z = torch.add(result, self._rise(D, A, B, x), alpha=scaling)  # W0 x + b + s B C A x
+            z = torch.add(result, self.rise(D, A, B, x), alpha=scaling)  # W0 x + b + s B C A x
             bias = base_layer.bias
             return self._scaled(z, gain, None if bias is None else bias.to(dtype))
-
-    def _rise(self, D: Tensor, A: nn.Linear, B: nn.Linear, x: Tensor) -> Tensor:
-        """Return B C A x (b, …, d_out), or B (C A x + β) if the core has a β."""
-        return B(mixed(D, A(x)))
 
     def _base(self, base_layer: nn.Linear, weight: Tensor, x: Tensor) -> Tensor:
         """Return W0 x (b, …, d_out)."""
@@ -112,9 +106,6 @@ class NaraDoraConv(NaraDoraLinear):
     """Apply NaRA-DoRA to a convolution; a row of W0 is one output channel, flattened."""
 
     is_conv = True
-
-    def _rise(self, D: Tensor, A: nn.Linear, B: nn.Linear, x: Tensor) -> Tensor:
-        return B(mixed_channels(D, A(x)))
 
     def _base(self, base_layer: nn.Linear, weight: Tensor, x: Tensor) -> Tensor:
         return base_layer._conv_forward(x, base_layer.weight, None)  # type: ignore[operator]

@@ -25,6 +25,7 @@ from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import needs_noise
 from nara_diffusion.noise.blocks import LLADA2, BlockNoise
 from nara_diffusion.noise.context import Entry
+from nara_diffusion.noise.denoisers import source_of_class
 from nara_diffusion.noise.level import as_level
 from nara_diffusion.noise.parts import Parts
 from nara_diffusion.noise.rows import ModelRows
@@ -56,6 +57,8 @@ class LevelFinder:
 
     Attributes:
         configs: configurations by adapter name. The core holder changes this dict in place.
+        class_source: the source that the table has for the class of the root.
+        rows: how the layers of the root see its batch.
         given_source: the source that `set_noise_source` has set; None if it was removed.
         usage: the pipelines that loaded adapters, and checks of how they use the adapters.
         forwards: which forwards get C, and what the model refuses.
@@ -63,17 +66,11 @@ class LevelFinder:
             means 1000.
     """
 
-    def __init__(
-        self,
-        root: nn.Module,
-        configs: dict[str, LoraConfig],
-        rows: ModelRows,
-        class_source: DenoiserNoise | None,
-    ) -> None:
+    def __init__(self, root: nn.Module, configs: dict[str, LoraConfig]) -> None:
         self.root = root
         self.configs = configs
-        self.rows = rows
-        self.class_source = class_source
+        self.class_source = source_of_class(root)
+        self.rows = ModelRows.of(self.class_source)
         self.given_source: NoiseSource | NotSet | None = NotSet.DEFAULT
         self.length: int | None = None
         self._warned: dict[str, LoraConfig] = {}  # of adapters that are used in another way

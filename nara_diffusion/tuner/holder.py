@@ -34,9 +34,7 @@ from nara_diffusion.layers.channel import CoreChannel, Key, Pushed
 from nara_diffusion.layers.offloading import in_memory, onload_groups
 from nara_diffusion.noise.context import Entry, backward_pass, present
 from nara_diffusion.noise.parts import Parts
-from nara_diffusion.noise.rows import ModelRows
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
-from nara_diffusion.noise.timesteps import DenoiserNoise
 
 from .checkpointing import pass_cores, pass_no_cores
 from .finder import LevelFinder
@@ -54,7 +52,6 @@ class CoreHolder(nn.Module):
 
     Args:
         root: the adapted model.
-        class_source: the source that the table has for the class of the root.
 
     Attributes:
         configs: the configuration of each adapter, by name, at the time its cores were made.
@@ -67,15 +64,14 @@ class CoreHolder(nn.Module):
 
     is_core_holder = True
 
-    def __init__(self, root: nn.Module, class_source: DenoiserNoise | None = None) -> None:
+    def __init__(self, root: nn.Module) -> None:
         super().__init__()
         self.cores = nn.ModuleDict()
         self.configs: dict[str, LoraConfig] = {}
         self.layers: dict[str, list[LoraLayer]] = {}
         self.schedules: dict[str, StrengthSchedule] = {}
-        rows = ModelRows.of(class_source)
-        self.channel = CoreChannel(self, rows)
-        self.finder = LevelFinder(root, self.configs, rows, class_source)
+        self.finder = LevelFinder(root, self.configs)
+        self.channel = CoreChannel(self, self.finder.rows)
         self.merging = Merging(self.finder.forwards, self.layers, self.noisy)
         self._handles: tuple[RemovableHandle, ...] = ()
 
