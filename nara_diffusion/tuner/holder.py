@@ -188,17 +188,11 @@ class CoreHolder(nn.Module):
             is_clean: True for the encoder of a DiffusionGemma, which runs at λ = 0.
         """
         self.channel.local.pushed = None
-        names = self.active_names()
         if not getattr(self.root, "peft_config", None):
             self.detach()  # the adapters have been unloaded
             return
-        entry = self.context()
-        merged = self.merged_in_forward()
-        sampled = names if merged is None else [*names, *self.merging.merged_names()]
-        if self.finder.usage.pipelines:
-            self.finder.usage.warn_of_sampling(sampled)
-        if merged is not None and entry is None:
-            self.merging.warn_of_source(merged, self.finder, args, kwargs)
+        names, entry = self.active_names(), self.context()
+        self._warn_of_use(names, entry, args, kwargs)
         if not names:
             return
         if "_diffusers_hook" in vars(self.root):
@@ -224,6 +218,20 @@ class CoreHolder(nn.Module):
                 deviations[key] = D.to(device) if D.device.type == "cpu" else D
         innermost = None if torch.compiler.is_compiling() else present.get()
         self.channel.local.pushed = Pushed(innermost, entry, deviations, parts)
+
+    def _warn_of_use(
+        self, names: list[str], entry: Entry | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Warn if a forward samples, or has another λ, than its active or merged adapters need."""
+        merged = None
+        for layers in self.layers.values():  # PEFT unmerges disabled layers before they run
+            if layers and layers[0].merged and not layers[0].disable_adapters:
+                merged = self.merging.merged_at()
+        sampled = names if merged is None else [*names, *self.merging.merged_names()]
+        if self.finder.usage.pipelines:
+            self.finder.usage.warn_of_sampling(sampled)
+        if merged is not None and entry is None:
+            self.merging.warn_of_source(merged, self.finder, args, kwargs)
 
     @contextmanager
     def planning(self, levels: Tensor) -> Iterator[None]:
@@ -309,16 +317,6 @@ class CoreHolder(nn.Module):
             level = self.channel.rows.level_of_part(level)
         with in_memory(self.root):
             return self.deviation(key, level), None
-
-    def merged_in_forward(self) -> Tensor | None:
-        """Return λ (1,) of merged layers if they stay merged in this forward, otherwise None.
-
-        If the adapters are disabled, the layers do not stay merged, because PEFT unmerges them.
-        """
-        for layers in self.layers.values():
-            if layers and layers[0].merged and not layers[0].disable_adapters:
-                return self.merging.merged_at()
-        return None
 
     @torch.no_grad()
     def core_to_merge(self, key: Key, layer: AdaptedLayer) -> tuple[Tensor, Tensor | None]:
