@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from copy import copy
 from dataclasses import replace
 from enum import Enum, auto
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -23,16 +22,15 @@ from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import needs_noise
-from nara_diffusion.noise.blocks import LLADA2, BlockNoise
 from nara_diffusion.noise.context import Entry
 from nara_diffusion.noise.denoisers import source_of_class
 from nara_diffusion.noise.level import as_level
 from nara_diffusion.noise.parts import Parts
 from nara_diffusion.noise.rows import ModelRows
-from nara_diffusion.noise.sources import BLOCK_SHARE, NoiseSource, registered
+from nara_diffusion.noise.sources import NoiseSource, registered
 from nara_diffusion.noise.timesteps import DenoiserNoise, TimestepNoise
 
-from .adapted_forwards import forwards_of
+from .adapted_forwards import BlockForwards, forwards_of
 from .usage import Usage
 
 if TYPE_CHECKING:
@@ -107,31 +105,13 @@ class LevelFinder:
         source = registered.get(convention or "")
         if source is None and self.class_source is not None:
             source = self.class_source.read_as(convention)
-        if source is None:
-            source = self.forwards.source
-        if source is None and (convention == BLOCK_SHARE or _goes_by_blocks(self.root)):
-            return self.block_source
-        return source
-
-    @cached_property
-    def block_source(self) -> BlockNoise:
-        """Return the default source of a LLaDA2 model, which follows LLaDA2Pipeline."""
-        return BlockNoise(self.usage.schedulers)
+        return self.forwards.source if source is None else source
 
     def add_pipeline(self, pipe: DiffusionPipeline) -> None:
         """Remember a pipeline that loaded an adapter."""
         self.usage.pipelines.add(pipe)
-        if self.class_source is None:
-            self.block_source.ignore_past_runs()
-
-    def with_block_mask(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Any] | None:
-        """Return a LLaDA2's arguments with a block mask if LLaDA2Pipeline calls it, else None."""
-        has_blocks = BLOCK_SHARE in self._definitions().values() or _goes_by_blocks(self.root)
-        if not has_blocks:
-            return None
-        return self.block_source.with_block_mask(self.root, args, kwargs)
+        if isinstance(self.forwards, BlockForwards):
+            self.forwards.source.ignore_past_runs()
 
     def set_source(self, source: NoiseSource | None) -> None:
         """Set the source, or remove it if None, and replace assumed definitions of λ with its own."""
@@ -271,11 +251,6 @@ class LevelFinder:
             "the definition of this class of models. Add the adapter to the model that it was trained on; for a "
             "custom definition of λ, call register_noise_source(source) before the model's first adapter is added."
         )
-
-
-def _goes_by_blocks(model: nn.Module) -> bool:
-    """Return whether `model` is a LLaDA2, in this package's class or in its checkpoint's own class."""
-    return getattr(getattr(model, "config", None), "model_type", None) == LLADA2
 
 
 def is_assumed(config: LoraConfig) -> TypeGuard[NaraConfig]:

@@ -354,16 +354,10 @@ def drop_idle_holder(root: nn.Module) -> None:
 @torch.compiler.disable(recursive=True)
 def _before_forward(
     root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_clean: bool = False
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+) -> None:
     holder = holder_of(root)
-    if holder is None:
-        return None
-    holder.begin(args, kwargs, is_clean)
-    finder = holder.finder
-    if finder.class_source is not None or not finder.usage.pipelines:
-        return None
-    with_mask = finder.with_block_mask(args, kwargs)
-    return None if with_mask is None else (args, with_mask)
+    if holder is not None:
+        holder.begin(args, kwargs, is_clean)
 
 
 @torch.compiler.disable(recursive=True)
