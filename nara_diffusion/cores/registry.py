@@ -7,27 +7,16 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from .core import Core, CoreInit, HypernetworkCore, NoiseEmbedding
+from .core import Core, HypernetworkCore, NoiseEmbedding
 from .other_cores import BinsCore, ConstantCore, FilmCore, IdentityCore, KnotsCore, RankMaskCore
 
 
 class CoreConfig(Protocol):
-    """The fields of a `NaraConfig` that describe cores."""
+    """The fields of a `NaraConfig` that all cores have in common."""
 
     r: int
     core_type: str
-    core_scale: float
-    core_hidden_dims: tuple[int, ...]
-    core_init: CoreInit
     core_sharing: Literal["global", "module_type", "layer"]
-    core_knots: int
-    core_bins: int
-    noise_embedding: Literal["fourier", "mlp", "raw"]
-    noise_embedding_dim: int
-    fourier_scale: float
-    rank_mask_min: int | None
-    rank_mask_exponent: float
-    rank_mask_step: int
     strength: Any
 
 

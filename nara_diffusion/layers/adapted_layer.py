@@ -6,9 +6,8 @@ bitsandbytes layers that PEFT reads wrongly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, LoraLayer
@@ -20,15 +19,18 @@ CONVOLUTIONS = (Conv1d, Conv2d, Conv3d)
 """PEFT's layers on convolutions."""
 
 
-class AdaptedLayer(Protocol):
-    """A layer that PEFT has adapted. Its mappings are keyed by adapter name.
+class AdaptedLayer(nn.Module, LoraLayer):
+    """A layer that PEFT has adapted, with the types of what NaRA reads; PEFT makes all instances.
+
+    Its mappings are keyed by adapter name.
 
     Attributes:
         lora_A, lora_B: the factors as linear layers or convolutions, except those of embeddings.
         lora_embedding_A, lora_embedding_B: the factors of an embedding, (r, n) and (d_out, r).
         lora_magnitude_vector: modules that hold DoRA's m as `weight`.
-        lora_bias: whether B has a bias.
-        merged: whether any adapter is merged into the base layer.
+        _kernel_dim: the number of dimensions of a convolution's weight: its spatial axes plus 2.
+        _embed: returns the rows of an embedding's weight for the given ids.
+        _get_embed_scale: returns the factor that scales the base embedding's output, as in Gemma.
     """
 
     lora_A: Mapping[str, nn.Linear]
@@ -36,51 +38,12 @@ class AdaptedLayer(Protocol):
     lora_embedding_A: nn.ParameterDict
     lora_embedding_B: nn.ParameterDict
     lora_magnitude_vector: Mapping[str, nn.Linear]
-    lora_dropout: Mapping[str, nn.Module]
-    lora_bias: Mapping[str, bool]
-    scaling: Mapping[str, float]
-    r: Mapping[str, int]
-    training: bool
-
-    @property
-    def active_adapters(self) -> list[str]: ...
-
-    @property
-    def merged(self) -> bool: ...
-
-    @property
-    def disable_adapters(self) -> bool: ...
+    _kernel_dim: int
+    _embed: Callable[[Tensor, Tensor], Tensor]
+    _get_embed_scale: Callable[[], Tensor | None]
 
     def get_base_layer(self) -> nn.Linear:
         """Return the base layer. It may be of any kind, although the annotation is `nn.Linear`."""
-        ...
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the `scaling` of the active adapters by `scale`, or reset it if None."""
-
-    def register_forward_pre_hook(self, hook: Any) -> Any: ...
-
-    # private
-
-    _modules: Mapping[str, nn.Module | None]
-
-    _kernel_dim: int
-    """The number of dimensions of a convolution's weight: its spatial axes plus 2."""
-
-    def _embed(self, input: Tensor, weight: Tensor) -> Tensor:
-        """Return the rows of an embedding's weight for the given ids."""
-        ...
-
-    def _get_embed_scale(self) -> Tensor | None:
-        """Return the factor that scales the base embedding's output, as in Gemma, or None."""
-
-    def _cache_store(self, key: str, value: object) -> None:
-        """Store a value that unmerging needs."""
-
-    def _cache_pop(self, key: str) -> Any: ...
-
-    def _unmerged_base_weight(self, safe_merge: bool) -> AbstractContextManager[Tensor]:
-        """Yield W0, for DoRA's norm, without the other adapters that are merged into it."""
         ...
 
 

@@ -29,12 +29,10 @@ from .adapted_layer import CONVOLUTIONS, AdaptedLayer, base_matrix
 from .functional import (
     has_beta,
     linear_in_one,
-    mixed,
-    mixed_channels,
     scaled,
 )
 from .offloading import is_managed, onloaded
-from .row_norm import norm_parts, row_norm, times_core
+from .row_norm import row_norm, times_core
 from .variants import NaraVariant, fits_one_function, frozen_base, is_dropout_free
 
 PEFT_DORA = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
@@ -59,7 +57,7 @@ class NaraDoraLinear(NaraVariant):
             D, scaling = self.deviation(module.r[active_adapter], x), module.scaling[active_adapter]
             weight = base_matrix(module)
             K = times_core(B.weight.flatten(1), D)
-            norm = row_norm(norm_parts(weight, A.weight.flatten(1)), K, scaling)
+            norm = row_norm(weight, A.weight.flatten(1), K, scaling)
             is_dropped = not is_dropout_free(module, active_adapter)
             is_one = not (is_dropped or self.is_conv or has_beta(D))
             if is_one and fits_one_function(A, B, x, result):
@@ -75,15 +73,11 @@ class NaraDoraLinear(NaraVariant):
             if is_dropped:
                 dropped = module.lora_dropout[active_adapter](x)
                 base = self._base(base_layer, weight, dropped)
-                rise = self._rise(D, A, B, dropped)
+                rise = self.rise(D, A, B, dropped)
                 return result + self._scaled(base, gain - 1) + scaling * self._scaled(rise, gain)
-            z = torch.add(result, self._rise(D, A, B, x), alpha=scaling)  # W0 x + b + s B C A x
+            z = torch.add(result, self.rise(D, A, B, x), alpha=scaling)  # W0 x + b + s B C A x
             bias = base_layer.bias
             return self._scaled(z, gain, None if bias is None else bias.to(dtype))
-
-    def _rise(self, D: Tensor, A: nn.Linear, B: nn.Linear, x: Tensor) -> Tensor:
-        """Return B C A x (b, …, d_out), or B (C A x + β) if the core has a β."""
-        return B(mixed(D, A(x)))
 
     def _base(self, base_layer: nn.Linear, weight: Tensor, x: Tensor) -> Tensor:
         """Return W0 x (b, …, d_out)."""
@@ -100,7 +94,7 @@ class NaraDoraLinear(NaraVariant):
         is_transposed = getattr(module, "fan_in_fan_out", False)
         with module._unmerged_base_weight(safe_merge=True) as weight:
             matrix = transpose(weight, is_transposed).flatten(1)
-            norm = row_norm(norm_parts(matrix, A), K, module.scaling[active_adapter])[0]
+            norm = row_norm(matrix, A, K, module.scaling[active_adapter])[0]
         magnitude = module.lora_magnitude_vector[active_adapter].weight
         factor = magnitude.detach().flatten() / norm
         if isinstance(module, CONVOLUTIONS):
@@ -112,9 +106,6 @@ class NaraDoraConv(NaraDoraLinear):
     """Apply NaRA-DoRA to a convolution; a row of W0 is one output channel, flattened."""
 
     is_conv = True
-
-    def _rise(self, D: Tensor, A: nn.Linear, B: nn.Linear, x: Tensor) -> Tensor:
-        return B(mixed_channels(D, A(x)))
 
     def _base(self, base_layer: nn.Linear, weight: Tensor, x: Tensor) -> Tensor:
         return base_layer._conv_forward(x, base_layer.weight, None)  # type: ignore[operator]

@@ -6,8 +6,6 @@ of the n matrices.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -32,47 +30,17 @@ def times_core(B: Tensor, deviation: Tensor) -> Tensor:
         return torch.baddbmm(columns, D.mT, columns).mT
 
 
-@dataclass(frozen=True)
-class NormParts:
-    """The parts of the row norm ‖W0 + s K A‖ that do not depend on K, in at least float32.
-
-    Attributes:
-        products: Pᵀ = A W0ᵀ (r, d_out).
-        gram: G = A Aᵀ (r, r).
-        squares: ‖W0‖² of each row, (d_out,).
-    """
-
-    products: Tensor
-    gram: Tensor
-    squares: Tensor
-
-
-def norm_parts(weight: Tensor, A: Tensor) -> NormParts:
-    """Return the norm parts for W0 (d_out, d_in) and A (r, d_in), converting W0 in slices."""
-    dtype = torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
-    products, squares = [], []
-    with without_autocast(weight.device):
-        A = A.detach().to(dtype)
-        size = SLICE if weight.is_cpu else DEVICE_SLICE
-        for part in weight.detach().chunk(1 + weight.numel() // size):
-            part = part.to(dtype)
-            products.append(A @ part.T)
-            squares.append(torch.linalg.vector_norm(part, dim=1).square())
-        if len(products) == 1:
-            return NormParts(products[0], A @ A.T, squares[0])
-        return NormParts(torch.cat(products, dim=1), A @ A.T, torch.cat(squares))
-
-
-def row_norm(parts: NormParts, K: Tensor, scaling: float) -> Tensor:
+def row_norm(weight: Tensor, A: Tensor, K: Tensor, scaling: float) -> Tensor:
     """Return the norm of each row of W0 + s K A, without the (n, d_out, d_in) product.
 
-        ‖W0 + s K A‖²_row = ‖W0‖²_row + Σ_r K ⊙ (2 s P + s² K G)
+        ‖W0 + s K A‖²_row = ‖W0‖²_row + Σ_r K ⊙ (2 s P + s² K G),    P = W0 Aᵀ,   G = A Aᵀ
 
     This is NaRA-DoRA's norm (paper, appendix M). If s K A cancels most of W0, the precision of the
-    result is that of P and ‖W0‖², so both are in at least float32.
+    result is that of P and ‖W0‖², so both are in at least float32. W0 is converted in slices.
 
     Args:
-        parts: the norm parts of W0 and A.
+        weight: W0 (d_out, d_in).
+        A: the factor (r, d_in).
         K: B C (n, d_out, r).
         scaling: s.
 
@@ -80,10 +48,19 @@ def row_norm(parts: NormParts, K: Tensor, scaling: float) -> Tensor:
         The norms (n, d_out), in at least float32. They are detached, because DoRA treats the norm
         as a constant (DoRA, section 4.3).
     """
-    dtype = parts.squares.dtype
-    P, G, K = parts.products, parts.gram, K.detach().to(dtype).mT  # K (n, r, d_out)
-    P, G = P.expand(len(K), -1, -1), G.expand(len(K), -1, -1)
-    with without_autocast(K.device):
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
+    size = SLICE if weight.is_cpu else DEVICE_SLICE
+    products, squares = [], []
+    with without_autocast(weight.device):
+        A, K = A.detach().to(dtype), K.detach().to(dtype).mT  # K (n, r, d_out)
+        for part in weight.detach().chunk(1 + weight.numel() // size):
+            part = part.to(dtype)
+            products.append(A @ part.T)
+            squares.append(torch.linalg.vector_norm(part, dim=1).square())
+        is_whole = len(products) == 1
+        P = products[0] if is_whole else torch.cat(products, dim=1)  # Pᵀ (r, d_out)
+        square = squares[0] if is_whole else torch.cat(squares)  # (d_out,)
+        P, G = P.expand(len(K), -1, -1), (A @ A.T).expand(len(K), -1, -1)
         slope = torch.baddbmm(P, G, K, beta=2 * scaling, alpha=scaling**2)
-        square = slope.mul_(K).sum(1).add_(parts.squares)
+        square = slope.mul_(K).sum(1).add_(square)
         return square.clamp_min_(torch.finfo(dtype).tiny).sqrt_()

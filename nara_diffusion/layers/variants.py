@@ -132,6 +132,14 @@ class NaraVariant(LoraVariant):
             layer_name=self.layer_name,
         )
 
+    def rise(self, D: Tensor, A: nn.Linear, B: nn.Linear, x: Tensor) -> Tensor:
+        """Return B C A x (b, …, d_out), or (b, d_out, …) of a convolution.
+
+        If D has a further column, the β of the core "film", return B (C A x + β).
+        """
+        h = A(x)
+        return B(mixed_channels(D, h) if self.is_conv else mixed(D, h))
+
     def merge_safe(self, module: AdaptedLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Return the base weight with this adapter merged at one D."""
         check_mergeable(module, active_adapter, self.layer_name, orig_weight)
@@ -190,27 +198,18 @@ class NaraLinear(NaraVariant):
         if is_dropped:
             x = module.lora_dropout[active_adapter](x)
         if not is_fused or D.shape[-1] > D.shape[-2]:  # film's β is not in the one function
-            return torch.add(result, B(mixed(D, A(x))), alpha=scaling)
+            return torch.add(result, self.rise(D, A, B, x), alpha=scaling)
         operand = self.channel.operand(self.key, D, result)
         return linear_in_one(x, result, base, A.weight, D, operand, B.weight, scaling)
 
 
-class NaraConv(NaraVariant):
+class NaraConv(NaraLinear):
     """Apply the same update to a convolution, with a convolution A and a pointwise B.
 
     The convolution may have any number of spatial axes.
     """
 
     is_conv = True
-
-    def update(
-        self, module: AdaptedLayer, active_adapter: str, x: Tensor, result: Tensor
-    ) -> Tensor:
-        A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        D = self.deviation(module.r[active_adapter], x)
-        h = A(module.lora_dropout[active_adapter](x))  # (b, r, …)
-        update = B(mixed_channels(D, h))
-        return torch.add(result, update, alpha=module.scaling[active_adapter])
 
 
 class NaraEmbedding(NaraVariant):

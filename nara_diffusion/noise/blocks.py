@@ -196,9 +196,10 @@ class BlockNoise:
         levels[:, -1] = masked.sum(1).float() / answer.sum(1).clamp(min=1)
         return levels
 
+    @torch.compiler.disable(recursive=True)
     def with_block_mask(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Any] | None:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Return the arguments with the block mask in place of the pipeline's mask (b, l), or None.
 
         Under the pipeline's mask, earlier blocks would see later ones. For a forward outside of the
@@ -212,4 +213,4 @@ class BlockNoise:
         implementation = getattr(module.config, "_attn_implementation", None)
         dtype = next(module.parameters()).dtype
         mask = attention_argument(block_mask(real, run.block_length), implementation, dtype)
-        return {**kwargs, "attention_mask": mask}
+        return args, {**kwargs, "attention_mask": mask}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -99,6 +99,6 @@ def as_tensor(value: object) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float32) if tensor.is_floating_point() else tensor
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Return whether `value` is a real number (not a bool) and its square fits into float32."""
     return isinstance(value, Real) and not isinstance(value, bool) and -1e9 <= float(value) <= 1e9

@@ -79,34 +79,32 @@ def core_of_rows(
     else:  # features (l, b, d), or integer ids (l, l)
         lacks_batch_axis = kind == "positions" and x.dim() > (2 if x.is_floating_point() else 1)
     if lacks_batch_axis:
-        refusal = _cannot_assign(
-            samples,
+        return _the_only(
+            core,
             f"the rows that layer '{layer_name}' sees, {tuple(x.shape)}, are {kind}, not samples",
             "leave the layer out with `exclude_modules`",
         )
-        return _the_only(core, refusal)
     if samples == rows:
         return core
     if rows == 0:  # an expert without tokens: A and B get gradients of zero
         return core[:1]
     if (sample_major or tiled) and rows % samples == 0:
         return repeat_rows(core, rows // samples, "tiled" if tiled else "interleaved")
-    refusal = _cannot_assign(
-        samples,
+    return _the_only(
+        core,
         f"the batch inside layer '{layer_name}' is {rows}",
         "one per row as the layer sees them (after beams, repeats or CFG)",
     )
-    return _the_only(core, refusal)
 
 
-def _the_only(values: Tensor, refusal: str) -> Tensor:
+def _the_only(values: Tensor, reason: str, remedy: str) -> Tensor:
     """Return the first of `values` (b, …) as (1, …) after reading them to check that all are equal.
 
     Raises:
-        ValueError: the values differ. The message is `refusal`.
+        ValueError: the values differ.
     """
     if not bool((values == values[:1]).all()):
-        raise ValueError(refusal)
+        raise ValueError(_cannot_assign(len(values), reason, remedy))
     return values[:1]
 
 
@@ -190,24 +188,22 @@ class ModelRows:
         """
         values, kind = len(level), type(root).__name__
         if values > 1 and self.one_level:
-            refusal = _cannot_assign(
-                values,
+            return _the_only(
+                level,
                 f"the layers of {kind} see tokens where others see samples",
                 "run the samples one by one",
             )
-            return _the_only(level, refusal)
         if values == 1 or not (self.sample_major or self.tiled):
             return level
         arguments = arguments_of(root, args, kwargs).values()
         tensors = [x for x in arguments if isinstance(x, Tensor) and x.dim() > 0]
         batch = len(tensors[0]) if tensors else None
         if values != batch:
-            refusal = _cannot_assign(
-                values,
+            return _the_only(
+                level,
                 f"the batch is {batch}",
                 "one per sample as the model sees them (after CFG or repeats)",
             )
-            return _the_only(level, refusal)
         for module in outer_modules(root):
             settings = vars(module)
             is_split = (
@@ -215,13 +211,12 @@ class ModelRows:
             )
             is_chunked = settings.get("_chunk_size") is not None and settings.get("_chunk_dim") == 0
             if is_split or is_chunked:
-                refusal = _cannot_assign(
-                    values,
+                return _the_only(
+                    level,
                     f"blocks of {kind} run on slices of the batch (forward chunking, or FreeNoise's "
                     "split inference)",
                     "turn that off (chunking along dim=1 is fine)",
                 )
-                return _the_only(level, refusal)
         return level
 
     def level_of_part(self, level: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Say which forwards of an adapted model get C, and what the model refuses.
 
-A model gets C before each forward of its root. Pipelines and `generate` call the encoder and the
-decoder of a DiffusionGemma directly, so hooks on its root never run. Instead, hooks on the encoder
-(at λ = 0) and on the decoder (at λ) give C to the layers.
+A model gets C before each forward of its root. A LLaDA2 also gets a block mask there. Pipelines and
+`generate` call the encoder and the decoder of a DiffusionGemma directly, so hooks on its root never
+run. Instead, hooks on the encoder (at λ = 0) and on the decoder (at λ) give C to the layers.
 
 Some instance attributes of a DiffusionGemma are also set, until the adapters are unloaded
 (docs/errors.md):
@@ -27,6 +27,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from nara_diffusion.noise.blocks import LLADA2, BlockNoise
 from nara_diffusion.noise.canvas_source import CanvasNoise
 from nara_diffusion.noise.sources import NoiseSource
 
@@ -57,7 +58,7 @@ class RootForwards:
 
         Args:
             before: called with (root, args, kwargs), and also with `is_clean=True` if the forward
-                runs at λ = 0. It may return other arguments for the root's forward.
+                runs at λ = 0.
             after: called with the root first.
         """
         return (
@@ -76,6 +77,21 @@ class RootForwards:
 
     def check_checkpointing(self, checkpoint: Callable[..., Any]) -> None:
         """Raise ValueError if gradients cannot be computed with this checkpoint function."""
+
+
+class BlockForwards(RootForwards):
+    """The forwards of a LLaDA2, which see its blocks by a mask while LLaDA2Pipeline runs."""
+
+    def __init__(self, root: nn.Module, schedulers: Callable[[], list[Any]]) -> None:
+        super().__init__(root)
+        self.source: BlockNoise = BlockNoise(schedulers)
+
+    def hook(
+        self, before: Callable[..., Any], after: Callable[..., None]
+    ) -> tuple[RemovableHandle, ...]:
+        handles = super().hook(before, after)
+        mask = self.root.register_forward_pre_hook(self.source.with_block_mask, with_kwargs=True)
+        return *handles, mask
 
 
 class TwinForwards(RootForwards):
@@ -145,6 +161,8 @@ def forwards_of(root: nn.Module, schedulers: Callable[[], list[Any]]) -> RootFor
     Args:
         schedulers: returns the current schedulers of the pipelines that loaded adapters.
     """
+    if getattr(getattr(root, "config", None), "model_type", None) == LLADA2:
+        return BlockForwards(root, schedulers)
     twins = twins_of(root)
     return RootForwards(root) if twins is None else TwinForwards(root, twins, schedulers)
 

@@ -9,12 +9,12 @@ from the schedulers of the pipelines that loaded adapters.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from copy import copy
 from dataclasses import replace
 from enum import Enum, auto
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from peft import LoraConfig
@@ -22,19 +22,23 @@ from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import needs_noise
-from nara_diffusion.noise.blocks import LLADA2, BlockNoise
 from nara_diffusion.noise.context import Entry
+from nara_diffusion.noise.denoisers import source_of_class
 from nara_diffusion.noise.level import as_level
 from nara_diffusion.noise.parts import Parts
 from nara_diffusion.noise.rows import ModelRows
-from nara_diffusion.noise.sources import BLOCK_SHARE, NoiseSource, registered
+from nara_diffusion.noise.sources import NoiseSource, registered
 from nara_diffusion.noise.timesteps import DenoiserNoise, TimestepNoise
 
-from .adapted_forwards import forwards_of
+from .adapted_forwards import BlockForwards, forwards_of
 from .usage import Usage
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+
+_KINDS = {"sample": "sample", "part": "part of a sample (a frame, a block)"}
+"""`NaraConfig.noise_level_per` → its name in messages."""
 
 
 class NotSet(Enum):
@@ -51,6 +55,8 @@ class LevelFinder:
 
     Attributes:
         configs: configurations by adapter name. The core holder changes this dict in place.
+        class_source: the source that the table has for the class of the root.
+        rows: how the layers of the root see its batch.
         given_source: the source that `set_noise_source` has set; None if it was removed.
         usage: the pipelines that loaded adapters, and checks of how they use the adapters.
         forwards: which forwards get C, and what the model refuses.
@@ -58,19 +64,14 @@ class LevelFinder:
             means 1000.
     """
 
-    def __init__(
-        self,
-        root: nn.Module,
-        configs: dict[str, LoraConfig],
-        rows: ModelRows,
-        class_source: DenoiserNoise | None,
-    ) -> None:
+    def __init__(self, root: nn.Module, configs: dict[str, LoraConfig]) -> None:
         self.root = root
         self.configs = configs
-        self.rows = rows
-        self.class_source = class_source
+        self.class_source = source_of_class(root)
+        self.rows = ModelRows.of(self.class_source)
         self.given_source: NoiseSource | NotSet | None = NotSet.DEFAULT
         self.length: int | None = None
+        self._warned: dict[str, LoraConfig] = {}  # of adapters that are used in another way
         self.usage = Usage(configs)
         self.forwards = forwards_of(root, self.usage.schedulers)
 
@@ -104,41 +105,19 @@ class LevelFinder:
         source = registered.get(convention or "")
         if source is None and self.class_source is not None:
             source = self.class_source.read_as(convention)
-        if source is None:
-            source = self.forwards.source
-        if source is None and (convention == BLOCK_SHARE or _goes_by_blocks(self.root)):
-            return self.block_source
-        return source
-
-    @cached_property
-    def block_source(self) -> BlockNoise:
-        """Return the default source of a LLaDA2 model, which follows LLaDA2Pipeline."""
-        return BlockNoise(self.usage.schedulers)
+        return self.forwards.source if source is None else source
 
     def add_pipeline(self, pipe: DiffusionPipeline) -> None:
         """Remember a pipeline that loaded an adapter."""
-        self.usage.add_pipeline(pipe)
-        if self.class_source is None:
-            self.block_source.ignore_past_runs()
-
-    def with_block_mask(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Any] | None:
-        """Return a LLaDA2's arguments with a block mask if LLaDA2Pipeline calls it, else None."""
-        has_blocks = BLOCK_SHARE in self._definitions().values() or _goes_by_blocks(self.root)
-        if not has_blocks:
-            return None
-        return self.block_source.with_block_mask(self.root, args, kwargs)
+        self.usage.pipelines.add(pipe)
+        if isinstance(self.forwards, BlockForwards):
+            self.forwards.source.ignore_past_runs()
 
     def set_source(self, source: NoiseSource | None) -> None:
         """Set the source, or remove it if None, and replace assumed definitions of λ with its own."""
         self.given_source = source
-        if source is None:
-            return
-        for config in self.configs.values():
-            if isinstance(config, NaraConfig) and is_assumed(config):
-                config.noise_convention = getattr(source, "convention", None)
-                config.assumes_convention = False
+        if source is not None:
+            self.adopt_convention(self.configs, getattr(source, "convention", None))
 
     def check_source(self, source: NoiseSource | None) -> None:
         """Raise ValueError if `source` and an adapter define λ differently."""
@@ -175,23 +154,40 @@ class LevelFinder:
             )
         if level is None:
             raise unknown_level(self.root, names)
-        per = "part" if level.dim() == 2 else "sample"
         is_for_all = entry is not None and level.numel() == 1  # valid for samples and for parts
-        trained = {getattr(self.configs[name], "noise_level_per", None) for name in names}
-        if not is_for_all and trained - {None, per}:
-            self.usage.warn_of_parts(names, per)
+        if not is_for_all:
+            self._warn_of_other_training(names, "part" if level.dim() == 2 else "sample")
         if level.dim() == 2 and level.shape[1] > 1:
             parts = self.rows.parts_of_forward(level, self.root, args, kwargs)
             return parts.levels(level), parts
         level = level[:, 0] if level.dim() == 2 else level
         return self.rows.level_of_forward(level, self.root, args, kwargs), None
 
-    def _definitions(self, but: str | None = None) -> dict[str, str]:
-        """Return the definitions of λ by adapter name, without adapter `but`."""
+    def _warn_of_other_training(self, names: Iterable[str], per: str) -> None:
+        """Warn once of each adapter that was trained with λ per sample and is used per part, or vice versa.
+
+        Args:
+            per: what has one λ in the present forward, "sample" or "part".
+        """
+        for name in names:
+            config = self.configs[name]
+            trained = getattr(config, "noise_level_per", None)
+            if trained in (None, per) or self._warned.get(name) is config:
+                continue
+            self._warned[name] = config
+            warnings.warn(
+                f"Adapter '{name}' was trained with one λ for each {_KINDS[trained]}. This forward has one for each "
+                f"{_KINDS[per]}, which the adapter hasn't seen, so its results may be worse.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _definitions(self) -> dict[str, str]:
+        """Return the definitions of λ by adapter name; a plain LoRA has none."""
         definitions = {}
         for name, config in self.configs.items():
-            convention = convention_of(config)
-            if convention is not None and name != but:
+            convention = getattr(config, "noise_convention", None)
+            if convention is not None:
                 definitions[name] = convention
         return definitions
 
@@ -207,7 +203,8 @@ class LevelFinder:
             ValueError: the adapter defines λ differently from the source.
         """
         convention = config.noise_convention
-        definitions = self._definitions(but=name)
+        definitions = self._definitions()
+        definitions.pop(name, None)
         source = self.given_source
         if source is NotSet.DEFAULT:
             first = next(iter(definitions.values()), convention)
@@ -226,23 +223,20 @@ class LevelFinder:
             config.assumes_convention = True
         return config
 
-    def adopt_convention(self, names: Iterable[str], convention: str) -> dict[str, str]:
+    def adopt_convention(self, names: Iterable[str], convention: str | None) -> dict[str, str]:
         """Give the adapters `names` this definition of λ if their current definition is assumed.
 
         Returns:
             The definitions, by adapter name, of the adapters with a different definition. If there
             are any, this method changes nothing.
         """
-        different, assumed = {}, []
-        for name in names:
-            config = self.configs[name]
-            defined = convention_of(config)
-            if isinstance(config, NaraConfig) and is_assumed(config):
-                assumed.append(config)
-            elif defined is not None and defined != convention:
+        configs = {name: self.configs[name] for name in names}
+        different = {}
+        for name, defined in self._definitions().items():
+            if name in configs and defined != convention and not is_assumed(configs[name]):
                 different[name] = defined
-        if not different:
-            for config in assumed:
+        for config in configs.values() if not different else ():
+            if is_assumed(config):
                 config.noise_convention = convention
                 config.assumes_convention = False
         return different
@@ -259,19 +253,9 @@ class LevelFinder:
         )
 
 
-def _goes_by_blocks(model: nn.Module) -> bool:
-    """Return whether `model` is a LLaDA2, in this package's class or in its checkpoint's own class."""
-    return getattr(getattr(model, "config", None), "model_type", None) == LLADA2
-
-
-def is_assumed(config: LoraConfig) -> bool:
+def is_assumed(config: LoraConfig) -> TypeGuard[NaraConfig]:
     """Return whether the configuration's definition of λ was only assumed from the default source."""
-    return getattr(config, "assumes_convention", False)
-
-
-def convention_of(config: LoraConfig) -> str | None:
-    """Return the definition of λ in a configuration, or None if it has none, as in a plain LoRA."""
-    return getattr(config, "noise_convention", None)
+    return isinstance(config, NaraConfig) and config.assumes_convention
 
 
 def unknown_level(root: nn.Module, names: list[str], remedy: str | None = None) -> ValueError:

@@ -34,9 +34,7 @@ from nara_diffusion.layers.channel import CoreChannel, Key, Pushed
 from nara_diffusion.layers.offloading import in_memory, onload_groups
 from nara_diffusion.noise.context import Entry, backward_pass, present
 from nara_diffusion.noise.parts import Parts
-from nara_diffusion.noise.rows import ModelRows
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
-from nara_diffusion.noise.timesteps import DenoiserNoise
 
 from .checkpointing import pass_cores, pass_no_cores
 from .finder import LevelFinder
@@ -54,7 +52,6 @@ class CoreHolder(nn.Module):
 
     Args:
         root: the adapted model.
-        class_source: the source that the table has for the class of the root.
 
     Attributes:
         configs: the configuration of each adapter, by name, at the time its cores were made.
@@ -67,15 +64,14 @@ class CoreHolder(nn.Module):
 
     is_core_holder = True
 
-    def __init__(self, root: nn.Module, class_source: DenoiserNoise | None = None) -> None:
+    def __init__(self, root: nn.Module) -> None:
         super().__init__()
         self.cores = nn.ModuleDict()
         self.configs: dict[str, LoraConfig] = {}
         self.layers: dict[str, list[LoraLayer]] = {}
         self.schedules: dict[str, StrengthSchedule] = {}
-        rows = ModelRows.of(class_source)
-        self.channel = CoreChannel(self, rows)
-        self.finder = LevelFinder(root, self.configs, rows, class_source)
+        self.finder = LevelFinder(root, self.configs)
+        self.channel = CoreChannel(self, self.finder.rows)
         self.merging = Merging(self.finder.forwards, self.layers, self.noisy)
         self._handles: tuple[RemovableHandle, ...] = ()
 
@@ -192,17 +188,11 @@ class CoreHolder(nn.Module):
             is_clean: True for the encoder of a DiffusionGemma, which runs at λ = 0.
         """
         self.channel.local.pushed = None
-        names = self.active_names()
         if not getattr(self.root, "peft_config", None):
             self.detach()  # the adapters have been unloaded
             return
-        entry = self.context()
-        merged = self.merged_in_forward()
-        sampled = names if merged is None else [*names, *self.merging.merged_names()]
-        if any(getattr(self.configs[name], "few_steps", None) for name in sampled):
-            self.finder.usage.warn_of_sampling(sampled)
-        if merged is not None and entry is None:
-            self.merging.warn_of_source(merged, self.finder, args, kwargs)
+        names, entry = self.active_names(), self.context()
+        self._warn_of_use(names, entry, args, kwargs)
         if not names:
             return
         if "_diffusers_hook" in vars(self.root):
@@ -228,6 +218,20 @@ class CoreHolder(nn.Module):
                 deviations[key] = D.to(device) if D.device.type == "cpu" else D
         innermost = None if torch.compiler.is_compiling() else present.get()
         self.channel.local.pushed = Pushed(innermost, entry, deviations, parts)
+
+    def _warn_of_use(
+        self, names: list[str], entry: Entry | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Warn if a forward samples, or has another λ, than its active or merged adapters need."""
+        merged = None
+        for layers in self.layers.values():  # PEFT unmerges disabled layers before they run
+            if layers and layers[0].merged and not layers[0].disable_adapters:
+                merged = self.merging.merged_at()
+        sampled = names if merged is None else [*names, *self.merging.merged_names()]
+        if self.finder.usage.pipelines:
+            self.finder.usage.warn_of_sampling(sampled)
+        if merged is not None and entry is None:
+            self.merging.warn_of_source(merged, self.finder, args, kwargs)
 
     @contextmanager
     def planning(self, levels: Tensor) -> Iterator[None]:
@@ -306,16 +310,6 @@ class CoreHolder(nn.Module):
         with in_memory(self.root):
             return self.deviation(key, level), None
 
-    def merged_in_forward(self) -> Tensor | None:
-        """Return λ (1,) of merged layers if they stay merged in this forward, otherwise None.
-
-        If the adapters are disabled, the layers do not stay merged, because PEFT unmerges them.
-        """
-        for layers in self.layers.values():
-            if layers and layers[0].merged and not layers[0].disable_adapters:
-                return self.merging.merged_at()
-        return None
-
     @torch.no_grad()
     def core_to_merge(self, key: Key, layer: AdaptedLayer) -> tuple[Tensor, Tensor | None]:
         """Return D (1, r, r) for a layer that is being merged, and its λ (1,).
@@ -352,16 +346,10 @@ def drop_idle_holder(root: nn.Module) -> None:
 @torch.compiler.disable(recursive=True)
 def _before_forward(
     root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_clean: bool = False
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+) -> None:
     holder = holder_of(root)
-    if holder is None:
-        return None
-    holder.begin(args, kwargs, is_clean)
-    finder = holder.finder
-    if finder.class_source is not None or not finder.usage.pipelines:
-        return None
-    with_mask = finder.with_block_mask(args, kwargs)
-    return None if with_mask is None else (args, with_mask)
+    if holder is not None:
+        holder.begin(args, kwargs, is_clean)
 
 
 @torch.compiler.disable(recursive=True)

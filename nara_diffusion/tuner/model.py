@@ -29,7 +29,6 @@ from nara_diffusion.layers.targets import (
 )
 from nara_diffusion.layers.variants import OUTSIDE_AUTOCAST
 from nara_diffusion.noise.context import noise_level as at_noise_level
-from nara_diffusion.noise.denoisers import source_of_class
 from nara_diffusion.noise.rows import row_kind_of
 from nara_diffusion.strict import check_keeps_configuration, check_tensors
 
@@ -107,7 +106,7 @@ class NaraModel(LoraModel):
             with restored_on_error(model):
                 drop_idle_holder(model)  # its source of λ belongs to adapters that are gone
                 vars(model)["peft_config"] = self.peft_config  # PEFT also does this, but later
-                holder = holder_of(model) or CoreHolder(model, source_of_class(model))
+                holder = holder_of(model) or CoreHolder(model)
                 config = holder.finder.with_convention(adapter_name, config)
                 self.peft_config[adapter_name] = config
                 are_off = adapters_are_off(model)

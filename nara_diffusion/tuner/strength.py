@@ -8,10 +8,8 @@ core holder if it has none. Removing the strength restores the state that PEFT c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from copy import copy
-from numbers import Real
 from typing import Any
 
 from peft import LoraConfig, PeftModel
@@ -26,7 +24,7 @@ from nara_diffusion.layers.dora import PEFT_DORA
 from nara_diffusion.layers.targets import check_norm, variant_for
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.noise.context import checked_module
-from nara_diffusion.noise.denoisers import source_of_class
+from nara_diffusion.noise.level import is_number
 from nara_diffusion.noise.rows import row_kind_of
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 
@@ -67,7 +65,7 @@ def set_strength(
     """
     schedule = strength if isinstance(strength, StrengthSchedule) else None
     number = strength if schedule is None and strength is not None else 1.0
-    if not isinstance(number, Real) or isinstance(number, bool) or not math.isfinite(number):
+    if not is_number(number):
         raise ValueError(
             f"strength is {strength!r}: pass StrengthSchedule([(λ, strength), …]), a finite number, or None for 1."
         )
@@ -137,10 +135,8 @@ def give_strength(
     if strength is None:
         _take_strength(root, adapter_name, config, layers)
     else:
-        holder = holder_of(root)
-        if holder is None:
-            holder = CoreHolder(root, source_of_class(root))
-            holder.attach()
+        holder = holder_of(root) or CoreHolder(root)
+        holder.attach()
         if adapter_name not in holder.cores:
             rank = max(layer.r[adapter_name] for layer in layers.values())
             cores = CoreSet({SHARED: IdentityCore(rank)})

@@ -1,4 +1,4 @@
-"""Compare how the adapters of a model are used with how they were trained."""
+"""Remember the pipelines of an adapted model, and compare how they sample with the training."""
 
 from __future__ import annotations
 
@@ -13,10 +13,6 @@ from peft import LoraConfig, PeftConfig
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
-
-
-_KINDS = {"sample": "sample", "part": "part of a sample (a frame, a block)"}
-"""`NaraConfig.noise_level_per` → its name in messages."""
 
 
 @dataclass(frozen=True)
@@ -70,72 +66,41 @@ class FewStepSampling:
 
 
 class Usage:
-    """Compare how the adapters of one model are used with how they were trained.
+    """Compare the pipelines of one model with how its few-step adapters were trained to sample.
 
-    `NaraConfig` says how a few-step adapter is sampled (`few_steps`), and whether training used one
-    λ for each sample or for each part of a sample (`noise_level_per`). Each setting that
-    differs causes one warning per adapter.
+    `NaraConfig.few_steps` says how. Each setting that differs causes one warning per adapter.
 
     Attributes:
-        pipelines: weak references to the pipelines that loaded adapters.
+        pipelines: the pipelines that loaded adapters, weakly referenced.
     """
 
     def __init__(self, configs: dict[str, LoraConfig]) -> None:
         self.configs = configs
-        self.pipelines: list[weakref.ref[DiffusionPipeline]] = []
-        self._warned_of_sampling: dict[tuple[str, str], LoraConfig] = {}  # of (adapter, setting)
-        self._warned_of_parts: dict[str, LoraConfig] = {}
+        self.pipelines: weakref.WeakSet[DiffusionPipeline] = weakref.WeakSet()
+        self._warned: dict[tuple[str, str], LoraConfig] = {}  # of (adapter, setting)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "pipelines": []}  # a copy has no pipelines
-
-    def add_pipeline(self, pipe: DiffusionPipeline) -> None:
-        """Remember a pipeline that loaded an adapter."""
-        self.pipelines = [ref for ref in self.pipelines if ref() not in (None, pipe)]
-        self.pipelines.append(weakref.ref(pipe))
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.configs,)  # a copy has no pipelines
 
     def schedulers(self) -> list[SchedulerMixin]:
         """Return the current schedulers of the pipelines that loaded adapters."""
-        schedulers: list[Any] = [
-            getattr(reference(), "scheduler", None) for reference in self.pipelines
-        ]
+        schedulers: list[Any] = [getattr(pipe, "scheduler", None) for pipe in self.pipelines]
         return [scheduler for scheduler in schedulers if hasattr(scheduler, "config")]
 
     def warn_of_sampling(self, names: Iterable[str]) -> None:
         """Warn once of each setting of a pipeline that does not suit a few-step adapter."""
-        warned = self._warned_of_sampling
         for name in names:
             config = self.configs[name]
             sampling = FewStepSampling.of(config)
             if sampling is None:
                 continue
-            for reference in self.pipelines:
-                pipe = reference()
-                settings = {} if pipe is None else sampling.differences(pipe)
-                if all(warned.get((name, setting)) is config for setting in settings):
+            for pipe in self.pipelines:
+                settings = sampling.differences(pipe)
+                if all(self._warned.get((name, setting)) is config for setting in settings):
                     continue
-                warned |= {(name, setting): config for setting in settings}
+                self._warned |= {(name, setting): config for setting in settings}
                 warnings.warn(
                     f"Adapter '{name}' was trained to sample in {sampling.num_inference_steps} steps, but the "
                     f"pipeline uses {', '.join(settings.values())}. Instead, run: {sampling.code}",
                     stacklevel=2,
                 )
-
-    def warn_of_parts(self, names: Iterable[str], per: str) -> None:
-        """Warn once if an adapter was trained with λ per sample and is used per part, or vice versa.
-
-        Args:
-            per: what has one λ in the present forward, "sample" or "part".
-        """
-        for name in names:
-            config = self.configs[name]
-            trained = getattr(config, "noise_level_per", None)
-            if trained in (None, per) or self._warned_of_parts.get(name) is config:
-                continue
-            self._warned_of_parts[name] = config
-            warnings.warn(
-                f"Adapter '{name}' was trained with one λ for each {_KINDS[trained]}. This forward has one for each "
-                f"{_KINDS[per]}, which the adapter hasn't seen, so its results may be worse.",
-                UserWarning,
-                stacklevel=2,
-            )

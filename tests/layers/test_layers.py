@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nara_diffusion import core_matrix, noise_level
 from nara_diffusion.layers import row_norm as norms
-from nara_diffusion.layers.row_norm import norm_parts, row_norm
+from nara_diffusion.layers.row_norm import row_norm
 from tests.acceptance._by_hand import CORES, LEVELS, SMALL, Kinds, tensors_of
 from tests.helpers.adapted import OneLayer, adapted, disturb, nara_config, relative_error
 
@@ -163,7 +163,7 @@ def test_dora_makes_no_update_matrix_of_each_sample() -> None:
 def test_dora_norm_at_llada_width_matches_float32() -> None:
     W0, A, K = torch.randn(512, 768) * 0.02, torch.randn(32, 768) * 0.02, torch.randn(4, 512, 32)
     exact = (W0.double() + 0.5 * K.double() @ A.double()).norm(dim=2)
-    assert relative_error(row_norm(norm_parts(W0, A), K, 0.5), exact) < 1e-6
+    assert relative_error(row_norm(W0, A, K, 0.5), exact) < 1e-6
 
 
 def nearly_cancelling(dtype: torch.dtype, residual: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,14 +183,14 @@ def test_dora_norm_in_half_precision_survives_cancellation(
     W0, A, K = nearly_cancelling(dtype, residual)
     exact = (W0.double() + K.double() @ A.double()).norm(dim=2)
     dense = torch.linalg.norm(W0 + (K[0] @ A).to(dtype), dim=1)[None]  # as PEFT's DoRA
-    error, bound = (((norm - exact) / exact).abs().max() for norm in (row_norm(norm_parts(W0, A), K, 1.0), dense))
+    error, bound = (((norm - exact) / exact).abs().max() for norm in (row_norm(W0, A, K, 1.0), dense))
     assert error <= 2 * bound
 
 
 def test_dora_norm_in_float32_survives_cancellation() -> None:
     W0, A, K = nearly_cancelling(torch.float32, 0.1)
     exact = (W0.double() + K.double() @ A.double()).norm(dim=2)
-    error = ((row_norm(norm_parts(W0, A), K, 1.0) - exact) / exact).abs().max()
+    error = ((row_norm(W0, A, K, 1.0) - exact) / exact).abs().max()
     assert error <= 10 * torch.finfo(torch.float32).eps / 0.1**2
 
 
@@ -198,7 +198,7 @@ def test_dora_norm_converts_large_bases_by_slices(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(norms, "SLICE", 1000)
     W0, A, K = torch.randn(80, 96).bfloat16(), torch.randn(4, 96), torch.randn(2, 80, 4)
     with LargestTensor(torch.float32) as largest:
-        row_norm(norm_parts(W0, A), K, 0.5)
+        row_norm(W0, A, K, 0.5)
     assert largest.numel <= 1000
 
 

@@ -82,7 +82,7 @@ def test_adapted_pipeline_samples_blocks_at_their_levels(base: Path, tmp_path: P
     pipe.load_nara_weights(tmp_path / "adapter")
     expected, levels = by_hand(model)
     levels_of_calls: list[list[float]] = []
-    source = pipe.model.lora_core.finder.block_source
+    source = pipe.model.lora_core.finder.forwards.source
     call = type(source).__call__
 
     class Watched(type(source)):

@@ -73,7 +73,7 @@ def model():
 def pipeline(model, scheduler):
     pipe = DiffusionGemmaPipeline(model=model, scheduler=scheduler, processor=Processor())
     pipe.set_progress_bar_config(disable=True)
-    holder_of(model).finder.usage.add_pipeline(pipe)
+    holder_of(model).finder.usage.pipelines.add(pipe)
     return pipe
 
 

@@ -1,18 +1,20 @@
-"""The warnings of a pipeline that samples a few-step adapter otherwise than it was trained: one for each setting."""
+"""The warnings of adapters that are used otherwise than they were trained or merged, and definitions of λ."""
 
 from __future__ import annotations
 
 import warnings
 from typing import Any
 
+import pytest
+import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from peft import get_peft_model
 
-from nara_diffusion import TimestepNoise, set_noise_source
+from nara_diffusion import TimestepNoise, noise_level, set_noise_source
 from nara_diffusion.loaders.other_trainers import PipelineComponents
 from nara_diffusion.noise.context import find_holders
 from nara_diffusion.tuner.usage import FewStepSampling, Usage
-from tests.helpers.adapted import TwoLayers, nara_config
+from tests.helpers.adapted import TwoLayers, adapted, nara_config
 
 LINE = "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"
 
@@ -44,7 +46,7 @@ def messages(usage: Usage) -> list[str]:
 
 def test_each_wrong_sampler_setting_warns_once() -> None:
     usage, pipe = Usage({"fast": few_step_config()}), Sampler()
-    usage.add_pipeline(pipe)  # pyright: ignore[reportArgumentType]
+    usage.pipelines.add(pipe)  # pyright: ignore[reportArgumentType]
     trailing, leading = DDIMScheduler(timestep_spacing="trailing"), EulerDiscreteScheduler()
     pipe.takes(2, 1.0, trailing)
     assert messages(usage) == []
@@ -77,8 +79,48 @@ def test_sampling_is_read_from_present_fields() -> None:
 def test_pipeline_without_scheduler_is_not_warned_of() -> None:
     """As the models of another trainer (`checkpoint_nara_weights`)."""
     usage, models = Usage({"fast": few_step_config()}), PipelineComponents()
-    usage.add_pipeline(models)  # pyright: ignore[reportArgumentType]
+    usage.pipelines.add(models)  # pyright: ignore[reportArgumentType]
     assert messages(usage) == []
+
+
+@pytest.mark.parametrize("is_merged", [False, True])
+def test_forward_warns_of_other_sampler(is_merged: bool) -> None:
+    model, pipe = adapted(TwoLayers(), target_modules=["first"], few_steps={"num_inference_steps": 2}), Sampler()
+    pipe.takes(3, 1.0, DDIMScheduler())
+    (holder,) = find_holders(model)
+    holder.finder.usage.pipelines.add(pipe)  # pyright: ignore[reportArgumentType]
+    with noise_level(model, 0.3):
+        if is_merged:
+            model.merge_adapter()
+        with pytest.warns(UserWarning, match="trained to sample in 2 steps, but the pipeline uses 3 steps"):
+            model(torch.randn(3, 7))
+
+
+def test_merge_that_forwards_do_not_use_warns_not() -> None:
+    base, x = TwoLayers(), torch.randn(3, 7)
+    expected = base(x)
+    model = adapted(base, target_modules=["first"])
+    set_noise_source(model, lambda *_: torch.tensor([0.7]))
+    model.base_model.merge_adapter(noise_level=0.3)
+    with noise_level(model, 0.3):  # not the source's λ
+        model(x)
+    with model.disable_adapter():  # PEFT unmerges
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_definition_is_adopted_by_all_adapters_or_none() -> None:
+    model = get_peft_model(TwoLayers(), nara_config(target_modules=["first"]))
+    model.add_adapter("fixed", nara_config(target_modules=["second"], noise_convention="flow"))
+    (holder,) = find_holders(model)
+    config, adopt = holder.finder.configs["default"], holder.finder.adopt_convention
+    assert adopt(["default", "fixed"], "edm") == {"fixed": "flow"}
+    assert config.noise_convention is None
+    assert adopt(["default"], "edm") == {}
+    assert adopt(["default"], "flow") == {"default": "edm"}
+    config.assumes_convention = True
+    assert adopt(["default", "fixed"], "flow") == {}
+    assert config.noise_convention == "flow"
+    assert not config.assumes_convention
 
 
 def test_user_source_is_called_when_samples_lack_frames() -> None:
