@@ -44,7 +44,7 @@ def planned_text_step(args: Arguments) -> PlannedStep:
     kind = kind_of(Backbone(model), args)
     kind.configure(model, args)
     packed = {}
-    if args.is_quantised:
+    if args.bits:
         check_roundable(model.config)
         size = NF4 if args.load_in_4bit else INT8
         packed = dict.fromkeys(_quantised_weights(model), size)

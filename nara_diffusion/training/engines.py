@@ -127,7 +127,7 @@ def check_sharded(accelerator: Accelerator, args: TrainingArguments) -> None:
         reason = f"optimizer adafactor needs the rows of whole matrices, which {name} shards"
     elif args.ema_decay is not None:
         reason = f"ema_decay averages whole weights, and {name} shards or casts them"
-    elif args.is_quantised:
+    elif args.bits:
         reason = f"load_in_4bit and load_in_8bit can't be trained under {name}, which shards or casts weights"
     elif stage and accelerator.mixed_precision == "fp16":
         reason = "mixed_precision is fp16, and DeepSpeed would round the trained weights and the core to it"

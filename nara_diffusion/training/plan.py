@@ -113,7 +113,7 @@ def cheaper(args: TrainingArguments, swappable: int) -> Iterator[tuple[str, dict
         changes.append((flags, fields))
     if not args.gradient_checkpointing:
         changes.append(("--gradient_checkpointing", {"gradient_checkpointing": True}))
-    if not args.is_quantised and args.adapter != "full":
+    if not args.bits and args.adapter != "full":
         changes.append(("--load_in_4bit", {"load_in_4bit": True}))
     for count in (swappable // 2, swappable):
         if count:
