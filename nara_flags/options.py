@@ -24,8 +24,10 @@ _EXPECTED: dict[type, str] = {
     str: "text",
     bool: "true or false",
 }
-_BOOLS = dict.fromkeys(("true", "yes", "y", "t", "1"), True)
-_BOOLS |= dict.fromkeys(("false", "no", "n", "f", "0"), False)
+_BOOLS: dict[str, bool] = {
+    **dict.fromkeys(("true", "yes", "y", "t", "1"), True),
+    **dict.fromkeys(("false", "no", "n", "f", "0"), False),
+}
 
 
 class Range(NamedTuple):

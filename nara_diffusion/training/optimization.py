@@ -58,8 +58,7 @@ def build_optimizer(
         if parameters
     ]
     options = {"weight_decay": args.weight_decay, **_DEFAULTS.get(args.optimizer, {})}
-    for name, value in args.optimizer_options.items():
-        options[name] = tuple(value) if isinstance(value, list) else value
+    options |= args.optimizer_options
     if args.optimizer == "AdamW" and fused:
         options.setdefault("fused", True)
     if args.optimizer == "prodigy":

@@ -189,9 +189,7 @@ class Run(Generic[Args]):
             with atomic_write(self.folder / CONFIG) as partial:
                 partial.write_text(as_yaml(settings | {"output_dir": str(self.folder)}), "utf-8")
             drop_later_steps(self.folder / METRICS, self.step)
-        project = self.accelerator.project_configuration
-        project.set_directories(str(self.folder))
-        project.logging_dir = str(self.folder)
+        self.accelerator.project_configuration.logging_dir = str(self.folder)
         if self.args.report_to:
             texts = {name: str(value) for name, value in settings.items()}
             self.accelerator.init_trackers(self.name, texts)
