@@ -51,10 +51,6 @@ def planned_text_step(args: Arguments) -> PlannedStep:
         for parameter in model.parameters():
             if parameter not in packed:
                 parameter.data = parameter.data.float()  # as `prepare_quantised` does
-    blocks = []
-    if not kind.whole_because:
-        names = model._no_split_modules or []
-        blocks = [module for module in model.modules() if type(module).__name__ in names]
     if args.gradient_checkpointing:
         recompute_activations(model)
     length = checked_lengths(model, args.max_length, args.gen_length)
@@ -62,9 +58,7 @@ def planned_text_step(args: Arguments) -> PlannedStep:
     with torch.device("meta"):
         adapted = build_adapter(model, args, **adapter_options(model, args))
     loss, forward = kind.plan(adapted, args, _longest_batch(Backbone(adapted), args, length))
-    return PlannedStep(
-        model=adapted, loss=lambda: loss().loss, forward=forward, blocks=blocks, packed=packed
-    )
+    return PlannedStep(model=adapted, loss=lambda: loss().loss, forward=forward, packed=packed)
 
 
 def _longest_batch(backbone: Backbone, args: Arguments, length: int) -> dict[str, Any]:

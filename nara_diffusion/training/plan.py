@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 Args = TypeVar("Args", bound=TrainingArguments)
 
 GB = 10**9
-_PROCESSES = (2, 4, 8)
 
 
 def show_plan(args: Args, describe: Callable[[Args], PlannedStep]) -> dict[str, Any]:
@@ -62,9 +61,6 @@ def _table(args: TrainingArguments, needs: Needs) -> Iterator[str]:
     }
     for name, note in notes.items():
         yield f"  {name:<12}{getattr(needs, name) / GB:8.2f} GB  {note}"
-    for engine in needs.gathered:
-        sizes = [f"{needs.sharded(engine, n) / GB:.1f} of {n}" for n in _PROCESSES]
-        yield f"  {engine:<12}{', '.join(sizes)} processes, GB a process"
     forwards = accumulation_steps(args, int(os.environ.get("WORLD_SIZE", 1)))
     tera = needs.flops / 1e12
     yield f"  FLOPs       {forwards * tera:8.4g} TFLOP an optimizer step: {forwards} x {tera:.4g}"
