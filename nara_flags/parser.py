@@ -222,10 +222,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def _underscored(word: str) -> str:
     """Return `word` with underscores for hyphens in the flag's name, if it is a flag."""
-    flag = re.match(r"--[\w-]+", word)
-    if flag is None:
-        return word
-    return "--" + flag[0][2:].replace("-", "_") + word[flag.end() :]
+    flag, equals, value = word.partition("=")
+    return f"--{flag[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
 
 def _help_of(field: dataclasses.Field, default: Any) -> str:

@@ -111,12 +111,6 @@ def accumulation_steps(args: TrainingArguments, processes: int) -> int:
     return args.global_batch_size // together
 
 
-def global_batch(accelerator: Accelerator, args: TrainingArguments) -> int:
-    """Return the number of samples in one optimizer step, over all processes and forwards."""
-    forwards = accelerator.gradient_accumulation_steps * accelerator.num_processes
-    return args.train_batch_size * forwards
-
-
 def check_sharded(accelerator: Accelerator, args: TrainingArguments) -> None:
     """Raise ValueError for arguments that train or save differently under engines in `SHARDED`."""
     stage, name = zero_stage(accelerator), SHARDED[accelerator.distributed_type][1]

@@ -24,7 +24,7 @@ from nara_flags.training import TrainingArguments
 
 from .checkpoints import Writer, read_manifest, save_checkpoint
 from .engine_state import load_state
-from .engines import engine_name, global_batch, start_accelerator
+from .engines import engine_name, start_accelerator
 from .methods import method_of
 from .resuming import changed_arguments, check_random_states, describe_changes, warn_of_pickles
 from .run_folder import (
@@ -98,7 +98,9 @@ class Run(Generic[Args]):
     @property
     def global_batch(self) -> int:
         """The number of samples in one optimizer step, over all processes and forwards."""
-        return global_batch(self.accelerator, self.args)
+        accelerator = self.accelerator
+        forwards = accelerator.gradient_accumulation_steps * accelerator.num_processes
+        return self.args.train_batch_size * forwards
 
     @property
     def dtype(self) -> torch.dtype:
