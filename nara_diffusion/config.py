@@ -204,8 +204,7 @@ class NaraConfig(LoraConfig):
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         check_core_type(self.core_type)
-        self._check_choices()
-        self._check_values()
+        self._check_fields()
         super().__post_init__()
         self.peft_type = NaraPeftType.NARA  # type: ignore[assignment]
         self._check_core_numbers()
@@ -237,7 +236,7 @@ class NaraConfig(LoraConfig):
     def _refuse(self, name: str, reason: str) -> NoReturn:
         raise ValueError(f"{name} is {getattr(self, name)!r}{reason}")
 
-    def _check_choices(self) -> None:
+    def _check_fields(self) -> None:
         for name, (choices, readers) in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
@@ -249,8 +248,6 @@ class NaraConfig(LoraConfig):
                     f", which core_type {self.core_type!r} doesn't read: leave it at {choices[0]!r}, "
                     f"or use core_type {' or '.join(map(repr, readers))}.",
                 )
-
-    def _check_values(self) -> None:
         for name, (is_valid, expected) in _VALUES.items():
             if not is_valid(getattr(self, name)):
                 self._refuse(name, f": pass {expected}.")
