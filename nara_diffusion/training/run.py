@@ -195,10 +195,9 @@ class Run(Generic[Args]):
         if self.args.report_to:
             texts = {name: str(value) for name, value in settings.items()}
             self.accelerator.init_trackers(self.name, texts)
-        if self.is_main:
-            for label, value in facts.items():
-                logger.info("%s: %s", label, value)
-            logger.info("output folder: %s", self.folder)
+        for label, value in facts.items():  # `run_command` hides this on other processes
+            logger.info("%s: %s", label, value)
+        logger.info("output folder: %s", self.folder)
 
     def restore(self) -> None:
         """Restore optimizer, schedule and random states from the run's checkpoint, if there is one.
@@ -211,8 +210,6 @@ class Run(Generic[Args]):
             warn_of_pickles(self.checkpoint, engine_name(self.accelerator))
         load_state(self.accelerator, self.checkpoint)
         check_random_states(self.checkpoint, self.accelerator.process_index)
-        if not self.is_main:
-            return
         logger.info("continues from %s", self.checkpoint)
         changed = changed_arguments(self.args, self.resumed["arguments"])
         if changed:
