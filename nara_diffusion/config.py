@@ -6,14 +6,12 @@ model outside s · B · C(λ) · A.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import Enum
 from functools import cache
 from numbers import Integral
-from pathlib import Path
 from typing import Any, Literal, NoReturn, get_type_hints
 
 from peft import LoraConfig
@@ -22,7 +20,6 @@ from nara_diffusion.cores.registry import BUILT_IN, check_core_type
 from nara_diffusion.noise.level import is_number
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.utils.field_types import described, fits
-from nara_diffusion.utils.files import atomic_write_files
 
 _CHOICES: dict[str, tuple[tuple[str | int | None, ...], tuple[str, ...]]] = {
     "bias": (("none", "all", "lora_only"), BUILT_IN),
@@ -217,11 +214,6 @@ class NaraConfig(LoraConfig):
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         """Read the fields as PEFT's method does, and add the fields that version 0.2 lacked."""
         return ABSENT | super().from_json_file(path_json_file, **kwargs)
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save as PEFT's method does, but write adapter_config.json atomically."""
-        with atomic_write_files(Path(save_directory)) as partial:
-            super().save_pretrained(str(partial), **kwargs)
 
     @property
     def reads_core(self) -> bool:
