@@ -76,8 +76,8 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
             )
     if accelerator.distributed_type in SHARDED:
         check_sharded(accelerator, args)
-    is_fp16 = accelerator.mixed_precision == "fp16"
-    if is_fp16 and accelerator.device.type == "cpu":  # accelerate would leave out scaling
+    # accelerate would leave out scaling
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError(
             "mixed_precision fp16 needs a GPU, and accelerate finds none. Use bf16 or no."
         )

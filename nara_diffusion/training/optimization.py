@@ -61,8 +61,6 @@ def build_optimizer(
     options |= args.optimizer_options
     if args.optimizer == "AdamW" and fused:
         options.setdefault("fused", True)
-    if args.optimizer == "prodigy":
-        options["lr"] = args.learning_rate  # Prodigy allows only one rate for all groups
     return optimizer_class(args.optimizer)(groups, **options)
 
 
