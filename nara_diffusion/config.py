@@ -95,9 +95,6 @@ class NaraPeftType(str, Enum):
 
     NARA = "NARA"
 
-    def __str__(self) -> str:
-        return self.value
-
 
 @dataclass
 class NaraConfig(LoraConfig):
