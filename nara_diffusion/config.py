@@ -6,14 +6,12 @@ model outside s · B · C(λ) · A.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import Enum
 from functools import cache
 from numbers import Integral
-from pathlib import Path
 from typing import Any, Literal, NoReturn, get_type_hints
 
 from peft import LoraConfig
@@ -22,7 +20,6 @@ from nara_diffusion.cores.registry import BUILT_IN, check_core_type
 from nara_diffusion.noise.level import is_number
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.utils.field_types import described, fits
-from nara_diffusion.utils.files import atomic_write_files
 
 _CHOICES: dict[str, tuple[tuple[str | int | None, ...], tuple[str, ...]]] = {
     "bias": (("none", "all", "lora_only"), BUILT_IN),
@@ -97,9 +94,6 @@ class NaraPeftType(str, Enum):
     """The entry for NaRA among PEFT's types."""
 
     NARA = "NARA"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass
@@ -204,8 +198,7 @@ class NaraConfig(LoraConfig):
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         check_core_type(self.core_type)
-        self._check_choices()
-        self._check_values()
+        self._check_fields()
         super().__post_init__()
         self.peft_type = NaraPeftType.NARA  # type: ignore[assignment]
         self._check_core_numbers()
@@ -218,11 +211,6 @@ class NaraConfig(LoraConfig):
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         """Read the fields as PEFT's method does, and add the fields that version 0.2 lacked."""
         return ABSENT | super().from_json_file(path_json_file, **kwargs)
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save as PEFT's method does, but write adapter_config.json atomically."""
-        with atomic_write_files(Path(save_directory)) as partial:
-            super().save_pretrained(str(partial), **kwargs)
 
     @property
     def reads_core(self) -> bool:
@@ -237,7 +225,7 @@ class NaraConfig(LoraConfig):
     def _refuse(self, name: str, reason: str) -> NoReturn:
         raise ValueError(f"{name} is {getattr(self, name)!r}{reason}")
 
-    def _check_choices(self) -> None:
+    def _check_fields(self) -> None:
         for name, (choices, readers) in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
@@ -249,8 +237,6 @@ class NaraConfig(LoraConfig):
                     f", which core_type {self.core_type!r} doesn't read: leave it at {choices[0]!r}, "
                     f"or use core_type {' or '.join(map(repr, readers))}.",
                 )
-
-    def _check_values(self) -> None:
         for name, (is_valid, expected) in _VALUES.items():
             if not is_valid(getattr(self, name)):
                 self._refuse(name, f": pass {expected}.")

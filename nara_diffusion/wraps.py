@@ -76,7 +76,7 @@ def extend_pipelines(*methods: Callable[..., Any]) -> None:
 
 
 def wrap_other_libraries() -> None:
-    """Replace the five functions. Repeating is safe."""
+    """Replace the five functions."""
     _around(PeftModel, "from_pretrained", _from_pretrained)
     _around(PeftModel, "load_adapter", _load_adapter)
     _around(TransformersAdapterMixin, "load_adapter", _load_into_transformers)
@@ -85,17 +85,14 @@ def wrap_other_libraries() -> None:
 
 
 def _around(owner: type | ModuleType, name: str, function: _Function) -> None:
-    """Replace `owner.name`, once, with a function that calls `function(original, …)`."""
+    """Replace `owner.name` with a function that calls `function(original, …)`."""
     attribute = inspect.getattr_static(owner, name)
     original = attribute.__func__ if isinstance(attribute, classmethod) else attribute
-    if getattr(original, "knows_cores", False):
-        return
 
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         return function(original, *args, **kwargs)
 
-    wrapper.knows_cores = True  # type: ignore[attr-defined]
     setattr(owner, name, classmethod(wrapper) if isinstance(attribute, classmethod) else wrapper)
 
 

@@ -3,6 +3,15 @@
 An unknown flag that stands here is answered with its counterpart.
 """
 
+FORMER_DICTS = (
+    "model_options",
+    "data_options",
+    "objective_options",
+    "distillation_options",
+    "evaluation_options",
+)
+"""Version 0.2 had flags that took options as NAME=VALUE. Each of their options is a flag now."""
+
 COUNTERPARTS = {
     "--pretrained_model_name_or_path": "model_name_or_path base_model",
     "--pretrained_vae_model_name_or_path": "vae",
@@ -52,17 +61,9 @@ COUNTERPARTS = {
     "--resume_from_checkpoint": "resume",
     "--hub_model_id": "push_to_hub",
     "the environment variable HF_HOME": "cache_dir",
+    "a flag for each of its options": " ".join(FORMER_DICTS),
 }
 """{what to use here: flags of other scripts}. A hint is given only by scripts that have its flags."""
 
 OTHERS = {name: here for here, names in COUNTERPARTS.items() for name in names.split()}
 """{flag of another script: what to use here}."""
-
-FORMER_DICTS = (
-    "model_options",
-    "data_options",
-    "objective_options",
-    "distillation_options",
-    "evaluation_options",
-)
-"""Version 0.2 had flags that took options as NAME=VALUE. Each of their options is a flag now."""

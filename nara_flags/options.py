@@ -24,8 +24,10 @@ _EXPECTED: dict[type, str] = {
     str: "text",
     bool: "true or false",
 }
-_TRUE = ("true", "yes", "y", "t", "1")
-_FALSE = ("false", "no", "n", "f", "0")
+_BOOLS: dict[str, bool] = {
+    **dict.fromkeys(("true", "yes", "y", "t", "1"), True),
+    **dict.fromkeys(("false", "no", "n", "f", "0"), False),
+}
 
 
 class Range(NamedTuple):
@@ -75,18 +77,12 @@ def option(
     """
     metadata = {"help": help, "unit": unit, "choices": choices, "rare": rare}
     metadata |= {"sentences": sentences, "bare": bare}
-    if isinstance(default, (list, dict)):
-        return dataclasses.field(default_factory=lambda: copy(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default_factory=lambda: copy(default), metadata=metadata)
 
 
 def defaults_of(cls: Any) -> dict[str, Any]:
     """Return {name: default} of a dataclass of options, or of an instance of one."""
-    defaults = {}
-    for field in dataclasses.fields(cls):
-        factory = field.default_factory
-        defaults[field.name] = field.default if factory is dataclasses.MISSING else factory()
-    return defaults
+    return {field.name: field.default_factory() for field in dataclasses.fields(cls)}
 
 
 class Kind(NamedTuple):
@@ -156,17 +152,11 @@ def converted(origin: str, value: Any, kind: Kind, metadata: Mapping[str, Any]) 
     if choices and text not in choices:
         raise ValueError(f"{origin}: {text!r} is none of {', '.join(choices)}")
     try:
-        number = _read_bool(text) if kind.type is bool else kind.type(text)
-    except ValueError:
+        number = _BOOLS[text.lower()] if kind.type is bool else kind.type(text)
+    except (KeyError, ValueError):
         raise ValueError(f"{origin} is {text!r}, expected {_EXPECTED[kind.type]}") from None
     kind.check(origin, number)
     return number
-
-
-def _read_bool(text: str) -> bool:
-    if text.lower() not in (*_TRUE, *_FALSE):
-        raise ValueError
-    return text.lower() in _TRUE
 
 
 def _split_words(words: Sequence[Any]) -> list[str]:
@@ -178,16 +168,13 @@ def _split_words(words: Sequence[Any]) -> list[str]:
 
 
 def _read_settings(origin: str, words: Sequence[Any]) -> dict[str, Any]:
-    """Return {name: value} from words like NAME=VALUE, or from a JSON object."""
+    """Return {name: value} from words like NAME=VALUE."""
     values: dict[str, Any] = {}
     for word in words:
         name, equals, text = str(word).partition("=")
-        if name.startswith("{"):
-            values |= json.loads(word)
-        elif not equals or not name.isidentifier():
+        if not equals or not name.isidentifier():
             raise ValueError(f"{origin}: expected NAME=VALUE, got {word!r}")
-        else:
-            values[name] = _read_value(text)
+        values[name] = _read_value(text)
     return values
 
 

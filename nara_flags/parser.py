@@ -34,7 +34,6 @@ _METAVARS: dict[type, str] = {
     dict: "NAME=VALUE",
     bool: "true|false",
 }
-_EXIT_STATUS = 2  # of a wrong command line, as argparse has it
 
 Arguments = TypeVar("Arguments")
 Defaults = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -132,7 +131,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the mistake as one line, and exit."""
-        self.exit(_EXIT_STATUS, f"error: {message}\n")
+        self.exit(2, f"error: {message}\n")
 
     def read(self, words: Sequence[str]) -> dict[str, Any]:
         """Return {argument: value} of the command line `words`, which override the config file.
@@ -143,7 +142,7 @@ class ArgumentParser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args([_underscored(word) for word in words])
         flags = [word for word in unknown if word.startswith("--")]
         if flags:
-            raise ValueError("; ".join(self._advice(flag, unknown) for flag in flags))
+            raise ValueError("; ".join(map(self._advice, flags)))
         if unknown:
             raise ValueError(f"unrecognized arguments: {' '.join(unknown)}")
         values = vars(namespace)
@@ -171,20 +170,11 @@ class ArgumentParser(argparse.ArgumentParser):
             for name, value in values.items()
         }
 
-    def _advice(self, flag: str, words: Sequence[str] = ()) -> str:
-        """Return advice about an unknown flag or key.
-
-        Args:
-            flag: two hyphens and the name.
-            words: the unknown words of the command line.
-        """
+    def _advice(self, flag: str) -> str:
+        """Return advice about an unknown flag or key; `flag` is two hyphens and the name."""
         flag = flag.partition("=")[0]
         name = flag[2:]
         flags = [word[2:] for word in self._option_string_actions if word.startswith("--")]
-        if name in FORMER_DICTS:
-            options = [word.partition("=")[0] for word in words if "=" in word]
-            instead = [f"--{option}" for option in options if option in flags]
-            return f"{flag} is gone, each of its options is a flag: {' '.join(instead) or 'see --help_all'}"
         here = OTHERS.get(name)
         if here and set(re.findall(r"--(\w+)", here)) <= set(flags):
             return f"unrecognized {flag}: here it is {here}"
@@ -195,22 +185,18 @@ class ArgumentParser(argparse.ArgumentParser):
     def _add_options(self, show_all: bool) -> None:
         defaults = defaults_of(self._cls)
         left = dict(self._fields)
+        groups: dict[str, argparse._ArgumentGroup] = {}  # several classes may share one
         for owner in self._cls.__mro__:  # a class may redeclare an inherited field
-            names = [name for name in inspect.get_annotations(owner) if name in left]
-            if names:
-                group = self._group((owner.__doc__ or "").strip().partition("\n")[0])
-                for name in names:
-                    field = left.pop(name)
-                    shown = show_all or not field.metadata["rare"]
-                    text = _help_of(field, defaults[name]) if shown else argparse.SUPPRESS
-                    self._add_option(group, field, text)
-
-    def _group(self, title: str) -> argparse._ArgumentGroup:
-        """Return the group with this title; several classes may share a group."""
-        for group in self._action_groups:
-            if group.title == title:
-                return group
-        return self.add_argument_group(title)
+            title = (owner.__doc__ or "").strip().partition("\n")[0]
+            for name in inspect.get_annotations(owner):
+                if name not in left:
+                    continue
+                if title not in groups:
+                    groups[title] = self.add_argument_group(title)
+                field = left.pop(name)
+                shown = show_all or not field.metadata["rare"]
+                text = _help_of(field, defaults[name]) if shown else argparse.SUPPRESS
+                self._add_option(groups[title], field, text)
 
     def _add_option(
         self, group: argparse._ArgumentGroup, field: dataclasses.Field, text: str
@@ -236,10 +222,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def _underscored(word: str) -> str:
     """Return `word` with underscores for hyphens in the flag's name, if it is a flag."""
-    flag = re.match(r"--[\w-]+", word)
-    if flag is None:
-        return word
-    return "--" + flag[0][2:].replace("-", "_") + word[flag.end() :]
+    flag, equals, value = word.partition("=")
+    return f"--{flag[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
 
 def _help_of(field: dataclasses.Field, default: Any) -> str:

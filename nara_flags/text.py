@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from .options import Count, NotNegative, Positive, Range, option
+from .options import Count, NotNegative, Positive, Range, defaults_of, option
 from .training import TrainingArguments
 
 REMASKING = ("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy")
@@ -267,9 +267,10 @@ class TextFlags(
                 f"init_adapter is {self.init_adapter!r}, and the reference of objective dpo is the base without "
                 "an adapter: merge a LoRA into the base first, and leave init_adapter out."
             )
+        defaults = defaults_of(self)
         for name in ("complementary", "train_on", "min_noise_level", "max_noise_level"):
             value = getattr(self, name)
-            if value != getattr(TextFlags, name):
+            if value != defaults[name]:
                 raise ValueError(
                     f"{name} is {value}, and objective dpo has no such choice: leave it out."
                 )

@@ -251,7 +251,7 @@ class TrainingArguments(
                 "constant_with_warmup."
             )
         is_both = self.load_in_4bit and self.load_in_8bit
-        if self.is_quantised and (self.adapter == "full" or is_both):
+        if self.bits and (self.adapter == "full" or is_both):
             raise ValueError(
                 "load_in_4bit and load_in_8bit quantise the weights that an adapter leaves frozen: "
                 f"give one of them, and an adapter, not {self.adapter}."
@@ -263,8 +263,3 @@ class TrainingArguments(
         if self.load_in_4bit:
             return 4
         return 8 if self.load_in_8bit else None
-
-    @property
-    def is_quantised(self) -> bool:
-        """True if the frozen weights are loaded in 4 or 8 bits."""
-        return self.load_in_4bit or self.load_in_8bit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -182,11 +183,7 @@ def convert(args: Namespace) -> str:
     NaRA from a LoRA, call nara_diffusion.from_lora, or give a train script --init_adapter.
     """
     source, output, form, component = args.file, args.output, args.to, args.component
-
-    def base() -> nn.Module:
-        model: Any = AutoModel.from_pretrained(args.base_model, subfolder=component)
-        return model
-
+    base: Any = functools.partial(AutoModel.from_pretrained, args.base_model, subfolder=component)
     file = AdapterFile.read(
         Path(source), component or MODEL, base=base if args.base_model else None
     )

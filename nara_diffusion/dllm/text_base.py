@@ -48,7 +48,7 @@ def load_base(args: Arguments, run: Run[Arguments]) -> TextBase:
     kind = kind_of(backbone, args)
     if kind.whole_because:
         check_whole(run.accelerator, kind.whole_because)
-    if args.is_quantised:
+    if args.bits:
         prepare_quantised(model)
     folder = local_folder(args.pretrained_model_name_or_path, revision=args.revision)
     run.record_base_digests({"": folder})
@@ -69,7 +69,7 @@ def load_model(
         value = getattr(args, name)
         if value:
             options[name] = value
-    if args.is_quantised:
+    if args.bits:
         options["device_map"] = {"": str(device)}
     model, tokenizer = load_backbone(args.pretrained_model_name_or_path, dtype=dtype, **options)
     kind_of(Backbone(model)).configure(model, args)

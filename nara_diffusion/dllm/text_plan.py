@@ -44,17 +44,13 @@ def planned_text_step(args: Arguments) -> PlannedStep:
     kind = kind_of(Backbone(model), args)
     kind.configure(model, args)
     packed = {}
-    if args.is_quantised:
+    if args.bits:
         check_roundable(model.config)
         size = NF4 if args.load_in_4bit else INT8
         packed = dict.fromkeys(_quantised_weights(model), size)
         for parameter in model.parameters():
             if parameter not in packed:
                 parameter.data = parameter.data.float()  # as `prepare_quantised` does
-    blocks = []
-    if not kind.whole_because:
-        names = model._no_split_modules or []
-        blocks = [module for module in model.modules() if type(module).__name__ in names]
     if args.gradient_checkpointing:
         recompute_activations(model)
     length = checked_lengths(model, args.max_length, args.gen_length)
@@ -62,9 +58,7 @@ def planned_text_step(args: Arguments) -> PlannedStep:
     with torch.device("meta"):
         adapted = build_adapter(model, args, **adapter_options(model, args))
     loss, forward = kind.plan(adapted, args, _longest_batch(Backbone(adapted), args, length))
-    return PlannedStep(
-        model=adapted, loss=lambda: loss().loss, forward=forward, blocks=blocks, packed=packed
-    )
+    return PlannedStep(model=adapted, loss=lambda: loss().loss, forward=forward, packed=packed)
 
 
 def _longest_batch(backbone: Backbone, args: Arguments, length: int) -> dict[str, Any]:

@@ -316,7 +316,7 @@ def place_models(subject: Subject, sampling: DiffusionPipeline) -> None:
     args, family, device = subject.args, subject.family, subject.run.accelerator.device
     staying = family.text_encoders if args.train_text_encoder else ()
     for pipe in (subject.pipe, sampling):
-        take_turns(pipe, family, device, staying, is_tight=args.is_quantised or args.block_swap > 0)
+        take_turns(pipe, family, device, staying, is_tight=bool(args.bits or args.block_swap))
     if subject.step.prompts is not None:
         images = [*subject.dataset.instances, *subject.dataset.class_images]
         dropped = [""] if args.caption_dropout else []

@@ -148,8 +148,6 @@ def _checked_options(args: AdapterArguments, method: Method) -> dict[str, Any]:
         raise ValueError(
             f"init_lora_weights={start} {reason}. Leave it out, or use true, gaussian or orthogonal."
         )
-    if "core_hidden_dims" in options:
-        options["core_hidden_dims"] = tuple(options["core_hidden_dims"])
     return options
 
 

@@ -22,14 +22,6 @@ class WeightAverage(NamedTuple):
     ema: EMAModel
     weights: list[nn.Parameter]
 
-    def step(self) -> None:
-        """Update the average. Call this after each step of the optimizer."""
-        self.ema.step(self.weights)
-
-    def copy_to_model(self) -> None:
-        """Replace the trained weights with their average."""
-        self.ema.copy_to(self.weights)
-
 
 def average_weights(
     accelerator: Accelerator, model: nn.Module, decay: float | None
@@ -50,7 +42,7 @@ def averaged(average: WeightAverage | None) -> Iterator[None]:
         yield
         return
     average.ema.store(average.weights)
-    average.copy_to_model()
+    average.ema.copy_to(average.weights)
     try:
         yield
     finally:

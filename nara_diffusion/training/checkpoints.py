@@ -30,7 +30,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from nara_diffusion.utils.digests import digest_file
-from nara_diffusion.utils.files import atomic_write_files, delete_folder, partial_name, put_in_place
+from nara_diffusion.utils.files import atomic_write_files, partial_name, put_in_place
 
 from .engine_state import save_state, trained_state
 
@@ -116,7 +116,7 @@ def save_checkpoint(
             older = [path for path in find_checkpoints(target.parent) if path != target]
             for path in [] if limit is None else older[: max(0, len(older) + 1 - limit)]:
                 logger.info("deleting %s (--checkpoints_total_limit %d)", path, limit)
-                delete_folder(path)
+                shutil.rmtree(path)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(

@@ -76,8 +76,8 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
             )
     if accelerator.distributed_type in SHARDED:
         check_sharded(accelerator, args)
-    is_fp16 = accelerator.mixed_precision == "fp16"
-    if is_fp16 and accelerator.device.type == "cpu":  # accelerate would leave out scaling
+    # accelerate would leave out scaling
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError(
             "mixed_precision fp16 needs a GPU, and accelerate finds none. Use bf16 or no."
         )
@@ -111,12 +111,6 @@ def accumulation_steps(args: TrainingArguments, processes: int) -> int:
     return args.global_batch_size // together
 
 
-def global_batch(accelerator: Accelerator, args: TrainingArguments) -> int:
-    """Return the number of samples in one optimizer step, over all processes and forwards."""
-    forwards = accelerator.gradient_accumulation_steps * accelerator.num_processes
-    return args.train_batch_size * forwards
-
-
 def check_sharded(accelerator: Accelerator, args: TrainingArguments) -> None:
     """Raise ValueError for arguments that train or save differently under engines in `SHARDED`."""
     stage, name = zero_stage(accelerator), SHARDED[accelerator.distributed_type][1]
@@ -127,7 +121,7 @@ def check_sharded(accelerator: Accelerator, args: TrainingArguments) -> None:
         reason = f"optimizer adafactor needs the rows of whole matrices, which {name} shards"
     elif args.ema_decay is not None:
         reason = f"ema_decay averages whole weights, and {name} shards or casts them"
-    elif args.is_quantised:
+    elif args.bits:
         reason = f"load_in_4bit and load_in_8bit can't be trained under {name}, which shards or casts weights"
     elif stage and accelerator.mixed_precision == "fp16":
         reason = "mixed_precision is fp16, and DeepSpeed would round the trained weights and the core to it"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from peft import PeftConfig, set_peft_model_state_dict
 from torch import nn
@@ -58,13 +58,14 @@ def start_from(
             λ differ from the run's. The message names the flag to change.
     """
     file, origin = Path(path).expanduser(), f"init_adapter '{path}'"
+    configs = {name: cast(Any, root).peft_config["default"] for name, root in components.items()}
     with naming(path):
         if is_nara(file):
             naras = AdapterFile.read(file, next(iter(components))).parts
             _check_components(list(naras), list(components), origin)
             for name, root in components.items():
                 part = naras[name]
-                _check_same(_config_of(root), part.config, origin)
+                _check_same(configs[name], part.config, origin)
                 scales = {}
                 for layer, rank in with_encoder_layers(root, part.config, part.modules).items():
                     scales[layer] = rank, configured_scaling(part.config, layer, rank)
@@ -75,7 +76,7 @@ def start_from(
         loras = read_lora(file, source_model)
         _check_components(list(loras), list(components), origin)
         for name, root in components.items():
-            config = _config_of(root)
+            config = configs[name]
             if changes_base(loras[name].config.init_lora_weights):
                 raise ValueError(
                     f"{origin} was initialised by changing the base weights, but this run's base is unchanged."
@@ -97,11 +98,6 @@ def _check_components(saved: Sequence[str], trained: Sequence[str], origin: str)
     raise ValueError(
         f"{origin} is for {names}, but this run trains {', '.join(trained)}. See --train_text_encoder."
     )
-
-
-def _config_of(root: nn.Module) -> PeftConfig:
-    configs: Any = root.peft_config
-    return configs["default"]
 
 
 def _check_same(config: PeftConfig, saved: NaraConfig, origin: str) -> None:

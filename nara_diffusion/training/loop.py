@@ -118,7 +118,7 @@ def train(
                 if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                     scheduler.step()
                     if average is not None:
-                        average.step()
+                        average.ema.step(average.weights)
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
@@ -148,7 +148,7 @@ def train(
                 run.close()
                 raise SystemExit(128 + number)
     if average is not None:
-        average.copy_to_model()
+        average.ema.copy_to(average.weights)
 
 
 @dataclass

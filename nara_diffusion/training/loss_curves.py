@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from torch import Tensor
@@ -49,7 +48,6 @@ def plot_noise_level_curves(
         window: the trained window, which is shaded.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     left.plot(noise_levels, base, marker="o", color="tab:gray", label="base model")
     left.plot(noise_levels, adapted, marker="o", color="tab:blue", label="with the adapter")

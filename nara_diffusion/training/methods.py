@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PromptLearningConfig
 
-from nara_diffusion import NaraConfig
 from nara_flags.parser import hint
 from nara_flags.training import AdapterArguments
 
@@ -41,8 +40,6 @@ class Method:
     @property
     def config(self) -> Any:
         """The configuration class; None for full fine-tuning and for unknown names."""
-        if self.name == "nara":
-            return NaraConfig
         return PEFT_TYPE_TO_CONFIG_MAPPING.get(self.name.upper())  # type: ignore[call-overload]
 
     @property

@@ -58,12 +58,9 @@ def build_optimizer(
         if parameters
     ]
     options = {"weight_decay": args.weight_decay, **_DEFAULTS.get(args.optimizer, {})}
-    for name, value in args.optimizer_options.items():
-        options[name] = tuple(value) if isinstance(value, list) else value
+    options |= args.optimizer_options
     if args.optimizer == "AdamW" and fused:
         options.setdefault("fused", True)
-    if args.optimizer == "prodigy":
-        options["lr"] = args.learning_rate  # Prodigy allows only one rate for all groups
     return optimizer_class(args.optimizer)(groups, **options)
 
 

@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 Args = TypeVar("Args", bound=TrainingArguments)
 
 GB = 10**9
-_PROCESSES = (2, 4, 8)
 
 
 def show_plan(args: Args, describe: Callable[[Args], PlannedStep]) -> dict[str, Any]:
@@ -62,9 +61,6 @@ def _table(args: TrainingArguments, needs: Needs) -> Iterator[str]:
     }
     for name, note in notes.items():
         yield f"  {name:<12}{getattr(needs, name) / GB:8.2f} GB  {note}"
-    for engine in needs.gathered:
-        sizes = [f"{needs.sharded(engine, n) / GB:.1f} of {n}" for n in _PROCESSES]
-        yield f"  {engine:<12}{', '.join(sizes)} processes, GB a process"
     forwards = accumulation_steps(args, int(os.environ.get("WORLD_SIZE", 1)))
     tera = needs.flops / 1e12
     yield f"  FLOPs       {forwards * tera:8.4g} TFLOP an optimizer step: {forwards} x {tera:.4g}"
@@ -113,7 +109,7 @@ def cheaper(args: TrainingArguments, swappable: int) -> Iterator[tuple[str, dict
         changes.append((flags, fields))
     if not args.gradient_checkpointing:
         changes.append(("--gradient_checkpointing", {"gradient_checkpointing": True}))
-    if not args.is_quantised and args.adapter != "full":
+    if not args.bits and args.adapter != "full":
         changes.append(("--load_in_4bit", {"load_in_4bit": True}))
     for count in (swappable // 2, swappable):
         if count:

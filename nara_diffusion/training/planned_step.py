@@ -58,8 +58,6 @@ class PlannedStep:
             are on the device at once.
         swappable: the number of blocks that could be swapped.
         resting: frozen weights of `model` that are on the host, since only another part of it runs.
-        blocks: the parts of `model` that FSDP2 gathers one after the other; empty if `model` can't
-            be sharded.
         packed: {quantised weight: bytes per number in 4 or 8 bits}.
     """
 
@@ -72,7 +70,6 @@ class PlannedStep:
     swapped: Sequence[Sequence[Tensor]] = ()
     swappable: int = 0
     resting: Sequence[Tensor] = ()
-    blocks: Sequence[nn.Module] = ()
     packed: Mapping[Tensor, float] = field(default_factory=dict)
 
 
@@ -88,15 +85,9 @@ class Needs:
     activations: int  # `step` in the module's docstring
     caching: int  # `caching` in the module's docstring
     peak: int
-    gathered: Mapping[str, int]  # {sharding engine: weights and buckets on top of its own share}
     trainable: int  # number of trained weights
     frozen: int  # number of frozen weights
     flops: int  # of one forward and its backward
-
-    def sharded(self, engine: str, processes: int) -> int:
-        """Return the peak of each process if `engine` shards weights and optimizer over all."""
-        shared = self.weights + self.adapter + self.optimizer
-        return -(-shared // processes) + self.activations + self.gathered[engine]
 
 
 def measure(step: PlannedStep, args: TrainingArguments) -> Needs:
@@ -119,7 +110,6 @@ def measure(step: PlannedStep, args: TrainingArguments) -> Needs:
     weights = size(tensors_of(step.model)) - size(step.resting)
     weights += max(pairs, default=0.0) - sum(swapped)
     unpacked = max((weight.nbytes for weight in step.packed), default=0)
-    gathered = _gathered(step)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     to_fake(everything, mode)
     if dtype_of(args) != torch.float32:  # as accelerate does for mixed precision
@@ -157,7 +147,6 @@ def measure(step: PlannedStep, args: TrainingArguments) -> Needs:
         activations=activations,
         caching=round(caching),
         peak=max(resident + highest, round(caching)),
-        gathered=gathered,
         trainable=sum(p.numel() for p in trained),
         frozen=sum(p.numel() for p in frozen),
         flops=counter.flops,
@@ -234,21 +223,3 @@ def _grouped_product(rows: Tensor, weights: Tensor, ends: Tensor, *_: object) ->
     """
     experts = (len(ends),) if weights.dim() == 2 else ()
     return rows.new_empty(*experts, len(rows), weights.shape[-1])
-
-
-def _gathered(step: PlannedStep) -> dict[str, int]:
-    """Return {sharding engine: bytes that a process holds on top of its share of the weights}.
-
-    FSDP2 holds the weights outside of all blocks, the current block and the next block. With
-    DeepSpeed's defaults, ZeRO-3 keeps 10⁹ numbers, prefetches 5 · 10⁷ more, and has a bucket of
-    5 · 10⁸ float32 gradients.
-    """
-    if not step.blocks:
-        return {}
-    sizes = [nbytes(block.parameters()) for block in step.blocks]
-    weights = list(step.model.parameters())
-    total = nbytes(weights)
-    numbers = sum(weight.numel() for weight in weights)
-    live = round(total * min(1.0, 1.05e9 / numbers))
-    fsdp = total - sum(sizes) + 2 * max(sizes)
-    return {"FSDP2": fsdp, "ZeRO-3": live + 4 * 5 * 10**8}

@@ -7,7 +7,7 @@ resume the run.
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,14 @@ from nara_flags.training import TrainingArguments
 from .run import Run
 from .run_folder import CONFIG, LOCK, as_yaml
 
-_PLACES = re.compile(
-    r"\w+_(file|dir|path|model)|dataset_name|dataset_config|init_adapter|core_module|resume_from_checkpoint"
-)
-"""The names of arguments that may be paths."""
-
 
 def without_folders(text: str, args: TrainingArguments) -> str:
     """Return `text` for publication, with the arguments' absolute paths cut to their last part."""
-    forms: set[str] = set()
-    for name, value in vars(args).items():
-        if _PLACES.fullmatch(name) and isinstance(value, str):
-            path = Path(value)
-            forms |= {value, str(path), str(path.expanduser())}
-    for form in sorted(forms, key=len, reverse=True):
-        path = Path(form)
-        if path.name and (form.startswith("~") or path.is_absolute()):
-            text = text.replace(form, path.name)
+    places = [value for value in vars(args).values() if str(value).startswith(("/", "~"))]
+    for place in sorted(places, key=len, reverse=True):
+        path = Path(place)
+        for form in (place, str(path), os.path.expanduser(path)):
+            text = text.replace(form, path.name or place)
     return text
 
 

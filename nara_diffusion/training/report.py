@@ -121,16 +121,10 @@ def write_card(
     settings = as_yaml(public_values(vars(args), args)).strip()
     longest = max(map(len, re.findall("`{2,}", settings)), default=2)  # a prompt may contain ```
     fence = "`" * (1 + longest)
-    start = ""
-    if args.init_adapter is not None:
-        start = (
-            f"Before is the base with the adapter that the run started from, `{args.init_adapter}`."
-        )
     curve = f"The loss at each noise level:\n\n![loss over the noise level]({CURVE})"
     good = (
         how_good[0],
         " ".join(warnings),
-        start,
         table,
         f"{how_good[1]} {curve}",
         _BESIDE_LORA if reads_noise(args) else "",

@@ -17,7 +17,7 @@ from nara_flags.parser import without_dicts
 from nara_flags.training import TrainingArguments
 
 from .checkpoints import read_manifest
-from .engines import engine_name, global_batch
+from .engines import engine_name
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +64,10 @@ def check_same_run(checkpoint: Path, args: TrainingArguments, accelerator: Accel
             "optimizer differently. Launch the run with the first."
         )
     if manifest["processes"] != processes:
-        reason, batch = "Each process has its own random states", global_batch(accelerator, args)
-        if manifest["batch"] != batch:
-            reason = f"The global batch would be {batch} instead of {manifest['batch']}"
         raise ValueError(
             f"{checkpoint} was written by {counted(manifest['processes'], 'process')}, but this run has {processes}. "
-            f"{reason}. Launch as many processes, or start a new run from its adapter with --init_adapter."
+            "Each process has its own random states. Launch as many processes, or start a new run from its adapter "
+            "with --init_adapter."
         )
     changed = changed_arguments(args, manifest["arguments"])
     refused = {name: values for name, values in changed.items() if name not in MAY_CHANGE}

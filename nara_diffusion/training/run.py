@@ -24,7 +24,7 @@ from nara_flags.training import TrainingArguments
 
 from .checkpoints import Writer, read_manifest, save_checkpoint
 from .engine_state import load_state
-from .engines import engine_name, global_batch, start_accelerator
+from .engines import engine_name, start_accelerator
 from .methods import method_of
 from .resuming import changed_arguments, check_random_states, describe_changes, warn_of_pickles
 from .run_folder import (
@@ -98,7 +98,9 @@ class Run(Generic[Args]):
     @property
     def global_batch(self) -> int:
         """The number of samples in one optimizer step, over all processes and forwards."""
-        return global_batch(self.accelerator, self.args)
+        accelerator = self.accelerator
+        forwards = accelerator.gradient_accumulation_steps * accelerator.num_processes
+        return self.args.train_batch_size * forwards
 
     @property
     def dtype(self) -> torch.dtype:
@@ -189,16 +191,13 @@ class Run(Generic[Args]):
             with atomic_write(self.folder / CONFIG) as partial:
                 partial.write_text(as_yaml(settings | {"output_dir": str(self.folder)}), "utf-8")
             drop_later_steps(self.folder / METRICS, self.step)
-        project = self.accelerator.project_configuration
-        project.set_directories(str(self.folder))
-        project.logging_dir = str(self.folder)
+        self.accelerator.project_configuration.logging_dir = str(self.folder)
         if self.args.report_to:
             texts = {name: str(value) for name, value in settings.items()}
             self.accelerator.init_trackers(self.name, texts)
-        if self.is_main:
-            for label, value in facts.items():
-                logger.info("%s: %s", label, value)
-            logger.info("output folder: %s", self.folder)
+        for label, value in facts.items():  # `run_command` hides this on other processes
+            logger.info("%s: %s", label, value)
+        logger.info("output folder: %s", self.folder)
 
     def restore(self) -> None:
         """Restore optimizer, schedule and random states from the run's checkpoint, if there is one.
@@ -211,8 +210,6 @@ class Run(Generic[Args]):
             warn_of_pickles(self.checkpoint, engine_name(self.accelerator))
         load_state(self.accelerator, self.checkpoint)
         check_random_states(self.checkpoint, self.accelerator.process_index)
-        if not self.is_main:
-            return
         logger.info("continues from %s", self.checkpoint)
         changed = changed_arguments(self.args, self.resumed["arguments"])
         if changed:

@@ -19,26 +19,16 @@ _PARTIAL = ".partial-"
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`, and rename it to `path` on success.
 
-    After an error, the temporary file or folder is removed. An OSError without a file name, as on a
-    full disk, gets the name `path`.
+    After an error, the temporary file or folder is removed.
     """
     partial = partial_name(path)
     shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
     try:
         yield partial
         put_in_place(partial, path)
-    except BaseException as error:
-        _name_target(error, partial, path)
+    except BaseException:
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
         raise
-
-
-def _name_target(error: BaseException, partial: Path, path: Path) -> None:
-    """Set an OSError's file name to `path` if it has none or names a file in `partial`."""
-    if not isinstance(error, OSError) or error.errno is None:
-        return
-    if error.filename is None or str(error.filename).startswith(str(partial)):
-        error.filename = str(path)
 
 
 @contextmanager
@@ -57,8 +47,7 @@ def atomic_write_files(folder: Path) -> Iterator[Path]:
                 target = folder / file.relative_to(partial)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, target)
-    except BaseException as error:
-        _name_target(error, folder / _PARTIAL, folder)
+    except BaseException:
         if is_new:
             shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -86,14 +75,6 @@ def put_in_place(partial: Path, path: Path) -> None:
             os.replace(aside, path)
         raise
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def delete_folder(folder: Path) -> None:
-    """Delete `folder`, renaming it first so that a failure leaves no partial folder of its name."""
-    aside = partial_name(folder)
-    shutil.rmtree(aside, ignore_errors=True)  # left by a killed process
-    os.replace(folder, aside)
-    shutil.rmtree(aside)
 
 
 def partial_name(path: Path) -> Path:

@@ -36,16 +36,12 @@ def quantization(
             "load_in_4bit and load_in_8bit need bitsandbytes, which isn't installed: pip install "
             "'nara-diffusion[optimizers]', or '.[optimizers]' in a clone."
         )
-    if dtype in (None, "auto"):  # the file's dtype
-        dtype = torch.bfloat16
-    elif isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
     return kind(
         load_in_4bit=load_in_4bit,
         load_in_8bit=load_in_8bit,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_compute_dtype=torch.bfloat16 if dtype in (None, "auto") else dtype,
     )
 
 

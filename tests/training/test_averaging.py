@@ -44,7 +44,7 @@ def test_average_follows_the_ramp_up_to_its_decay() -> None:
     expected = torch.zeros(5, 3, dtype=torch.float64)
     for n in range(100):
         layer.weight.data = torch.randn(5, 3)
-        average.step()
+        average.ema.step(average.weights)
         decay = min(0.9, (1 + n) / (10 + n)) if n else 0.0
         expected = decay * expected + (1 - decay) * layer.weight.double()
     last = layer.weight.clone()

@@ -130,7 +130,7 @@ def test_full_disk_leaves_earlier_checkpoints_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["samples.jsonl", "results.json"])
-def test_full_disk_after_training_names_file_and_checkpoint(
+def test_full_disk_after_training_names_folder_and_checkpoint(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace = os.replace
@@ -145,7 +145,7 @@ def test_full_disk_after_training_names_file_and_checkpoint(
     with pytest.raises(SystemExit) as stop:
         command("dllm.py", **flags, output_dir=tmp_path / "run")
     run = tmp_path / "run"
-    message = rf"error: {run / file} can't be written \(No space .*--resume_from_checkpoint {run / 'checkpoint-1'}"
+    message = rf"error: a file in {run} can't be written \(No space .*--resume_from_checkpoint {run / 'checkpoint-1'}"
     assert re.fullmatch(message, str(stop.value))
     assert {TEXT, "checkpoint-1"} <= names(run)
 

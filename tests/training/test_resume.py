@@ -306,7 +306,7 @@ def check_measured_from_the_start(report: dict[str, Any], folder: Path, given: P
     assert report["starts_from"] == given.name  # results.json has no folders of this machine
     assert f"starts from: {given}, which `before` includes" in log
     card = (folder / "README.md").read_text()
-    assert f"Before is the base with the adapter that the run started from, `{given.name}`." in card
+    assert f"- starts from: {given.name}, which `before` includes" in card
 
 
 def test_run_begins_where_the_file_ends(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nara_diffusion.utils.files import atomic_write, atomic_write_files, delete_folder
+from nara_diffusion.utils.files import atomic_write, atomic_write_files
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -49,7 +49,7 @@ def test_atomic_write_that_fails_leaves_what_was_there(
             fill(partial, "half")
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match=f"No space left on device: '{place}'"):
+    with pytest.raises(OSError, match="No space left on device"):
         write_half()
     assert content(tmp_path) == original
     assert place.exists() == is_there
@@ -61,5 +61,3 @@ def test_atomic_write_replaces_a_whole_folder(tmp_path):
         partial.mkdir()
         (partial / "new").write_text("new")
     assert content(tmp_path) == {"place/new": "new"}
-    delete_folder(tmp_path / "place")
-    assert not list(tmp_path.iterdir())
