@@ -161,7 +161,6 @@ class Pair:
     prompt: str
     closed: str  # the output and the end of its turn
     instruction: str
-    output: str
     answer: str
 
 
@@ -246,10 +245,10 @@ class RecordEncoder:
         instruction, output, answer = (record[key] for key in ("instruction", "output", "answer"))
         turns = record.get("turns") or []
         if not instruction:
-            return [Pair("", output, instruction, output, answer)]
+            return [Pair("", output, instruction, answer)]
         if not turns and not self.tokenizer.chat_template:
             prompt = prompt_text(self.tokenizer, instruction, record["input"])
-            return [Pair(prompt, output, instruction, output, answer)]
+            return [Pair(prompt, output, instruction, answer)]
         pairs = self._earlier_pairs(turns) if self.train_on == "all" else []
         turns = turns or [user_turn(instruction, record["input"])]
         return [*pairs, self._in_template(turns, instruction, output, answer)]
@@ -281,4 +280,4 @@ class RecordEncoder:
                 f"prompt, but with {closed!r} in a turn with an answer, so the end of the turn can't "
                 "be found: change the tokenizer's chat_template so that both begin in the same way"
             )
-        return Pair(prompt, conversation.removeprefix(prompt), instruction, output, answer)
+        return Pair(prompt, conversation.removeprefix(prompt), instruction, answer)

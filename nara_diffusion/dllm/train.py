@@ -88,20 +88,11 @@ def prepare(args: Arguments, run: Run[Arguments]) -> Setup:
     base = load_base(args, run)
     data = encode_data(args, run, base, records)
     _warn(run, data.warnings)
-    evaluation = Evaluation(
-        run,
-        base.tokenizer,
-        data.validation_rows,
-        data.test.rows,
-        data.collator,
-        base.sampling,
-        base.kind,
-    )
     objective = {"seed": args.seed, "group_size": run.global_batch, "window": window_of(args)}
     objective |= base.kind.objective(args)
     if args.gradient_checkpointing:
         recompute_activations(base.model)
-    return Setup(args, run, base, data, evaluation, objective)
+    return Setup(args, run, base, data, Evaluation(run, base, data), objective)
 
 
 def _warn(run: Run[Arguments], warnings: Sequence[str]) -> None:
@@ -212,7 +203,7 @@ def report(setup: Setup, trained: Trained) -> dict[str, Any]:
     """Measure the trained model and the one that it started from, and write the report."""
     evaluation, test_rows = setup.evaluation, setup.data.test.rows
     at_end = evaluation.measure(trained.model)
-    preferences = (f"validation_{name}" for name in evaluation.kind.figures)
+    preferences = (f"validation_{name}" for name in setup.base.kind.figures)
     at_start = measure_start(setup, trained)
     question = test_rows[0]["instruction"]
     return finish(
