@@ -91,25 +91,24 @@ def read_records(
 
 
 def _file_options(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return the builder of `datasets` for a file, and the builder's options."""
+    """Return the builder of `datasets` for a file, and the builder's options.
+
+    All columns of a CSV file are read as text, and an empty field as "".
+    """
+    from datasets import Features, Value
+
     suffix = Path(path.name.removesuffix(".gz")).suffix
     kind = {".parquet": "parquet", ".csv": "csv"}.get(suffix, "text")
     options: dict[str, Any] = {"data_files": glob.escape(str(path.absolute())), "split": "train"}
-    if kind == "csv":
-        options |= _csv_options(path)
-    return kind, options
-
-
-def _csv_options(path: Path) -> dict[str, Any]:
-    """Return options that read each column of a CSV file as text, and an empty field as ""."""
-    from datasets import Features, Value
-
+    if kind != "csv":
+        return kind, options
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8-sig") as file:
         header = next(csv.reader(file), [])
     if len(header) == 1 and (separator := re.search("[;\t]", header[0])):
         raise ValueError(f"its columns are separated by {separator[0]!r}: save it with commas")
-    return {"features": Features({name: Value("string") for name in header}), "na_filter": False}
+    features = Features({name: Value("string") for name in header})
+    return kind, {**options, "features": features, "na_filter": False}
 
 
 def normalized(records: Iterable[Mapping[str, Any]], *, source: str) -> Dataset:
@@ -176,9 +175,9 @@ def mapped(
     )
 
 
-def column_batches(rows: Dataset, names: Sequence[str], format: str | None = None) -> Iterator[Any]:
-    """Yield batches of the columns `names`, as dicts, or as pyarrow tables with format "arrow"."""
-    yield from rows.select_columns(list(names)).with_format(format).iter(BATCH)
+def column_batches(rows: Dataset, names: Sequence[str]) -> Iterator[Any]:
+    """Yield batches of the columns `names` as pyarrow tables."""
+    yield from rows.select_columns(list(names)).with_format("arrow").iter(BATCH)
 
 
 def with_column(rows: Dataset, name: str, values: Iterable[Any]) -> Dataset:

@@ -80,9 +80,8 @@ def with_config(args: argparse.Namespace) -> argparse.Namespace:
         flag = getattr(args, name, None)
         if isinstance(flag, dict):
             entries = simple_parse_args_string(value) if isinstance(value, str) else value
-            setattr(args, name, {**entries, **flag})
-        elif flag is None or flag is False:
-            setattr(args, name, value)
+            flag = {**entries, **flag}
+        setattr(args, name, value if flag is None or flag is False else flag)
     if hasattr(args, "include_path"):
         folders = args.include_path or []
         args.include_path = [str(TASKS), *([folders] if isinstance(folders, str) else folders)]

@@ -53,7 +53,9 @@ class Backbone:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.language_model: PreTrainedModel | None = None
+        self.entered: list[nn.Module] = []  # the wrappers and the language model
         for module in model.modules():
+            self.entered.append(module)
             if isinstance(module, PreTrainedModel):
                 self.language_model = module
                 break
@@ -209,11 +211,10 @@ class Backbone:
         if inner is None or any(self.configured(name) not in (None, 1.0) for name in _LOGIT_FIELDS):
             return None
         head = inner.get_output_embeddings()
-        path = [] if head is None else _path(self.model, head)
-        for module in path:
-            if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
+        for module in (*self.entered, head):
+            if getattr(module, "_compiled_call_impl", None) or hasattr(module, "_orig_mod"):
                 return None
-        return head if path else None
+        return head
 
     def _forward(self, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Any) -> Tensor:
         inputs["attention_mask"] = attention_mask
@@ -235,20 +236,6 @@ class Backbone:
                 "FlashAttention, needs another attn_implementation"
             )
         return states[:, extra:]
-
-
-def _path(module: nn.Module, last: nn.Module) -> list[nn.Module]:
-    """Return the modules from `module` to `last`, a module in it; empty if it isn't there.
-
-    The search begins with the last child, since a head comes after the layers.
-    """
-    if module is last:
-        return [module]
-    for child in reversed(module._modules.values()):
-        path = [] if child is None else _path(child, last)
-        if path:
-            return [module, *path]
-    return []
 
 
 @contextmanager
