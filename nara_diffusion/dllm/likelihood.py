@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm.auto import tqdm
 
 from .answer_places import answer_positions
 from .loss import masked_cross_entropy
@@ -50,7 +49,6 @@ def log_likelihood(
     cfg_scale: float = 0.0,
     mask_token_id: int | None = None,
     differentiable: bool = False,
-    progress: bool = False,
 ) -> torch.Tensor:
     """Return the lower bound of log p above, in nats, for each answer: (b,) float64.
 
@@ -93,10 +91,8 @@ def log_likelihood(
     indices = range(len(input_ids)) if sample_indices is None else sample_indices
     by_length = _tasks(answers, indices, samples, seed)
     bounds = torch.zeros(len(input_ids), dtype=torch.float64, device=input_ids.device)
-    total = sum(len(tasks) for tasks in by_length.values())
     mode = nullcontext() if differentiable else evaluating(model)
-    bar = tqdm(total=total, desc="likelihood", unit="mask", disable=not progress)
-    with torch.set_grad_enabled(differentiable), mode, bar:
+    with torch.set_grad_enabled(differentiable), mode:
         for width, tasks in by_length.items():
             for start in range(0, len(tasks), batch_size):
                 chosen = tasks[start : start + batch_size]
@@ -110,7 +106,6 @@ def log_likelihood(
                 loss = losses.double().sum(1)  # (s,)
                 weights = loss.new_tensor([task.weight for task in chosen])
                 bounds.index_add_(0, rows, -loss * weights / share.double())
-                bar.update(len(chosen))
     return bounds
 
 

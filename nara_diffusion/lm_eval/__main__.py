@@ -101,17 +101,14 @@ def read_config(config: str) -> dict[str, Any]:
     """
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
+    if Path(config).exists():
+        return EvaluatorConfig.load_yaml_config(config)
     presets = yaml.safe_load(PRESETS.read_text(encoding="utf-8"))
-    if not Path(config).exists() and config in presets:
-        return presets[config]
-    if not Path(config).exists():
+    if config not in presets:
         raise ValueError(
             f"--config {config} is not a file, nor one of the presets {', '.join(presets)}."
         )
-    try:
-        return EvaluatorConfig.load_yaml_config(config)
-    except TypeError as error:  # lm-eval's error for a file without keys
-        raise ValueError(str(error)) from None
+    return presets[config]
 
 
 if __name__ == "__main__":
