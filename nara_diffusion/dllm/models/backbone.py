@@ -110,23 +110,6 @@ class Backbone:
             )
         return int(mask)
 
-    def opening_token(self) -> int | None:
-        """Return BOS if it has to precede an answer without a prompt; None if it doesn't.
-
-        Raises:
-            ValueError: the model needs one, and its configuration names none.
-        """
-        if not self.is_shifted:
-            return None
-        token = self.configured("bos_token_id")
-        if token is None:
-            raise ValueError(
-                "there is an empty prompt, this model predicts the next token, so nothing "
-                "predicts the first one, and its configuration has no bos_token_id: begin the "
-                "prompt with a token, or set model.config.bos_token_id"
-            )
-        return int(token)
-
     @property
     def virtual_tokens(self) -> int:
         """The number of virtual tokens that an adapter of PEFT puts before each text."""
