@@ -151,7 +151,7 @@ def test_dream_answers_by_hand_and_refuses_empty_prompts() -> None:
         expected, _ = greedy(by_hand, prompt, gen_length=4, block_length=4, mask=DREAM_MASK)
         assert result.answers[row].tolist() == expected
         assert result.sequences[row, : len(prompt) + 4].tolist() == prompt + expected
-    with pytest.raises(ValueError, match=r"an empty prompt, .* predicts the next token, .* begin the prompt with a BOS"):
+    with pytest.raises(ValueError, match=r"an empty prompt, .* predicts the next token, .* begin the prompt with"):
         generate(model, prompts, gen_length=4, prompt_lengths=[0, 3])
     rows = torch.tensor([[DREAM_BOS, 70, 71, 72, 0], [9, 8, 75, 76, 77], [DREAM_BOS, 73, 0, 0, 0]])
     pairs = [([DREAM_BOS], [70, 71, 72]), ([9, 8], [75, 76, 77]), ([DREAM_BOS], [73])]
