@@ -102,7 +102,7 @@ def encode_data(
     """Turn records into rows, and record their digests.
 
     Raises:
-        ValueError: see `encode_records`; or a canvas exceeds the model's positions.
+        ValueError: see `encode_records`.
     """
     encode = partial(
         encode_records,
@@ -129,8 +129,6 @@ def encode_data(
     padded = collator.padded_length(longest, max(part.longest_prompt for part in parts), longest)
     # training makes each prompt a canvas if it pads as far as generation does
     generated = parts if args.trained_padding == "gen_length" else (test,)
-    hardest = max(generated, key=lambda part: part.longest_prompt)
-    check_canvas(base.model, hardest.longest_prompt, args.gen_length, hardest.longest_prompt_in)
     return TextData(
         training,
         validation,
@@ -139,7 +137,7 @@ def encode_data(
         descriptions=_descriptions(args, records),
         collator=collator,
         padded=padded,
-        canvases=hardest,
+        canvases=max(generated, key=lambda part: part.longest_prompt),
         gen_length=args.gen_length,
         warnings=rows_in_training(training.rows, **measured),
     )
