@@ -98,7 +98,7 @@ class Evaluation:
             )
 
         generations = split_across_processes(
-            accelerator, len(self.data.test.rows), partial(self._generations, model)
+            accelerator, len(self.data.test.rows), partial(self.generations, model)
         )
         curve = split_across_processes(accelerator, len(levels), losses)
         share = sum(generation["correct"] for generation in generations) / len(generations)
@@ -107,7 +107,7 @@ class Evaluation:
         figures = {name: validation[name] for name in names}
         return Measurement(share, generations, levels, curve, **figures)
 
-    def _generations(self, model: nn.Module, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def generations(self, model: nn.Module, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Return the answers to these test rows."""
         args, device = self.run.args, self.run.accelerator.device
         rows: Any = self.data.test.rows.select(indices)

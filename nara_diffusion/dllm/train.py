@@ -37,13 +37,11 @@ from nara_flags.text import TextFlags
 
 from .batches import GlobalBatchStream
 from .canvas_coverage import trained_canvas
-from .sampler import answer_prompts
 from .text_arguments import Arguments, adapter_options, shipped_run
 from .text_base import TextBase, load_base, load_model
 from .text_data import TextData, encode_data, load_records
 from .text_plan import planned_text_step
 from .text_report import Evaluation, Measurement, describe, figures, schedule_line
-from .tokenizer import stop_token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +126,9 @@ def fine_tune(setup: Setup) -> Trained:
     model, start = adapt(setup)
     parts = prepare_training(run, model, stream, collator)
     adapted: Any = run.accelerator.unwrap_model(parts.model)
-    _try_longest_prompt(setup, adapted)
+    prompts = list(setup.data.test.rows["prompt_length"])
+    longest = prompts.index(max(prompts))
+    setup.evaluation.generations(adapted, [longest])  # failures of generation come before training
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     facts = run_facts(setup, stream, steps, trainable)
     run.open(facts)
@@ -158,16 +158,6 @@ def adapt(setup: Setup) -> tuple[nn.Module, dict[str, Tensor]]:
     if setup.run.checkpoint is not None:
         load_checkpoint(model, setup.run.checkpoint)
     return model, start
-
-
-def _try_longest_prompt(setup: Setup, model: nn.Module) -> None:
-    """Answer the longest test prompt, so that failures of generation come before training."""
-    rows = setup.data.test.rows
-    lengths = list(rows["prompt_length"])
-    row = rows[lengths.index(max(lengths))]
-    prompt = row["input_ids"][: row["prompt_length"]]
-    ends = stop_token_ids(model, setup.base.tokenizer)
-    answer_prompts(model, [prompt], eos_token_id=ends, **vars(setup.base.sampling))
 
 
 def run_facts(
