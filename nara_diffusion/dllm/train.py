@@ -146,8 +146,7 @@ def fine_tune(setup: Setup) -> Trained:
 def adapt(setup: Setup) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return the base model with its adapter, and the weights of --init_adapter."""
     args, base = setup.args, setup.base.model
-    options = adapter_options(base, args)
-    model = build_adapter(base, args, strength=schedule_of(args), **options)
+    model = build_adapter(base, args, strength=schedule_of(args), **adapter_options(base, args))
     setup.data.check_positions(model)
     start: dict[str, Tensor] = {}
     if args.init_adapter is not None:

@@ -45,6 +45,7 @@ class Backbone:
     Attributes:
         model: the outermost module; every forward enters its `__call__`.
         language_model: the outermost model of transformers in it, or None.
+        entered: the modules from `model` to `language_model`, whose forwards call each other.
         is_shifted: True if it was trained to predict the next token (Dream), so that nothing
             predicts the first one.
         traits: the facts about the class of `language_model`.
@@ -53,7 +54,7 @@ class Backbone:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.language_model: PreTrainedModel | None = None
-        self.entered: list[nn.Module] = []  # the wrappers and the language model
+        self.entered: list[nn.Module] = []
         for module in model.modules():
             self.entered.append(module)
             if isinstance(module, PreTrainedModel):
