@@ -77,7 +77,7 @@ def with_longest(rows: Dataset, batch_size: int, is_grouped: bool) -> Dataset:
 def token_counts(rows: Dataset) -> np.ndarray:
     """Return the number of tokens of each row; of a pair, those of the longer text."""
     counts: list[np.ndarray] = []
-    for table in column_batches(rows, text_columns(rows), "arrow"):
+    for table in column_batches(rows, text_columns(rows)):
         texts = [column.combine_chunks().value_lengths().to_numpy() for column in table.columns]
         counts.append(np.maximum.reduce(texts))
     return np.concatenate(counts)

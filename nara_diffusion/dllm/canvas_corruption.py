@@ -23,8 +23,7 @@ from torch import Tensor
 from nara_diffusion.noise.drawn_levels import EVERYTHING, NoiseWindow
 
 from .answer_places import Lengths, host_answers, moved
-from .mask_draws import BLOCK_STREAM, draw_masks, draw_noise_levels, random_of, seed_and_indices
-from .masking import given_levels
+from .mask_draws import BLOCK_STREAM, draw_masks, noise_levels, random_of, seed_and_indices
 
 _TOKEN_STREAM, _SELF_STREAM = 4, 5  # after those of `mask_draws`
 
@@ -94,10 +93,7 @@ def corrupt_canvases(
     b, device = len(input_ids), input_ids.device
     on_host, ends = host_answers(input_ids, prompt_lengths, answer_lengths)  # (b, l)
     seed, indices = seed_and_indices(seed, sample_indices, generator, b)
-    if noise_level is None:
-        levels = draw_noise_levels(indices, seed, group_size or b, window=window)
-    else:
-        levels = given_levels(noise_level, b)
+    levels = noise_levels(noise_level, indices, seed, group_size, window=window)
     random = partial(random_of, seed)
     blocks = (on_host.sum(1) + canvas_length - 1) // canvas_length  # (b,)
     chosen = [random(BLOCK_STREAM, i).integers(n) for i, n in zip(indices, blocks, strict=True)]

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSamplerConfig
 
 from .canvas_loss import block_model
@@ -89,12 +91,10 @@ def _padded_on_the_left(
     input_ids: Tensor, is_prompt: Tensor, pad_token_id: int
 ) -> tuple[Tensor, Tensor]:
     """Return the prompts with padding on the left and their attention mask, each (b, longest)."""
-    lengths = is_prompt.sum(1, keepdim=True)  # (b, 1)
-    if not lengths.all():
+    if not is_prompt.any(1).all():
         raise ValueError("a prompt is empty, and DiffusionGemma needs one token or more, e.g. BOS")
-    width = int(lengths.max())
-    real = torch.arange(width) >= width - lengths  # (b, longest)
-    prompts = torch.full(real.shape, pad_token_id)
-    # both sides go through the rows in order, and through the tokens of each row in order
-    prompts[real] = input_ids.cpu().long()[is_prompt]
-    return prompts.to(input_ids.device), real.long().to(input_ids.device)
+    prompts = [row[real] for row, real in zip(input_ids.cpu().long(), is_prompt, strict=True)]
+    ones = [torch.ones_like(prompt) for prompt in prompts]
+    padded = partial(pad_sequence, batch_first=True, padding_side="left")
+    real = padded(ones).to(input_ids.device)
+    return padded(prompts, padding_value=pad_token_id).to(input_ids.device), real

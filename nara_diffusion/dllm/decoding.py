@@ -31,9 +31,15 @@ import torch
 
 REMASKING = ("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy")
 CACHES = ("prefix", "dual")
-_PARALLEL = ("confidence_threshold", "factor", "entropy_bound")
 CONFIDENT = ("low_confidence", "maskgit_plus")
 """The scores that are probabilities."""
+_ORDERS = {
+    "steps": REMASKING,
+    "confidence_threshold": CONFIDENT,
+    "factor": CONFIDENT,
+    "entropy_bound": (*CONFIDENT, "topk_margin", "entropy"),
+}
+"""{rule: the scores that it goes with}"""
 _LAST = -1e9  # below every score
 
 
@@ -114,16 +120,12 @@ class Sampling:
             raise ValueError(
                 f"{' and '.join(rules)} each say how many tokens a step places: give one of them"
             )
-        orders = REMASKING
-        if rules in (["confidence_threshold"], ["factor"]):
-            orders = CONFIDENT
-        elif rules == ["entropy_bound"]:
-            orders = (*CONFIDENT, "topk_margin", "entropy")
-        if self.remasking not in orders:
-            expected = " or ".join(orders)
-            raise ValueError(
-                f"{rules[0]} goes with remasking {expected}, and it is {self.remasking!r}"
-            )
+        for rule in rules:
+            if self.remasking not in _ORDERS[rule]:
+                expected = " or ".join(_ORDERS[rule])
+                raise ValueError(
+                    f"{rule} goes with remasking {expected}, and it is {self.remasking!r}"
+                )
 
     @property
     def block(self) -> int:
@@ -133,7 +135,7 @@ class Sampling:
     @property
     def rules(self) -> list[str]:
         """The settings that say how many tokens a step places."""
-        return [name for name in ("steps", *_PARALLEL) if getattr(self, name) is not None]
+        return [name for name in _ORDERS if getattr(self, name) is not None]
 
     def changed(self) -> dict[str, Any]:
         """Return gen_length and all settings that differ from their defaults."""

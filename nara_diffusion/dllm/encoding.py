@@ -63,7 +63,7 @@ class EncodedRecords:
         """Return the SHA-256 of all tokens and of the starts of rows, answers and records."""
         texts = text_columns(self.rows)
         digests = [hashlib.sha256() for _ in range(2 + 2 * len(texts))]
-        for table in column_batches(self.rows, (*texts, "prompt_length", "record"), "arrow"):
+        for table in column_batches(self.rows, (*texts, "prompt_length", "record")):
             columns = [table["prompt_length"], table["record"]]
             for name in reversed(texts):
                 ids = table[name].combine_chunks()
@@ -122,7 +122,7 @@ def encode_records(
         )
     table: Any = rows.with_format("numpy")
     numbers = {column: table[column][:] for column in _NUMBERS}
-    _log_lengths(name, len(records), numbers, encoder)
+    _warn_of_losses(name, len(records), numbers, encoder)
     prompts = numbers["prompt_length"]
     place = int(numbers["record"][prompts.argmax()])
     hardest = encoder.name_of(records[place], place)
@@ -130,28 +130,24 @@ def encode_records(
     return EncodedRecords(rows, most, int(prompts.max()), hardest)
 
 
-def _log_lengths(
+def _warn_of_losses(
     name: str, size: int, numbers: Mapping[str, np.ndarray], encoder: RecordEncoder
 ) -> None:
-    """Log the length of most rows, and the numbers of dropped records and cut answers."""
-    lengths = numbers["length"]
+    """Warn of records that are dropped and of answers that are cut."""
     dropped = size - len(set(numbers["record"].tolist()))
-    limit = encoder.max_length
-    cut = int((lengths > limit).sum())
-    rows = counted(len(lengths), "row")
-    losses = []
-    if dropped:
-        why = f"their prompts have more than {encoder.max_prompt_length} tokens"
-        losses.append(f"{dropped} of {size} records are dropped ({why})")
-    if cut:
-        losses.append(f"{cut} of {rows} are cut")
-    most = sorted(lengths)[int(0.9 * (len(lengths) - 1))]
-    summary = f"90 % of its {rows} have {most} tokens or fewer, and max_length is {limit}"
-    if losses:
-        remedy = "raise it if the model has more positions, or take shorter records"
-        logger.warning("%s: %s; %s: %s", name, ", and ".join(losses), summary, remedy)
-    else:
-        logger.info("%s: %s", name, summary)
+    cut = int((numbers["length"] > encoder.max_length).sum())
+    if dropped or cut:
+        logger.warning(
+            "%s: %d of %d records are dropped (their prompts have more than %d tokens), and %d of %s are "
+            "cut to %d tokens: raise max_length if the model has more positions, or take shorter records",
+            name,
+            dropped,
+            size,
+            encoder.max_prompt_length,
+            cut,
+            counted(len(numbers["length"]), "row"),
+            encoder.max_length,
+        )
 
 
 @dataclass(frozen=True)
@@ -161,7 +157,6 @@ class Pair:
     prompt: str
     closed: str  # the output and the end of its turn
     instruction: str
-    output: str
     answer: str
 
 
@@ -246,10 +241,10 @@ class RecordEncoder:
         instruction, output, answer = (record[key] for key in ("instruction", "output", "answer"))
         turns = record.get("turns") or []
         if not instruction:
-            return [Pair("", output, instruction, output, answer)]
+            return [Pair("", output, instruction, answer)]
         if not turns and not self.tokenizer.chat_template:
             prompt = prompt_text(self.tokenizer, instruction, record["input"])
-            return [Pair(prompt, output, instruction, output, answer)]
+            return [Pair(prompt, output, instruction, answer)]
         pairs = self._earlier_pairs(turns) if self.train_on == "all" else []
         turns = turns or [user_turn(instruction, record["input"])]
         return [*pairs, self._in_template(turns, instruction, output, answer)]
@@ -281,4 +276,4 @@ class RecordEncoder:
                 f"prompt, but with {closed!r} in a turn with an answer, so the end of the turn can't "
                 "be found: change the tokenizer's chat_template so that both begin in the same way"
             )
-        return Pair(prompt, conversation.removeprefix(prompt), instruction, output, answer)
+        return Pair(prompt, conversation.removeprefix(prompt), instruction, answer)

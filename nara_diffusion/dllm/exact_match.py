@@ -125,7 +125,8 @@ def compare(extract: str | Callable[[str], str], text: str, answer: str) -> tupl
     choice = _CHOICE.search(answer) if extract == "choice" else None
     if choice is not None:
         right = choice[0].lower()
-        named = _first_choice(text, _kind(right))
+        choices = map(str.lower, _CHOICE.findall(text))
+        named = next((choice for choice in choices if _kind(choice) == _kind(right)), "")
     elif extract in ("letter", "choice"):
         named, right = _last_letter(text), _last_letter(answer)
     elif extract == "text":
@@ -147,14 +148,6 @@ def _compare_numbers(text: str, answer: str) -> tuple[str, bool]:
     number = float(named[-1])
     is_right = bool(right) and abs(number - float(right[-1])) <= TOLERANCE
     return format(number, ".15g"), is_right
-
-
-def _first_choice(text: str, kind: str) -> str:
-    """Return the first choice of this kind in `text`, or "" if there is none."""
-    for choice in _CHOICE.findall(text):
-        if _kind(choice.lower()) == kind:
-            return choice.lower()
-    return ""
 
 
 def _kind(choice: str) -> str:

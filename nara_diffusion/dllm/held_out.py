@@ -91,7 +91,7 @@ def rows_in_training(training: Dataset, **measured: Dataset) -> list[str]:
 
 def _row_keys(rows: Dataset) -> Iterator[bytes]:
     """Yield a digest of each row, made from its tokens and the start of its answer."""
-    for table in column_batches(rows, ("input_ids", "prompt_length"), "arrow"):
+    for table in column_batches(rows, ("input_ids", "prompt_length")):
         ids = table["input_ids"].combine_chunks()
         ends = ids.value_lengths().to_numpy().cumsum()
         tokens = np.split(ids.flatten().to_numpy(), ends[:-1])

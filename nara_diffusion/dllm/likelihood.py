@@ -18,9 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
-from tqdm.auto import tqdm
 
 from .answer_places import answer_positions
 from .loss import masked_cross_entropy
@@ -50,15 +48,14 @@ def log_likelihood(
     cfg_scale: float = 0.0,
     mask_token_id: int | None = None,
     differentiable: bool = False,
-    progress: bool = False,
 ) -> torch.Tensor:
     """Return the lower bound of log p above, in nats, for each answer: (b,) float64.
 
     Args:
         model: the outermost module.
         input_ids: (b, l) prompt, answer, padding on the right.
-        prompt_lengths: (b,) the number of tokens before each answer. If it is 0 and the model
-            predicts the next token (Dream), a BOS token is put in front.
+        prompt_lengths: (b,) the number of tokens before each answer, at least 1 if the model
+            predicts the next token (Dream).
         answer_lengths: (b,) the number of tokens of each answer. By default answers end at l.
         samples: S, the number of masks for each answer.
         batch_size: the number of masked sequences in one forward. They may belong to several
@@ -89,14 +86,11 @@ def log_likelihood(
     holding = (until_end & (input_ids == mask)).any(1)  # (b,)
     if holding.any():
         raise ValueError(f"row {int(holding.nonzero()[0])} {mask_in_a_text(mask)}")
-    input_ids, answers = _opened(backbone, input_ids, answers)
     indices = range(len(input_ids)) if sample_indices is None else sample_indices
     by_length = _tasks(answers, indices, samples, seed)
     bounds = torch.zeros(len(input_ids), dtype=torch.float64, device=input_ids.device)
-    total = sum(len(tasks) for tasks in by_length.values())
     mode = nullcontext() if differentiable else evaluating(model)
-    bar = tqdm(total=total, desc="likelihood", unit="mask", disable=not progress)
-    with torch.set_grad_enabled(differentiable), mode, bar:
+    with torch.set_grad_enabled(differentiable), mode:
         for width, tasks in by_length.items():
             for start in range(0, len(tasks), batch_size):
                 chosen = tasks[start : start + batch_size]
@@ -110,7 +104,6 @@ def log_likelihood(
                 loss = losses.double().sum(1)  # (s,)
                 weights = loss.new_tensor([task.weight for task in chosen])
                 bounds.index_add_(0, rows, -loss * weights / share.double())
-                bar.update(len(chosen))
     return bounds
 
 
@@ -125,24 +118,6 @@ def _tasks(
         for mask, weight in zip(masks, weights.tolist(), strict=True):
             tasks.append(_Task(row, mask, weight))
     return by_length
-
-
-def _opened(
-    backbone: Backbone, input_ids: torch.Tensor, answers: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put a BOS token before rows without a prompt, if the model needs one.
-
-    Returns:
-        `input_ids` and `answers`, (b, l) or (b, 1 + l).
-    """
-    empty = answers[:, :1]  # (b, 1)
-    opening = backbone.opening_token() if empty.any() else None
-    if opening is None:
-        return input_ids, answers
-    opened = F.pad(input_ids, (1, 0), value=opening)
-    input_ids = torch.where(empty, opened, F.pad(input_ids, (0, 1)))
-    answers = torch.where(empty, F.pad(answers, (1, 0)), F.pad(answers, (0, 1)))
-    return input_ids, answers
 
 
 def weighted_masks(

@@ -229,7 +229,6 @@ def noise_level_curve(
     collator: AnswerCollator | None = None,
     batch_size: int = 16,
     seed: int = 0,
-    mask_token_id: int | None = None,
     progress: bool = True,
 ) -> list[float]:
     """Return the validation loss at each noise level, in nats per masked token.
@@ -260,7 +259,6 @@ def noise_level_curve(
     """
     model = without_ddp(model)
     backbone = Backbone(model)
-    options = {} if mask_token_id is None else {"mask_token_id": mask_token_id}
     padding = backbone.configured("pad_token_id") or 0
     collate = collator or AnswerCollator(padding, trained_padding=0)
     losses = []
@@ -270,7 +268,7 @@ def noise_level_curve(
         for level in noise_levels:
             total = count = 0.0
             for batch in batches_of(rows, range(len(rows)), collate, batch_size, backbone.device):
-                batch_loss = loss(model, **batch, noise_level=level, seed=seed, **options)
+                batch_loss = loss(model, **batch, noise_level=level, seed=seed)
                 of_rows, weights = batch_loss.sums  # (b,)
                 total += of_rows.sum().item()
                 count += weights.sum().item()

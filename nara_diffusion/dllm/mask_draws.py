@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,42 @@ _NEXT_BLOCK = (5**0.5 - 1) / 2
 """The step of λ from block to block, as a part of its range. Multiples of the golden ratio are
 spread evenly over it, however many they are."""
 _SHIFT_STREAM, _LEVEL_STREAM, _MASK_STREAM, BLOCK_STREAM = range(4)
+
+
+def noise_levels(
+    noise_level: torch.Tensor | float | None,
+    sample_indices: Sequence[int],
+    seed: int,
+    group_size: int | None,
+    *,
+    symmetric: bool = False,
+    **drawing: Any,
+) -> np.ndarray:
+    """Return `noise_level` as (b,) float32, or draw λ if it is None.
+
+    The arguments are those of `draw_noise_levels`; by default, a group is the batch.
+
+    Raises:
+        ValueError: λ or its complement masks nothing, or there are neither 1 nor b values.
+    """
+    b = len(sample_indices)
+    if noise_level is None:
+        group = group_size or b
+        return draw_noise_levels(sample_indices, seed, group, symmetric=symmetric, **drawing)
+    is_tensor = isinstance(noise_level, torch.Tensor)
+    values = np.asarray(noise_level.tolist() if is_tensor else noise_level, np.float32)
+    levels = np.broadcast_to(values, (b,)).copy()
+    is_drawable = (levels > 0) & (levels <= 1)
+    interval = "(0, 1]"
+    if symmetric:
+        is_drawable &= levels < 1
+        interval = "(0, 1), since the complementary masks get 1 - noise_level"
+    if not is_drawable.all():
+        raise ValueError(
+            f"noise_level is {levels.tolist()}, expected values in {interval}: at 0 nothing is "
+            "masked"
+        )
+    return levels
 
 
 def draw_noise_levels(

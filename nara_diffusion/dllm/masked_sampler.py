@@ -10,8 +10,6 @@ goes from 1 to 0. Rows with masked prompts have the λ of their sample. Keys and
 each token and with λ, so only approximate caches are possible (`cached_sampler`). The differences
 from LLaDA's code are:
 
-- An empty prompt becomes a BOS token if position i predicts token i + 1 (Dream). Otherwise no
-  position would predict the first token of the answer.
 - Prompts may differ in length. Each is followed by its own answer, and padding is on the right, as
   in training.
 - The mask token is never predicted, so a step can't undo an earlier step.

@@ -35,7 +35,7 @@ from nara_diffusion.noise.blocks import block_mask, paired_positions
 from nara_diffusion.noise.drawn_levels import EVERYTHING, NoiseWindow
 
 from .answer_places import Lengths, answer_blocks, host_answers, moved
-from .mask_draws import draw_counted_masks, draw_masks, draw_noise_levels, seed_and_indices
+from .mask_draws import draw_counted_masks, draw_masks, noise_levels, seed_and_indices
 
 
 @dataclass(frozen=True)
@@ -126,17 +126,15 @@ def mask_answers(
         if not one_level:
             number = np.arange(answer.shape[1] // block_length)
             blocks = number - answer.argmax(1)[:, None] // block_length  # from an answer's first
-    if noise_level is None:
-        levels = draw_noise_levels(
-            indices,
-            seed,
-            group_size or b,
-            symmetric=complementary,
-            window=window,
-            blocks=blocks,
-        )
-    else:
-        levels = given_levels(noise_level, b, complementary)
+    levels = noise_levels(
+        noise_level,
+        indices,
+        seed,
+        group_size,
+        symmetric=complementary,
+        window=window,
+        blocks=blocks,
+    )
     if counted:
         if block_length and clean is not None and levels.ndim == 1:
             levels = levels[:, None].repeat(answer.shape[1] // block_length, 1)  # (b, k)
@@ -175,27 +173,3 @@ def mask_answers(
         position_ids=positions,
         forward_level=forward_level,
     )
-
-
-def given_levels(
-    noise_level: torch.Tensor | float, b: int, complementary: bool = False
-) -> np.ndarray:
-    """Return a given λ as (b,) float32.
-
-    Raises:
-        ValueError: λ or its complement masks nothing, or there are neither 1 nor b values.
-    """
-    is_tensor = isinstance(noise_level, torch.Tensor)
-    values = np.asarray(noise_level.tolist() if is_tensor else noise_level, np.float32)
-    levels = np.broadcast_to(values, (b,)).copy()
-    is_drawable = (levels > 0) & (levels <= 1)
-    interval = "(0, 1]"
-    if complementary:
-        is_drawable &= levels < 1
-        interval = "(0, 1), since the complementary masks get 1 - noise_level"
-    if not is_drawable.all():
-        raise ValueError(
-            f"noise_level is {levels.tolist()}, expected values in {interval}: at 0 nothing is "
-            "masked"
-        )
-    return levels

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .models.backbone import Backbone
@@ -25,8 +24,7 @@ def place_prompts(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Put `gen_length` masks after each prompt.
 
-    An empty prompt becomes a BOS token if the model needs one. Everything is checked and placed on
-    the CPU, and then moved to the device of `input_ids`.
+    Everything is checked and placed on the CPU, and then moved to the device of `input_ids`.
 
     The arguments are those of `generate`.
 
@@ -36,8 +34,8 @@ def place_prompts(
         or None if nothing is padded.
 
     Raises:
-        ValueError: the shapes don't agree, the canvas is longer than the model's positions, or a
-            prompt contains the mask token.
+        ValueError: the shapes don't agree, the canvas is longer than the model's positions, a
+            prompt contains the mask token, or one is empty and the model predicts the next token.
     """
     device = input_ids.device
     input_ids = input_ids.cpu().long()
@@ -46,11 +44,11 @@ def place_prompts(
     if has_mask.any():
         name = "the prompt" if len(input_ids) == 1 else f"prompt {int(has_mask.nonzero()[0])}"
         raise ValueError(f"{name} {mask_in_a_text(mask_token_id)}")
-    empty = ~is_prompt.any(1)  # (b,)
-    opening = backbone.opening_token() if empty.any() else None
-    if opening is not None:
-        input_ids = F.pad(input_ids, (1, 0), value=opening)  # (b, 1 + p)
-        is_prompt = torch.cat([empty[:, None], is_prompt], 1)
+    if backbone.is_shifted and not is_prompt.any(1).all():
+        raise ValueError(
+            "there is an empty prompt, and this model predicts the next token, so nothing predicts "
+            "the first one: begin the prompt with a BOS token"
+        )
     starts = is_prompt.sum(1)  # (b,)
     longest_prompt = int(starts.max())
     check_canvas(backbone.model, longest_prompt, gen_length)

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PARTS, _STATE = "dataset_dict.json", "state.json"  # files that `save_to_disk` writes
 BATCH = 1000  # records in one call
 _MAKE_ROWS = ("records", "record_forms", "encoding", "tokenizer")  # the modules that make rows
 
@@ -46,8 +45,8 @@ def read_records(
 
     Args:
         name: a name with a suffix, or one that begins with . or / or ~, is a file or folder and is
-            never looked for on the Hub. Any other name is a folder or a data set on the Hub, and
-            may end in :SPLIT (default: train). The folder may be one of `save_to_disk`.
+            never looked for on the Hub. Any other name is a folder or a data set on the Hub. A
+            folder or data set may end in :SPLIT (default: train).
         fields: {"messages", "instruction", "input", "output", "text" or "answer": the name of this
             field in the records}; `record_forms.PAIR_FIELDS` for preference pairs.
         config: the configuration of a data set on the Hub.
@@ -66,22 +65,23 @@ def read_records(
     """
     from datasets import load_dataset
 
-    path = Path(name).expanduser()
-    saved = _saved_folder(path)
+    source = str(Path(name).expanduser())
+    path, split = Path(source), "train"
+    folder, _, part = source.partition(":")
+    if not path.exists() and not Path(folder).is_file():
+        path, split = Path(folder), part or split
     is_path = str(name).startswith((".", "/", "~")) or re.match(r"\.[A-Za-z]", path.suffix)
-    if not path.exists() and is_path and saved is None:
-        raise ValueError(f"there is no file {path}")
+    if not path.exists():
+        if is_path:
+            raise ValueError(f"there is no file {path}")
+        source = f"{source} on the Hub (there is no {source} here)"
     if path.is_file() and not path.stat().st_size:
         raise ValueError(f"{path} holds no records")
-    source = str(path)
-    if not path.exists() and saved is None:
-        source = f"{path} on the Hub (there is no {path} here)"
     try:
-        if saved is not None or path.is_file():
-            kind, options = _local_options(saved or path)
+        if path.is_file():
+            kind, options = _file_options(path)
         else:
-            kind, _, split = str(path).partition(":")
-            options = {"name": config, "split": split or "train"}
+            kind, options = str(path), {"name": config, "split": split}
         rows = cast("Dataset", load_dataset(kind, **options))
     except Exception as error:  # `datasets` has a dozen classes for "not found"
         cause = error.__cause__ or error
@@ -90,64 +90,25 @@ def read_records(
     return _records(rows, fields or {}, source, limit, is_json=kind == "text")
 
 
-def saved_parts(name: str | Path) -> list[str]:
-    """Return the names of the parts (train, …) of a DatasetDict that `save_to_disk` wrote.
+def _file_options(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return the builder of `datasets` for a file, and the builder's options.
 
-    The list is empty for all other sources.
+    All columns of a CSV file are read as text, and an empty field as "".
     """
-    path = Path(name).expanduser() / _PARTS
-    return json.loads(path.read_text(encoding="utf-8"))["splits"] if path.is_file() else []
+    from datasets import Features, Value
 
-
-def _saved_folder(path: Path) -> Path | None:
-    """Return the folder of one Dataset that `save_to_disk` wrote; None for other sources.
-
-    Args:
-        path: a folder, or FOLDER:PART for a part of a DatasetDict. The default part is train.
-
-    Raises:
-        ValueError: the folder has no such part.
-    """
-    if (path / _STATE).is_file():
-        return path
-    folder, _, part = str(path).partition(":")
-    parts, part = saved_parts(folder), part or "train"
-    if not parts:
-        return None
-    if part not in parts:
-        names = " or ".join(f"{folder}:{name}" for name in parts)
-        raise ValueError(f"{folder} has no part {part!r}: name {names}")
-    return Path(folder) / part
-
-
-def _local_options(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return the builder of `datasets` for a file or a saved folder, and the builder's options.
-
-    `datasets.load_from_disk` isn't used for the folder, since it would write caches into it.
-    """
-    if path.is_dir():
-        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        files = [path / file["filename"] for file in state["_data_files"]]
-        names = [glob.escape(str(file.absolute())) for file in files]
-        return "arrow", {"data_files": names, "split": "train"}
     suffix = Path(path.name.removesuffix(".gz")).suffix
     kind = {".parquet": "parquet", ".csv": "csv"}.get(suffix, "text")
     options: dict[str, Any] = {"data_files": glob.escape(str(path.absolute())), "split": "train"}
-    if kind == "csv":
-        options |= _csv_options(path)
-    return kind, options
-
-
-def _csv_options(path: Path) -> dict[str, Any]:
-    """Return options that read each column of a CSV file as text, and an empty field as ""."""
-    from datasets import Features, Value
-
+    if kind != "csv":
+        return kind, options
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8-sig") as file:
         header = next(csv.reader(file), [])
     if len(header) == 1 and (separator := re.search("[;\t]", header[0])):
         raise ValueError(f"its columns are separated by {separator[0]!r}: save it with commas")
-    return {"features": Features({name: Value("string") for name in header}), "na_filter": False}
+    features = Features({name: Value("string") for name in header})
+    return kind, {**options, "features": features, "na_filter": False}
 
 
 def normalized(records: Iterable[Mapping[str, Any]], *, source: str) -> Dataset:
@@ -214,9 +175,9 @@ def mapped(
     )
 
 
-def column_batches(rows: Dataset, names: Sequence[str], format: str | None = None) -> Iterator[Any]:
-    """Yield batches of the columns `names`, as dicts, or as pyarrow tables with format "arrow"."""
-    yield from rows.select_columns(list(names)).with_format(format).iter(BATCH)
+def column_batches(rows: Dataset, names: Sequence[str]) -> Iterator[Any]:
+    """Yield batches of the columns `names` as pyarrow tables."""
+    yield from rows.select_columns(list(names)).with_format("arrow").iter(BATCH)
 
 
 def with_column(rows: Dataset, name: str, values: Iterable[Any]) -> Dataset:

@@ -65,11 +65,11 @@ def generate(
             steps, temperature and entropy_bound.
 
     Returns:
-        (b, longest prompt + gen_length) int64 token ids: prompt, answer, padding on the right. An
-        empty prompt becomes a BOS token if the model predicts the next token (Dream).
+        (b, longest prompt + gen_length) int64 token ids: prompt, answer, padding on the right.
 
     Raises:
-        ValueError: an argument is invalid, a prompt contains the mask token, the canvas is longer
+        ValueError: an argument is invalid, a prompt contains the mask token, it is empty and the
+            model predicts the next token (Dream), the canvas is longer
             than the model's positions, there is a cache but no attention by blocks or no λ for
             each block in training, the adapter was trained with a λ that isn't the masked share
             (for LLaDA2, that of each block), or DiffusionGemma's sampler doesn't support a setting.

@@ -22,7 +22,7 @@ from .models.backbone import Backbone
 from .prompt_places import place_prompts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """The arguments of `generate`, with the model's own values for those that weren't given.
 
@@ -36,16 +36,16 @@ class Request:
     backbone: Backbone
     sampling: Sampling
     input_ids: torch.Tensor
-    prompt_lengths: torch.Tensor | Sequence[int] | None
-    attention_mask: torch.Tensor | None
-    mask_token_id: int | None
+    prompt_lengths: torch.Tensor | Sequence[int] | None = None
+    attention_mask: torch.Tensor | None = None
+    mask_token_id: int | None = None
     ends: list[int]
     stops: list[int]
     configured_ends: list[int]
-    pad_token_id: int | None
-    generator: torch.Generator | None
-    use_cache: bool | None
-    on_step_end: Callable[[GenerationStep], None] | None
+    pad_token_id: int | None = None
+    generator: torch.Generator | None = None
+    use_cache: bool | None = None
+    on_step_end: Callable[[GenerationStep], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,71 +107,48 @@ class Reader(Protocol):
         ...
 
 
-@dataclass
 class State:
     """The sequences during generation, with the step that fills some of their masks.
 
     Attributes:
+        sequences, starts, attention_mask: the results of `place_prompts`.
         ends: (e,) the tokens that end an answer.
         last, never: the tokens that are placed after all others, and those that are never
             predicted.
-        sequences, starts, attention_mask: the results of `place_prompts`.
-        generator: the generator that seeds a stream of random numbers for each row.
+        columns, positions: the places of an answer's tokens, (g,) in it and (b, g) in the sequences.
+        masked: (b, g) bool, the tokens that are still masks.
+        streams: a stream of random numbers for each row; empty if none are drawn.
+        forwards: the number of forwards.
     """
 
-    backbone: Backbone
-    sampling: Sampling
-    mask_token_id: int
-    ends: torch.Tensor
-    last: torch.Tensor
-    never: torch.Tensor
-    sequences: torch.Tensor
-    starts: torch.Tensor
-    attention_mask: torch.Tensor | None
-    generator: torch.Generator | None
-    forwards: int = 0
-
-    def __post_init__(self) -> None:
-        device = self.starts.device
-        self.columns = torch.arange(self.sampling.gen_length, device=device)  # (g,)
-        self.positions = self.starts[:, None] + self.columns  # (b, g)
-        self.masked = torch.ones_like(self.positions, dtype=torch.bool)  # (b, g)
-        self.streams: list[torch.Generator] = []
-        if self.sampling.temperature > 0 or self.sampling.remasking == "random":
-            source = "cpu" if self.generator is None else self.generator.device
-            size = (len(self.starts),)
-            seeds = torch.randint(2**62, size, generator=self.generator, device=source)
-            self.streams = [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]
-
-    @classmethod
-    def of(cls, request: Request) -> State:
-        """Return the state with all masks of a request."""
+    def __init__(self, request: Request) -> None:
         backbone, sampling = request.backbone, request.sampling
         mask = backbone.mask_token_id(request.mask_token_id)
-        padding = mask if request.pad_token_id is None else request.pad_token_id
-        sequences, starts, attention_mask = place_prompts(
+        self.backbone, self.sampling, self.mask_token_id = backbone, sampling, mask
+        self.sequences, self.starts, self.attention_mask = place_prompts(
             backbone,
             request.input_ids,
             sampling.gen_length,
             mask,
-            padding,
+            mask if request.pad_token_id is None else request.pad_token_id,
             prompt_lengths=request.prompt_lengths,
             attention_mask=request.attention_mask,
         )
-        tokens = partial(torch.tensor, dtype=torch.long, device=sequences.device)
-        never = [mask, *request.configured_ends] if sampling.logits_eos_inf else [mask]
-        return cls(
-            backbone,
-            sampling,
-            mask,
-            ends=tokens(request.stops),
-            last=tokens(request.ends if sampling.confidence_eos_eot_inf else []),
-            never=tokens(never),
-            sequences=sequences,
-            starts=starts,
-            attention_mask=attention_mask,
-            generator=request.generator,
-        )
+        device = self.starts.device
+        tokens = partial(torch.tensor, dtype=torch.long, device=device)
+        self.ends = tokens(request.stops)
+        self.last = tokens(request.ends if sampling.confidence_eos_eot_inf else [])
+        self.never = tokens([mask, *(request.configured_ends if sampling.logits_eos_inf else [])])
+        self.columns = torch.arange(sampling.gen_length, device=device)  # (g,)
+        self.positions = self.starts[:, None] + self.columns  # (b, g)
+        self.masked = torch.ones_like(self.positions, dtype=torch.bool)  # (b, g)
+        self.streams: list[torch.Generator] = []
+        self.forwards = 0
+        if sampling.temperature > 0 or sampling.remasking == "random":
+            source = "cpu" if request.generator is None else request.generator.device
+            size = (len(self.starts),)
+            seeds = torch.randint(2**62, size, generator=request.generator, device=source)
+            self.streams = [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]
 
     def generation(self) -> Generation:
         """Return the result so far."""

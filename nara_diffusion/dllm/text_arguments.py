@@ -22,7 +22,6 @@ from .decoding import Sampling
 from .kinds import kind_of
 from .mask_draws import check_drawable
 from .models.backbone import Backbone
-from .records import saved_parts
 
 
 @dataclass
@@ -34,12 +33,6 @@ class Arguments(TextFlags):
         check_arguments(self)
         check_adapter(self)
         check_drawable(window_of(self), self.complementary)
-        source = self.dataset_name or self.train_file
-        parts = [] if source is None else saved_parts(source)
-        if "validation" in parts and self.validation_samples is None:
-            self.validation_file = self.validation_file or f"{source}:validation"
-        if "test" in parts:
-            self.test_file = self.test_file or f"{source}:test"
 
     def sampling(self) -> Sampling:
         """Return the settings of generation."""

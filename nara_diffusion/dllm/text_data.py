@@ -70,8 +70,7 @@ class TextData:
         validation_rows: the rows of `validation`, with "longest" for the collator.
         descriptions: what the training data and the validation data are, for the report.
         padded: the number of tokens of the longest sample with its trained padding.
-        longest_prompt, longest_prompt_in: the length of the longest prompt that becomes a canvas,
-            and the name of its record.
+        canvases: the part of the data whose longest prompt becomes the longest canvas.
         warnings: warnings about rows that are both trained on and measured.
     """
 
@@ -82,8 +81,7 @@ class TextData:
     descriptions: tuple[str, str]
     collator: AnswerCollator
     padded: int
-    longest_prompt: int
-    longest_prompt_in: str
+    canvases: EncodedRecords
     gen_length: int
     warnings: list[str]
 
@@ -92,7 +90,8 @@ class TextData:
 
         An adapter may take some positions.
         """
-        check_canvas(model, self.longest_prompt, self.gen_length, self.longest_prompt_in)
+        prompt, record = self.canvases.longest_prompt, self.canvases.longest_prompt_in
+        check_canvas(model, prompt, self.gen_length, record)
         samples = f"samples have up to {self.padded} tokens"
         check_positions(model, self.padded, samples, "lower --max_length")
 
@@ -103,7 +102,7 @@ def encode_data(
     """Turn records into rows, and record their digests.
 
     Raises:
-        ValueError: see `encode_records`; or a canvas exceeds the model's positions.
+        ValueError: see `encode_records`.
     """
     encode = partial(
         encode_records,
@@ -130,8 +129,6 @@ def encode_data(
     padded = collator.padded_length(longest, max(part.longest_prompt for part in parts), longest)
     # training makes each prompt a canvas if it pads as far as generation does
     generated = parts if args.trained_padding == "gen_length" else (test,)
-    hardest = max(generated, key=lambda part: part.longest_prompt)
-    check_canvas(base.model, hardest.longest_prompt, args.gen_length, hardest.longest_prompt_in)
     return TextData(
         training,
         validation,
@@ -140,8 +137,7 @@ def encode_data(
         descriptions=_descriptions(args, records),
         collator=collator,
         padded=padded,
-        longest_prompt=hardest.longest_prompt,
-        longest_prompt_in=hardest.longest_prompt_in,
+        canvases=max(generated, key=lambda part: part.longest_prompt),
         gen_length=args.gen_length,
         warnings=rows_in_training(training.rows, **measured),
     )

@@ -39,11 +39,15 @@ def checked_lengths(model: nn.Module, max_length: int | None, gen_length: int) -
     Raises:
         ValueError: `max_length` or `gen_length` exceeds the model's positions.
     """
-    canvas = f"gen_length is {gen_length}"
-    remedy = "lower it, since prompt and answer share them"
-    check_positions(model, gen_length + 1, canvas, remedy)
+    check_positions(
+        model,
+        gen_length + 1,
+        f"gen_length is {gen_length}",
+        "lower it, since prompt and answer share them",
+    )
     if max_length is None:
         return min(_MAX_LENGTH, Backbone(model).position_limit or _MAX_LENGTH)
-    remedy = "lower it; longer answers are cut"
-    check_positions(model, max_length, f"max_length is {max_length}", remedy)
+    check_positions(
+        model, max_length, f"max_length is {max_length}", "lower it; longer answers are cut"
+    )
     return max_length

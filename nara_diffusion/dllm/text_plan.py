@@ -10,12 +10,10 @@ DiffusionGemma is trained on one canvas, in two passes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from nara_diffusion.training.adapters import build_adapter
 from nara_diffusion.training.engine_models import recompute_activations
@@ -43,11 +41,13 @@ def planned_text_step(args: Arguments) -> PlannedStep:
     model = backbone_on_meta(args.pretrained_model_name_or_path, dtype, **hub)
     kind = kind_of(Backbone(model), args)
     kind.configure(model, args)
-    packed = {}
+    packed: dict[Tensor, float] = {}
     if args.bits:
         check_roundable(model.config)
-        size = NF4 if args.load_in_4bit else INT8
-        packed = dict.fromkeys(_quantised_weights(model), size)
+        size, head = NF4 if args.load_in_4bit else INT8, model.get_output_embeddings()
+        for module in model.modules():  # bitsandbytes rounds all linear layers but the head
+            if isinstance(module, nn.Linear) and module is not head:
+                packed[module.weight] = size
         for parameter in model.parameters():
             if parameter not in packed:
                 parameter.data = parameter.data.float()  # as `prepare_quantised` does
@@ -70,11 +70,3 @@ def _longest_batch(backbone: Backbone, args: Arguments, length: int) -> dict[str
     row = {"input_ids": [_END] * length, "prompt_length": prompt}
     collator = kind_of(backbone).collator(backbone, args, _END)
     return collator([row] * args.train_batch_size)
-
-
-def _quantised_weights(model: PreTrainedModel) -> Iterator[Tensor]:
-    """Yield the weights that bitsandbytes rounds: those of linear layers, except the head."""
-    head = model.get_output_embeddings()
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not head:
-            yield module.weight

@@ -12,9 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.engines import split_across_processes
@@ -28,13 +26,13 @@ from nara_diffusion.training.report import (
 )
 from nara_diffusion.training.run import Run
 
-from .batches import AnswerCollator, batches_of
-from .decoding import Sampling
+from .batches import batches_of
 from .exact_match import exact_match
-from .kinds.text_kind import TextKind
 from .mask_draws import draw_noise_levels
 from .models.backbone import evaluating
 from .text_arguments import Arguments
+from .text_base import TextBase
+from .text_data import TextData
 
 _LOADING = """\
 ```python
@@ -75,67 +73,55 @@ class Evaluation:
     """The evaluation of a run: call `measure` with a model before and after training.
 
     Pass the model without DDP's wrapper. The evaluation doesn't enable or disable its adapter.
-
-    Attributes:
-        validation_rows, test_rows: rows from `encode_records`.
-        sampling: the settings for generating answers to the test rows.
     """
 
     run: Run[Arguments]
-    tokenizer: PreTrainedTokenizerBase
-    validation_rows: Dataset
-    test_rows: Dataset
-    collator: AnswerCollator
-    sampling: Sampling
-    kind: TextKind
+    base: TextBase
+    data: TextData
 
     def measure(self, model: nn.Module) -> Measurement:
         """Return all measurements. The λ of the curve are equally spaced up to 1."""
         accelerator, points = self.run.accelerator, self.run.args.curve_points
         levels = [(i + 1) / points for i in range(points)]
 
+        rows: Any = self.data.validation_rows
+
         def losses(indices: Sequence[int]) -> list[float]:
-            return self._curve(model, [levels[i] for i in indices])
+            return self.base.kind.curve(
+                model,
+                rows,
+                [levels[i] for i in indices],
+                collator=self.data.collator,
+                batch_size=self.run.args.eval_batch_size,
+                seed=self.run.args.seed,
+                progress=self.run.is_main,
+            )
 
         generations = split_across_processes(
-            accelerator, len(self.test_rows), partial(self._generations, model)
+            accelerator, len(self.data.test.rows), partial(self.generations, model)
         )
         curve = split_across_processes(accelerator, len(levels), losses)
         share = sum(generation["correct"] for generation in generations) / len(generations)
         validation = self.validate(model)
-        names = (f"validation_{name}" for name in ("loss", *self.kind.figures))
+        names = (f"validation_{name}" for name in ("loss", *self.base.kind.figures))
         figures = {name: validation[name] for name in names}
         return Measurement(share, generations, levels, curve, **figures)
 
-    def _generations(self, model: nn.Module, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def generations(self, model: nn.Module, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Return the answers to these test rows."""
         args, device = self.run.args, self.run.accelerator.device
-        rows: Any = self.test_rows.select(indices)
+        rows: Any = self.data.test.rows.select(indices)
         result = exact_match(
             model,
-            self.tokenizer,
+            self.base.tokenizer,
             rows,
             batch_size=args.eval_batch_size,
             extract=args.extract,
             progress=self.run.is_main,
             generator=torch.Generator(device).manual_seed(args.seed),
-            **vars(self.sampling),
+            **vars(self.base.sampling),
         )
         return result.generations
-
-    def _curve(self, model: nn.Module, noise_levels: Sequence[float]) -> list[float]:
-        """Return the validation loss at these λ."""
-        args = self.run.args
-        rows: Any = self.validation_rows
-        return self.kind.curve(
-            model,
-            rows,
-            noise_levels,
-            collator=self.collator,
-            batch_size=args.eval_batch_size,
-            seed=args.seed,
-            progress=self.run.is_main,
-        )
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> dict[str, float]:
@@ -145,14 +131,14 @@ class Evaluation:
         with a window also returns the means inside and outside the window, and one on preferences
         the means of the margin and the accuracy.
         """
-        args, accelerator, kind = self.run.args, self.run.accelerator, self.kind
-        rows: Any = self.validation_rows
+        args, accelerator, kind = self.run.args, self.run.accelerator, self.base.kind
+        rows: Any = self.data.validation_rows
         names = ("per_sample", "noise_level", *kind.figures)
 
         def losses(indices: Sequence[int]) -> list[tuple[float, ...]]:
             values: list[tuple[float, ...]] = []
             size, device = max(1, args.eval_batch_size // kind.rows_per_sample), accelerator.device
-            for batch in batches_of(rows, indices, self.collator, size, device):
+            for batch in batches_of(rows, indices, self.data.collator, size, device):
                 # not the training seed, since training draws for the same indices
                 seed = args.seed + 1
                 levels = draw_noise_levels(batch["sample_indices"], seed, len(rows))
@@ -207,14 +193,12 @@ def describe(
         lines.append(f"{json.dumps(line, ensure_ascii=False)}\n")
     run, args = evaluation.run, evaluation.run.args
     write_text(run.folder / "samples.jsonl", "".join(lines))
-    note = (
-        f"Exact match compares generated answers.{evaluation.kind.note} [Samples](samples.jsonl)."
-    )
+    note = f"Exact match compares generated answers.{evaluation.base.kind.note} [Samples](samples.jsonl)."
     base, data = args.pretrained_model_name_or_path, args.dataset_name or args.train_file
     where = run.hub_id or str(run.folder)
     return {
         "measured_on": "validation records",
-        "unit": evaluation.kind.unit,
+        "unit": evaluation.base.kind.unit,
         "about": f"for the masked-diffusion language model `{base}`, trained on `{data}`.",
         "how_good": ("", note),
         "loading": _loading(evaluation, where, question),
@@ -225,7 +209,7 @@ def describe(
 
 def _loading(evaluation: Evaluation, folder: str, question: str) -> str:
     """Return the card's code that loads the adapter and asks a question."""
-    args, kind = evaluation.run.args, evaluation.kind
+    args, kind = evaluation.run.args, evaluation.base.kind
     base, names, imports, lines = args.pretrained_model_name_or_path, ["mask_token"], "", []
     if args.adapter == "full":
         base = folder
@@ -243,7 +227,7 @@ def _loading(evaluation: Evaluation, folder: str, question: str) -> str:
     if needs_schedule(args):
         imports += "\nfrom nara_diffusion import StrengthSchedule, set_strength"
         lines.append(schedule_line(args))
-    settings = [f"{name}={value!r}" for name, value in evaluation.sampling.changed().items()]
+    settings = [f"{name}={value!r}" for name, value in evaluation.base.sampling.changed().items()]
     code = _LOADING.format(
         imports=imports,
         loading=core_import(args) + "\n".join(lines),

@@ -6,15 +6,12 @@ Without a chat template, a prompt has the form of Alpaca, as in LLM-Adapters.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
 from torch import nn
-from transformers import (
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 
 from .models.backbone import Backbone
 
@@ -95,12 +92,6 @@ def chat_text(
         ValueError: there is no chat template, or the template rejects the turns. Many templates
             reject a system message.
     """
-    if not tokenizer.chat_template:
-        start = textwrap.shorten(str(turns), 100, placeholder=" …")
-        raise ValueError(
-            f"the conversation {start} needs a chat template: use an instruct model, or set the "
-            "tokenizer's chat_template"
-        )
     copies = [dict(turn) for turn in turns]
     try:
         text: Any = tokenizer.apply_chat_template(

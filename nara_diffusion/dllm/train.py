@@ -37,13 +37,11 @@ from nara_flags.text import TextFlags
 
 from .batches import GlobalBatchStream
 from .canvas_coverage import trained_canvas
-from .sampler import answer_prompts
 from .text_arguments import Arguments, adapter_options, shipped_run
 from .text_base import TextBase, load_base, load_model
 from .text_data import TextData, encode_data, load_records
 from .text_plan import planned_text_step
 from .text_report import Evaluation, Measurement, describe, figures, schedule_line
-from .tokenizer import stop_token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -88,20 +86,11 @@ def prepare(args: Arguments, run: Run[Arguments]) -> Setup:
     base = load_base(args, run)
     data = encode_data(args, run, base, records)
     _warn(run, data.warnings)
-    evaluation = Evaluation(
-        run,
-        base.tokenizer,
-        data.validation_rows,
-        data.test.rows,
-        data.collator,
-        base.sampling,
-        base.kind,
-    )
     objective = {"seed": args.seed, "group_size": run.global_batch, "window": window_of(args)}
     objective |= base.kind.objective(args)
     if args.gradient_checkpointing:
         recompute_activations(base.model)
-    return Setup(args, run, base, data, evaluation, objective)
+    return Setup(args, run, base, data, Evaluation(run, base, data), objective)
 
 
 def _warn(run: Run[Arguments], warnings: Sequence[str]) -> None:
@@ -137,7 +126,9 @@ def fine_tune(setup: Setup) -> Trained:
     model, start = adapt(setup)
     parts = prepare_training(run, model, stream, collator)
     adapted: Any = run.accelerator.unwrap_model(parts.model)
-    _try_longest_prompt(setup, adapted)
+    prompts = list(setup.data.test.rows["prompt_length"])
+    longest = prompts.index(max(prompts))
+    setup.evaluation.generations(adapted, [longest])  # failures of generation come before training
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     facts = run_facts(setup, stream, steps, trainable)
     run.open(facts)
@@ -155,8 +146,7 @@ def fine_tune(setup: Setup) -> Trained:
 def adapt(setup: Setup) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return the base model with its adapter, and the weights of --init_adapter."""
     args, base = setup.args, setup.base.model
-    options = adapter_options(base, args)
-    model = build_adapter(base, args, strength=schedule_of(args), **options)
+    model = build_adapter(base, args, strength=schedule_of(args), **adapter_options(base, args))
     setup.data.check_positions(model)
     start: dict[str, Tensor] = {}
     if args.init_adapter is not None:
@@ -167,16 +157,6 @@ def adapt(setup: Setup) -> tuple[nn.Module, dict[str, Tensor]]:
     if setup.run.checkpoint is not None:
         load_checkpoint(model, setup.run.checkpoint)
     return model, start
-
-
-def _try_longest_prompt(setup: Setup, model: nn.Module) -> None:
-    """Answer the longest test prompt, so that failures of generation come before training."""
-    rows = setup.data.test.rows
-    lengths = list(rows["prompt_length"])
-    row = rows[lengths.index(max(lengths))]
-    prompt = row["input_ids"][: row["prompt_length"]]
-    ends = stop_token_ids(model, setup.base.tokenizer)
-    answer_prompts(model, [prompt], eos_token_id=ends, **vars(setup.base.sampling))
 
 
 def run_facts(
@@ -212,7 +192,7 @@ def report(setup: Setup, trained: Trained) -> dict[str, Any]:
     """Measure the trained model and the one that it started from, and write the report."""
     evaluation, test_rows = setup.evaluation, setup.data.test.rows
     at_end = evaluation.measure(trained.model)
-    preferences = (f"validation_{name}" for name in evaluation.kind.figures)
+    preferences = (f"validation_{name}" for name in setup.base.kind.figures)
     at_start = measure_start(setup, trained)
     question = test_rows[0]["instruction"]
     return finish(
@@ -241,7 +221,7 @@ def measure_start(setup: Setup, trained: Trained) -> Measurement:
             return evaluation.measure(trained.model)
 
     def load() -> PreTrainedModel:
-        model: Any = load_model(args, run.dtype, run.accelerator.device)[0]
+        model: Any = load_model(args, run.dtype)[0]
         return model.to(run.accelerator.device)
 
     return evaluation.measure(load_whole(run.accelerator, load))

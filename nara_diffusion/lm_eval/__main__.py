@@ -80,9 +80,8 @@ def with_config(args: argparse.Namespace) -> argparse.Namespace:
         flag = getattr(args, name, None)
         if isinstance(flag, dict):
             entries = simple_parse_args_string(value) if isinstance(value, str) else value
-            setattr(args, name, {**entries, **flag})
-        elif flag is None or flag is False:
-            setattr(args, name, value)
+            flag = {**entries, **flag}
+        setattr(args, name, value if flag is None or flag is False else flag)
     if hasattr(args, "include_path"):
         folders = args.include_path or []
         args.include_path = [str(TASKS), *([folders] if isinstance(folders, str) else folders)]
@@ -102,17 +101,14 @@ def read_config(config: str) -> dict[str, Any]:
     """
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
+    if Path(config).exists():
+        return EvaluatorConfig.load_yaml_config(config)
     presets = yaml.safe_load(PRESETS.read_text(encoding="utf-8"))
-    if not Path(config).exists() and config in presets:
-        return presets[config]
-    if not Path(config).exists():
+    if config not in presets:
         raise ValueError(
             f"--config {config} is not a file, nor one of the presets {', '.join(presets)}."
         )
-    try:
-        return EvaluatorConfig.load_yaml_config(config)
-    except TypeError as error:  # lm-eval's error for a file without keys
-        raise ValueError(str(error)) from None
+    return presets[config]
 
 
 if __name__ == "__main__":

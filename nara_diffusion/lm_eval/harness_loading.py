@@ -29,16 +29,12 @@ def load_adapted(
 
     The model is on its device and in evaluation mode.
     """
-    if pretrained is None and peft is None:
-        raise ValueError(
-            "--model_args names no model. Give pretrained=FOLDER_OR_REPOSITORY, peft=ADAPTER, or both."
-        )
-    if pretrained is None:
-        with naming_source(str(peft), CONFIG_NAME, "an adapter of PEFT's"):
-            pretrained = PeftConfig.from_pretrained(str(peft)).base_model_name_or_path
+    if pretrained is None and peft is not None:
+        with naming_source(peft, CONFIG_NAME, "an adapter of PEFT's"):
+            pretrained = PeftConfig.from_pretrained(peft).base_model_name_or_path
     if not pretrained:
         raise ValueError(
-            f"The adapter {peft} doesn't name its model. Add pretrained=… to --model_args."
+            "--model_args names no model, nor does an adapter. Add pretrained=FOLDER_OR_REPOSITORY."
         )
     if backbone.get("load_in_8bit") or backbone.get("load_in_4bit"):
         # quantised weights can't be moved later

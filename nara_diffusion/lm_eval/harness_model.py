@@ -46,8 +46,6 @@ logger = logging.getLogger(__name__)
 
 # requests of one call of log_likelihood: those of equal length share forwards
 _GROUP = 64
-Pair = tuple[list[int], list[int]]
-"""Token ids of a prompt and of its answer."""
 
 
 class NaraDLLM(LM):
@@ -228,8 +226,8 @@ class NaraDLLM(LM):
                 bar.update(len(batch))
         return results
 
-    def _pairs(self, requests: Sequence[Instance]) -> list[Pair]:
-        """Return the token ids of each request."""
+    def _pairs(self, requests: Sequence[Instance]) -> list[tuple[list[int], list[int]]]:
+        """Return the token ids of each request's prompt and answer."""
         prompts, answers, rooms = [], [], []
         room = self.max_length - len(self.opening)
         for request in requests:
@@ -252,7 +250,7 @@ class NaraDLLM(LM):
             "masked-diffusion model is a bound, which depends on how a text is cut into windows. Leave the task out."
         )
 
-    def _are_greedy(self, pairs: Sequence[Pair]) -> list[bool]:
+    def _are_greedy(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
         """Return whether sampling at temperature 0, one token per step, gives exactly each answer."""
         are_equal = [False] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][1]), len(pairs[i][0])))

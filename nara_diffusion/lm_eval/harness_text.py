@@ -27,7 +27,6 @@ _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_toke
 _DEFAULT_LENGTH = 256
 # set by task files, and ignored by greedy sampling
 _OF_OTHERS = ("top_k", "min_p", "num_beams", "repetition_penalty")
-_QUESTION = "QUESTION"  # a text that no template has after the user's
 
 
 def read_gen_kwargs(gen_kwargs: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -110,43 +109,31 @@ def encode_pair(
 ) -> tuple[list[int], list[int]]:
     """Return the token ids of a prompt and of its answer.
 
-    With a template, the prompt ends where the template ends, and the answer is encoded separately,
-    as in training. Without a template, the two lists together are the ids of the whole text. Spaces
-    at the end of the context, or of the start of the answer in it, go to the continuation, because
-    most vocabularies join a space to the next word.
+    With a template, the answer is encoded separately, as in training. Without a template, the two
+    lists together are the ids of the whole text. Spaces at the end of the context then go to the
+    continuation, because most vocabularies join a space to the next word.
 
     Raises:
         ValueError: the continuation has no token of its own.
     """
-    prompt = ""
-    if has_template:  # an answer may already have begun after the prompt (lm-eval's gen_prefix)
-        _, _, opening = prompt_text(tokenizer, _QUESTION).rpartition(_QUESTION)
-        prompt, context = context, ""
-        if opening and opening in prompt:
-            prompt, _, context = prompt.rpartition(opening)
-            prompt += opening
-    head = encode(tokenizer, prompt, has_template=True) if prompt else []
     stripped = context.rstrip()
-    continuation, context = context[len(stripped) :] + continuation, stripped
-
-    def ids(text: str) -> list[int]:
-        if prompt:
-            return token_ids(tokenizer, [text], add_special_tokens=False)[0]
-        return encode(tokenizer, text, has_template=has_template)
-
-    text_ids = ids(context + continuation)
-    if context or prompt:
-        length = len(ids(context))
+    if has_template:
+        prompt = encode(tokenizer, context, has_template=True)
+        answer = token_ids(tokenizer, [continuation], add_special_tokens=False)[0]
     else:
-        opening_ids = (tokenizer.bos_token_id, tokenizer.cls_token_id)
-        length = len(list(takewhile(opening_ids.__contains__, text_ids)))
-    if length >= len(text_ids):
-        end = (prompt + context)[-40:]
+        ids = encode(tokenizer, context + continuation, has_template=False)
+        if stripped:
+            length = len(encode(tokenizer, stripped, has_template=False))
+        else:
+            opening = (tokenizer.bos_token_id, tokenizer.cls_token_id)
+            length = len(list(takewhile(opening.__contains__, ids)))
+        prompt, answer = ids[:length], ids[length:]
+    if not answer:
         raise ValueError(
-            f"The continuation {continuation!r} adds no token to the context that ends with {end!r}, so it has no "
-            "likelihood. Leave that question out of the task."
+            f"The continuation {continuation!r} adds no token to the context that ends with {context[-40:]!r}, so "
+            "it has no likelihood. Leave that question out of the task."
         )
-    return head + text_ids[:length], text_ids[length:]
+    return prompt, answer
 
 
 def truncated_prompts(

@@ -20,8 +20,7 @@ from nara_diffusion.dllm.decoding import Sampling
 from nara_diffusion.dllm.masked_sampler import WholeText
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.models.pretrained import backbone_on_meta
-from nara_diffusion.dllm.prompt_places import place_prompts
-from nara_diffusion.dllm.sampling_state import State
+from nara_diffusion.dllm.sampling_state import Request, State
 from tests.acceptance._rehearsed import (
     Denoiser,
     Rehearsed,
@@ -62,11 +61,12 @@ class Text(Rehearsed):
     def sample(self, model: Any, device: str) -> Tensor:
         """Two prompts, guided; the host's read of the rows with a mask left is none of this step."""
         backbone, sampling = Backbone(model), Sampling(gen_length=128, block_length=32, cfg_scale=1.5)
+        prompts = torch.ones(2, PROMPT, dtype=torch.long)
+        request: dict[str, Any] = {"mask_token_id": 0, "ends": [0], "stops": [0], "configured_ends": []}
         with unset_fake_temporarily():  # prompts are read on the host, before they are moved
-            placed = place_prompts(backbone, torch.ones(2, PROMPT, dtype=torch.long), 128, 0, 0)
-        moved = [None if tensor is None else tensor.to(device) for tensor in placed]
-        tokens = torch.zeros(1, dtype=torch.long, device=device)
-        state = State(backbone, sampling, 0, tokens, tokens[:0], tokens, *moved, None)
+            state = State(Request(backbone=backbone, sampling=sampling, input_ids=prompts, **request))
+        for name, value in vars(state).items():
+            setattr(state, name, value.to(device) if isinstance(value, Tensor) else value)
         reader, places = WholeText(), state.positions[:, :32]
         state.step(reader, [0, 1], places, reader.level(state, places), 4)
         return state.sequences

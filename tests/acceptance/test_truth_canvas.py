@@ -151,7 +151,7 @@ def test_report_and_card_have_canvas_and_generation_options(
     assert facts["training data"].endswith(f"{args.train_file} (fields instruction, output, answer)")  # no train_on
     assert "answers 4 to 8, trained to 12 tokens (trained_padding gen_length)" in facts["canvas"]
     expected = {"block_length": block, **given}
-    assert [{name: how[name] for name in expected} for how in calls] == [expected] * 2
+    assert [{name: how[name] for name in expected} for how in calls] == [expected] * 3  # with the longest prompt
     card = (Path(args.output_dir) / "README.md").read_text()
     options_in_card = ", remasking='entropy', entropy_bound=0.1, confidence_eos_eot_inf=True)" if given else ")"
     assert (

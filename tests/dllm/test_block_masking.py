@@ -277,9 +277,9 @@ def test_validation_of_blocks_has_one_level_a_row(tmp_path: Path) -> None:
     )
     accelerator = SimpleNamespace(device="cpu", num_processes=1, process_index=0, distributed_type="NO")
     run: Any = SimpleNamespace(args=args, accelerator=accelerator)
-    tokenizer: Any = None
-    collator = AnswerCollator(0, trained_padding=0)
-    evaluation = Evaluation(run, tokenizer, ROWS, ROWS, collator, args.sampling(), BLOCKS)
+    base: Any = SimpleNamespace(kind=BLOCKS)
+    data: Any = SimpleNamespace(validation_rows=ROWS, collator=AnswerCollator(0, trained_padding=0))
+    evaluation = Evaluation(run, base, data)
     levels = torch.tensor(draw_noise_levels(range(3), 7, 3))
     options: dict[str, Any] = BATCH | {"seed": 7, "noise_level": levels}
     batch = masked_diffusion_loss(model, **options)

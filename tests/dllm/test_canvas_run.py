@@ -128,9 +128,9 @@ def test_options_choose_the_layers_and_the_encoders_loss(tmp_path):
 def test_card_of_twin_lora_warns_against_merging(adapter, kind, tmp_path):
     args = arguments(tmp_path, adapter=adapter)
     run = SimpleNamespace(args=args, folder=tmp_path, hub_id=None)
-    parts = {"run": run, "kind": kind, "sampling": args.sampling()}
+    base = SimpleNamespace(kind=kind, sampling=args.sampling())
     measured = SimpleNamespace(generations=[])
-    card = describe(SimpleNamespace(**parts), measured, measured, "sort: zebra")["loading"]
+    card = describe(SimpleNamespace(run=run, base=base), measured, measured, "sort: zebra")["loading"]
     assert ("Don't merge this adapter" in card) == (adapter != "nara" and kind is CANVAS)
 
 

@@ -168,7 +168,7 @@ def test_first_incomplete_record_is_named(tmp_path: Path, form: str) -> None:
         read_records(file)
 
 
-# ---------------------------------------------------------------------- folders of save_to_disk
+# ---------------------------------------------------------------------- folders, and records of another form
 
 
 def pairs(*texts: str) -> Dataset:
@@ -179,32 +179,22 @@ def outputs(records: Dataset) -> list[str]:
     return records["output"][:]
 
 
-def test_saved_folder_is_read_and_left_unchanged(tmp_path: Path) -> None:
-    pairs("a", "b").save_to_disk(tmp_path / "one")
-    datasets.DatasetDict(train=pairs("c"), dev=pairs("d", "e")).save_to_disk(tmp_path / "two")
+def test_folder_is_read_by_its_splits(tmp_path: Path) -> None:
+    datasets.DatasetDict(train=pairs("c"), test=pairs("d", "e")).save_to_disk(tmp_path / "two")
     files = sorted(tmp_path.rglob("*"))
-    assert outputs(read_records(tmp_path / "one")) == ["A", "B"]
     assert outputs(read_records(tmp_path / "two")) == ["C"]
-    dev = read_records(f"{tmp_path}/two:dev")
-    assert outputs(dev) == ["D", "E"]
-    assert dev.info.description.startswith(f"{tmp_path}/two:dev (fields prompt")
+    test = read_records(f"{tmp_path}/two:test")
+    assert outputs(test) == ["D", "E"]
+    assert test.info.description.startswith(f"{tmp_path}/two:test (fields prompt")
     assert sorted(tmp_path.rglob("*")) == files
-    with pytest.raises(ValueError, match=f"{tmp_path}/two has no part 'test': name {tmp_path}/two:train or .*two:dev"):
-        read_records(f"{tmp_path}/two:test")
-
-
-def test_run_uses_the_parts_of_a_saved_folder(tmp_path: Path) -> None:
-    parts = {"train": pairs(*"abcd"), "validation": pairs("x", "y", "z"), "test": pairs("u", "v")}
-    datasets.DatasetDict(parts).save_to_disk(tmp_path / "own")
-    named = {"pretrained_model_name_or_path": "none", "train_file": str(tmp_path / "own")}
-    args = Arguments(**named)
-    assert (args.validation_file, args.test_file) == (f"{tmp_path}/own:validation", f"{tmp_path}/own:test")
-    assert [outputs(records) for records in load_records(args)] == [list("ABCD"), list("XYZ"), list("UV")]
-    file = write(tmp_path / "mine.jsonl", {"prompt": "m", "completion": "M"})
-    explicit = Arguments(**named, validation_file=str(file), test_file=str(file))
-    assert [outputs(records) for records in load_records(explicit)] == [list("ABCD"), ["M"], ["M"]]
-    held_out = Arguments(**named, validation_samples=1)
-    assert [len(records) for records in load_records(held_out)] == [3, 1, 2]
+    with pytest.raises(ValueError, match=f"^{tmp_path}/two:dev can't be read: .*dev"):
+        read_records(f"{tmp_path}/two:dev")
+    pairs("a").save_to_disk(tmp_path / "one")
+    with pytest.raises(ValueError, match=f"^{tmp_path}/one can't be read: .*save_to_disk"):
+        read_records(tmp_path / "one")
+    file = write(tmp_path / "own.jsonl", {"prompt": "a", "completion": "b"})
+    with pytest.raises(ValueError, match=f"there is no file {file}:test"):  # a file has no splits
+        read_records(f"{file}:test")
 
 
 PAIRED, CONVERSED = {"prompt": "a", "completion": "b"}, {"messages": messages(*CHAT)}
@@ -242,7 +232,7 @@ def test_held_out_records_error_has_its_file_number(tmp_path: Path, chat: bool) 
     number = load_records(args)[1]["number"][0]
     many[number] = {"messages": messages(("user", "w6"), ("assistant", "w7"), ("user", "<mask> w20"), CHAT[1])}
     write(file, *many)
-    message = r" has '<mask>' in its text, and so holds the mask" if chat else r": the conversation .* … needs a chat"
+    message = r" has '<mask>' in its text, and so holds the mask" if chat else ": Cannot use chat template"
     with pytest.raises(ValueError, match=rf"^record {number + 1} of {file}{message}"):
         encode_records(load_records(args)[1], word_tokenizer(40, chat=chat), max_length=64)
 

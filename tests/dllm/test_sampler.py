@@ -143,33 +143,25 @@ def test_configured_end_token_is_never_predicted_or_last(
 # ---------------------------------------------------------------- Dream
 
 
-def test_dream_without_prompt_answers_after_a_bos_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dream_answers_by_hand_and_refuses_empty_prompts() -> None:
     model, by_hand = load_backbone(DREAM_TINY)[0], DreamByHand()
-    prompts = torch.tensor([[5, 5, 5], [9, 8, 7]])
-    result: Any = generate(model, prompts, gen_length=4, prompt_lengths=[0, 3], stop_at_eos=False, return_stats=True)
-    assert result.prompt_lengths.tolist() == [1, 3]
+    prompts = torch.tensor([[DREAM_BOS, 5, 5], [9, 8, 7]])
+    result: Any = generate(model, prompts, gen_length=4, prompt_lengths=[1, 3], stop_at_eos=False, return_stats=True)
     for row, prompt in enumerate(([DREAM_BOS], [9, 8, 7])):
         expected, _ = greedy(by_hand, prompt, gen_length=4, block_length=4, mask=DREAM_MASK)
         assert result.answers[row].tolist() == expected
         assert result.sequences[row, : len(prompt) + 4].tolist() == prompt + expected
-    nothing = torch.zeros(2, 0, dtype=torch.long)
-    alone: Any = generate(model, nothing, gen_length=4, stop_at_eos=False)
-    assert alone.tolist() == [result.sequences[0, :5].tolist()] * 2
-    rows = torch.tensor([[70, 71, 72, 0, 0], [9, 8, 75, 76, 77], [73, 0, 0, 0, 0]])
-    with pytest.raises(ValueError, match=r"an answer begins its row, .* nothing predicts the first"):
-        masked_diffusion_loss(model, rows, [0, 2, 0])
+    with pytest.raises(ValueError, match=r"an empty prompt, .* predicts the next token, .* begin the prompt with"):
+        generate(model, prompts, gen_length=4, prompt_lengths=[0, 3])
+    rows = torch.tensor([[DREAM_BOS, 70, 71, 72, 0], [9, 8, 75, 76, 77], [DREAM_BOS, 73, 0, 0, 0]])
     pairs = [([DREAM_BOS], [70, 71, 72]), ([9, 8], [75, 76, 77]), ([DREAM_BOS], [73])]
     log_p = lambda ids, level: by_hand([ids], level)[0].log_softmax(-1)  # noqa: E731
     expected = [float(bound(*pair, DREAM_MASK, log_p)) for pair in pairs]
-    assert log_likelihood(model, rows, [0, 2, 0], answer_lengths=[3, 3, 1]).tolist() == pytest.approx(
-        expected, rel=1e-5
-    )
-    monkeypatch.setattr(model.config, "bos_token_id", None)
-    message = "an empty prompt, .* predicts the next token, .* bos_token_id: begin the prompt with a token"
-    with pytest.raises(ValueError, match=message):
-        log_likelihood(model, torch.tensor([[70, 71]]), [0])
-    with pytest.raises(ValueError, match=message):
-        generate(model, nothing, gen_length=2)
+    actual = log_likelihood(model, rows, [1, 2, 1], answer_lengths=[3, 3, 1]).tolist()
+    assert actual == pytest.approx(expected, rel=1e-5)
+    for function in (masked_diffusion_loss, log_likelihood):
+        with pytest.raises(ValueError, match=r"an answer begins its row, .* nothing predicts the first"):
+            function(model, rows, [0, 2, 0])
 
 
 # ---------------------------------------------------------------- what is refused

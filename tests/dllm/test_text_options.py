@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import pytest
@@ -116,8 +116,10 @@ def test_evaluation_has_each_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = SimpleNamespace(device="cpu", num_processes=1, process_index=0, distributed_type="NO")
     args = arguments(extract="number", eval_batch_size=3, curve_points=4)
     run: Any = SimpleNamespace(args=args, accelerator=accelerator, is_main=True, global_batch=2)
-    rows, collator = Dataset.from_list([{"instruction": "q"}] * 7), cast(Any, collate)
-    evaluation = text_report.Evaluation(run, cast(Any, None), rows, rows.select([0]), collator, args.sampling(), kind)
+    rows = Dataset.from_list([{"instruction": "q"}] * 7)
+    base: Any = SimpleNamespace(tokenizer=None, kind=kind, sampling=args.sampling())
+    data: Any = SimpleNamespace(validation_rows=rows, test=SimpleNamespace(rows=rows.select([0])), collator=collate)
+    evaluation = text_report.Evaluation(run, base, data)
     measured = evaluation.measure(nn.Identity())
     assert calls[0]["extract"] == "number"
     assert [options["batch_size"] for options in calls] == [3, 3]

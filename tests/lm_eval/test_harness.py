@@ -141,12 +141,17 @@ def test_encode_pair_is_the_whole_text_divided() -> None:
     assert encode_pair(tokenizer, "", "ab", has_template=False) == ([], tokenizer("ab").input_ids)
     with pytest.raises(ValueError, match="The continuation '' adds no token"):
         encode_pair(tokenizer, "one", "", has_template=False)
-    question = [{"role": "user", "content": "copy: ab"}]
-    context = templated(tokenizer, [*question, {"role": "assistant", "content": "ab "}], add_generation_prompt=False)
-    prompt, answer = encode_pair(tokenizer, context, "cd", has_template=True)  # the start of an answer is given
-    opening = encode(tokenizer, templated(tokenizer, question), has_template=True)
-    assert prompt[: len(opening)] == opening
-    assert prompt[len(opening) :] + answer == tokenizer("ab cd", add_special_tokens=False).input_ids
+    prompt, answer = encode_pair(tokenizer, "ab ", "cd", has_template=False)
+    assert (prompt, prompt + answer) == (tokenizer("ab").input_ids, tokenizer("ab cd").input_ids)
+
+
+def test_encode_pair_keeps_an_answers_start_in_prompt() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(LLADA_TINY)
+    turns = [{"role": "user", "content": "copy: ab"}, {"role": "assistant", "content": "ab"}]
+    context = templated(tokenizer, turns, add_generation_prompt=False)
+    prompt, answer = encode_pair(tokenizer, context, " cd", has_template=True)
+    assert prompt == encode(tokenizer, context, has_template=True)
+    assert answer == tokenizer(" cd", add_special_tokens=False).input_ids
 
 
 def test_read_gen_kwargs_takes_lm_evals_names_only() -> None:

@@ -72,7 +72,7 @@ def _sampling(backbone: Backbone, sampling: Sampling, chat: bool) -> Sampling:
 
 
 def _generate(request: Request) -> Generation:
-    state = State.of(request)
+    state = State(request)
     fill_blocks(state, request.on_step_end, request.use_cache is not False)
     return state.generation()
 

@@ -84,7 +84,7 @@ def _generate(request: Request) -> Generation:
         )
     backbone, sampling = request.backbone, request.sampling
     reader = WholeText() if sampling.cache is None else CachedText(backbone, sampling)
-    state = State.of(request)
+    state = State(request)
     state.fill(reader, request.on_step_end)
     return state.generation()
 

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from nara_flags.text import TextFlags
 
 from ..batches import AnswerCollator
+from ..canvas_loss import BlockDiffusionLoss
 from ..decoding import Sampling
+from ..loss import MaskedDiffusionLoss
 from ..models.backbone import Backbone
 from ..models.model_traits import ModelTraits
+from ..preference_loss import PreferenceLoss
 from ..sampling_state import Generation, Request
 
-
-class TextLoss(Protocol):
-    """The loss of a batch: the scalar to differentiate, the loss of each row, and λ.
-
-    λ is (b,), or (b, k) if a model with blocks drew one for each block.
-    """
-
-    @property
-    def loss(self) -> Tensor: ...
-    @property
-    def per_sample(self) -> Tensor: ...
-    @property
-    def noise_level(self) -> Tensor: ...
+TextLoss = MaskedDiffusionLoss | BlockDiffusionLoss | PreferenceLoss
+"""The loss of a batch. It has the scalar to differentiate, the loss of each row, and λ: (b,), or (b, k)
+if a model with blocks drew one for each block."""
 
 
 class PlannedForward(NamedTuple):

@@ -45,6 +45,7 @@ class Backbone:
     Attributes:
         model: the outermost module; every forward enters its `__call__`.
         language_model: the outermost model of transformers in it, or None.
+        entered: the modules from `model` to `language_model`, whose forwards call each other.
         is_shifted: True if it was trained to predict the next token (Dream), so that nothing
             predicts the first one.
         traits: the facts about the class of `language_model`.
@@ -53,7 +54,9 @@ class Backbone:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.language_model: PreTrainedModel | None = None
+        self.entered: list[nn.Module] = []
         for module in model.modules():
+            self.entered.append(module)
             if isinstance(module, PreTrainedModel):
                 self.language_model = module
                 break
@@ -107,23 +110,6 @@ class Backbone:
                 "load_backbone(…, mask_token_id=N), or pass mask_token_id=N here"
             )
         return int(mask)
-
-    def opening_token(self) -> int | None:
-        """Return BOS if it has to precede an answer without a prompt; None if it doesn't.
-
-        Raises:
-            ValueError: the model needs one, and its configuration names none.
-        """
-        if not self.is_shifted:
-            return None
-        token = self.configured("bos_token_id")
-        if token is None:
-            raise ValueError(
-                "there is an empty prompt, this model predicts the next token, so nothing "
-                "predicts the first one, and its configuration has no bos_token_id: begin the "
-                "prompt with a token, or set model.config.bos_token_id"
-            )
-        return int(token)
 
     @property
     def virtual_tokens(self) -> int:
@@ -209,11 +195,10 @@ class Backbone:
         if inner is None or any(self.configured(name) not in (None, 1.0) for name in _LOGIT_FIELDS):
             return None
         head = inner.get_output_embeddings()
-        path = [] if head is None else _path(self.model, head)
-        for module in path:
-            if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
+        for module in (*self.entered, head):
+            if getattr(module, "_compiled_call_impl", None) or hasattr(module, "_orig_mod"):
                 return None
-        return head if path else None
+        return head
 
     def _forward(self, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Any) -> Tensor:
         inputs["attention_mask"] = attention_mask
@@ -235,20 +220,6 @@ class Backbone:
                 "FlashAttention, needs another attn_implementation"
             )
         return states[:, extra:]
-
-
-def _path(module: nn.Module, last: nn.Module) -> list[nn.Module]:
-    """Return the modules from `module` to `last`, a module in it; empty if it isn't there.
-
-    The search begins with the last child, since a head comes after the layers.
-    """
-    if module is last:
-        return [module]
-    for child in reversed(module._modules.values()):
-        path = [] if child is None else _path(child, last)
-        if path:
-            return [module, *path]
-    return []
 
 
 @contextmanager

@@ -131,14 +131,16 @@ def load_backbone(
     tokenizer = load_tokenizer(name, family=fields.get("model_type", ""), **hub)
     mask = None
     if fields.get("model_type") != "diffusion_gemma":  # that one has random tokens
-        size = config.vocab_size
-        mask = find_mask_token(name, tokenizer, fields, size, mask_token_id, mask_token)
+        mask = find_mask_token(
+            name, tokenizer, fields, config.vocab_size, mask_token_id, mask_token
+        )
     if is_renamed:
         kwargs["key_mapping"] = KEY_MAPPING
     if load_in_4bit or load_in_8bit:
         check_roundable(config)
-        dtype = kwargs.get("dtype")
-        kwargs["quantization_config"] = quantization(load_in_4bit, load_in_8bit, dtype)
+        kwargs["quantization_config"] = quantization(
+            load_in_4bit, load_in_8bit, kwargs.get("dtype")
+        )
     try:
         model, loading = model_class.from_pretrained(
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs

@@ -6,7 +6,7 @@ shifting the logits after it, and costs less:
     head(cat(h[:, :1], h[:, :-1])) = cat(logits[:, :1], logits[:, :-1])
 
 Nothing predicts the first token of a sequence: position 0 has the distribution of token 1. So no
-answer may begin there; without a prompt, a BOS token comes first, as in Dream's own evaluation.
+answer may begin there: a prompt begins with a BOS token, as in Dream's own evaluation.
 """
 
 from __future__ import annotations

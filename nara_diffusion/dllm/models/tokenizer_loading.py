@@ -82,8 +82,8 @@ def find_mask_token(
                 f"mask_token {mask_token!r} isn't a token of {name}: name one from its vocabulary"
             )
     unnamed = [tokenizer.get_vocab().get(usual) for usual in _MASKS]
-    for candidate in (fields.get("mask_token_id"), tokenizer.mask_token_id, *unnamed):
-        mask = candidate if mask is None else mask
+    candidates = (mask, fields.get("mask_token_id"), tokenizer.mask_token_id, *unnamed)
+    mask = next((token for token in candidates if token is not None), None)
     if mask is None:
         raise ValueError(
             f"neither config.json nor the tokenizer of {name} names a mask token: call "
@@ -117,10 +117,8 @@ def set_special_tokens(
     configured = getattr(config, "eos_token_id", None)
     if isinstance(configured, list):
         configured = configured[0] if configured else None
-    end = None
-    for candidate in (configured, tokenizer.eos_token_id, tokenizer.sep_token_id):
-        if end is None and candidate is not None and text(candidate) is not None:
-            end = candidate
+    ends = (configured, tokenizer.eos_token_id, tokenizer.sep_token_id)
+    end = next((token for token in ends if token is not None and text(token) is not None), None)
     if end is None or end != configured:
         config.eos_token_id = end
     for name in ("eos_token", "pad_token"):
