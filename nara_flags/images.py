@@ -295,9 +295,9 @@ class ImageFlags(
 
     The output folder then has: pytorch_nara_weights.safetensors (for pipe.load_nara_weights; for the
     files of other methods see nara_diffusion/dreambooth/denoiser_files.py), README.md (the model card,
-    which says how to load them), samples.png (before, after, and what the autoencoder can show), the
-    samples themselves, noise_level_curve.png, results.json, metrics.jsonl, config.yaml,
-    samples-by-step.png, and checkpoint-N folders to resume from.
+    which says how to load them), samples.png (before and after), the samples themselves,
+    noise_level_curve.png, results.json, metrics.jsonl, config.yaml, samples-by-step.png, and
+    checkpoint-N folders to resume from.
     """
 
     def __post_init__(self) -> None:

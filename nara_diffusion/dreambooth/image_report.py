@@ -73,8 +73,7 @@ def subject_card(evaluation: Evaluation, after: Measurement, data: str) -> dict[
     prompts = counted(len(settings.prompts), "prompt")
     ending = (
         f"Over {samples} of {prompts}. Similarity is the mean cosine of samples and images of the "
-        "subject, as they are and as the model's autoencoder shows them (encoded and decoded). "
-        "Alignment is the mean cosine of samples and their prompts. Figures of different encoders "
+        "subject. Alignment is the mean cosine of samples and their prompts. Figures of different encoders "
         "can't be compared. Alignment often falls a little while similarity rises. If samples no "
         "longer show what prompts ask for, train fewer steps, or use a strength below 1."
     )

@@ -30,7 +30,6 @@ from .image_report import best_by_both, figures, forgetting, subject_card
 from .masks import with_masks
 from .pipelines import load_base, sharing_pipeline, training_sizes
 from .placement import take_turns
-from .reconstruction import reconstruct
 from .samples import SampleSettings, sample_call
 from .source_images import records_of_pairs
 from .task import Task
@@ -39,7 +38,6 @@ from .validation_loss import ValidationLoss
 
 FIGURES = {
     "similarity": "similarity to the subject",
-    "similarity_as_shown": "similarity to it as the autoencoder shows it",
     "text_alignment": "alignment with the prompt",
     "validation_loss": "validation loss",
 }
@@ -253,7 +251,6 @@ def subject_task(subject: Subject) -> Task:
         ),
         [record.load() for record in instances],
         **subject.encoders,
-        reconstruction=reconstruct(subject.pipe.vae, dataset.plain_samples()),
     )
     titles, noun = FIGURES, "image"
     if dataset.has_sources:
@@ -303,7 +300,6 @@ def of_pairs(subject: Subject, settings: SampleSettings) -> dict[str, Any]:
         "sources": sources,
         "references": targets,
         "alignment": None,
-        "reconstruction": None,
     }
 
 
