@@ -27,7 +27,6 @@ from nara_diffusion.utils.digests import digest_file, digest_texts
 from nara_diffusion.utils.repositories import local_folder
 
 from .caches import PromptCache
-from .cut_prompts import prompt_sources, warn_of_cut_prompts
 from .denoiser_files import adapter_loaded
 from .draws import seeded_normal
 from .encoders import load_encoders
@@ -91,8 +90,6 @@ def load_distillation(args: DreamBoothArguments, run: Run) -> Distillation:
     encoders = load_encoders(args, run.accelerator.device)
 
     pipe: Any = load_base(args, run).to(run.accelerator.device)
-    if run.is_main:
-        warn_of_cut_prompts(pipe, prompt_sources(args))
     family = run_family(args, pipe)
     teacher, student = (sharing_pipeline(pipe, run.dtype) for _ in range(2))
     few_steps = few_steps_of(

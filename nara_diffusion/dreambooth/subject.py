@@ -18,7 +18,6 @@ from nara_diffusion.utils.wording import counted
 
 from .block_swap import BlockSwap
 from .class_images import generate_class_images
-from .cut_prompts import prompt_sources, warn_of_cut_prompts
 from .dataset import DreamBoothDataset, collate_samples
 from .encoders import load_encoders
 from .expert_swap import ExpertSwap
@@ -134,8 +133,6 @@ def load_subject(args: DreamBoothArguments, run: Run) -> Subject:
     run.record_data_digest("training data", digests)
     if run.is_main:
         dataset.log_sizes()
-        records = [*dataset.instances, *held_out, *dataset.class_images]
-        warn_of_cut_prompts(pipe, prompt_sources(args, records))
     measured_on = DreamBoothDataset(held_out, sizes[0], **cut) if held_out else dataset
     captions = [records[0].prompt for records in images]  # one of each folder comes first
     captions += [record.prompt for record in dataset.instances]
