@@ -227,7 +227,7 @@ def test_validation_loss_is_that_of_each_expert(tmp_path: Path) -> None:
     pipe = small_wan_experts()
     family = run_family(arguments(), pipe)
     step, samples = step_of(pipe), samples_of(tmp_path).plain_samples()
-    loss = ValidationLoss(step.objective.unweighted, step.latents, samples, family, 0, 4, 2, step.prompts)
+    loss = ValidationLoss(step, samples, family, 4, 2)
     with recorded(pipe) as calls:
         loss.curve(pipe, Accelerator(cpu=True))
     assert [name for name, *_ in calls] == ["transformer_2"] * 2 + ["transformer"] * 6

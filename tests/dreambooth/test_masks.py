@@ -278,7 +278,8 @@ def test_validation_loss_has_the_weights_too(folder: Path) -> None:
     curves = []
     for floor, images in ((0.0, samples), (0.25, black), (0.25, with_colour(samples, None))):
         cache = LatentCache(pipe.vae, mask_floor=floor)
-        loss = ValidationLoss(build_objective(pipe.scheduler), cache, images, SDXL, seed=4, points=2, batch_size=2)
+        step = TrainingStep(pipe.unet, build_objective(pipe.scheduler), cache, None, torch.device("cpu"), seed=4)
+        loss = ValidationLoss(step, images, SDXL, points=2, batch_size=2)
         curves.append(loss.curve(pipe, Accelerator()))
     fresh_accelerate()
     torch.testing.assert_close(curves[1], 0.25 * curves[2])
