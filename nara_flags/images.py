@@ -201,7 +201,7 @@ class FewStepArguments:
     distill_to: FewSteps | None = option(
         None,
         "Teach the model to sample in so many steps, 1 to 8, without guidance. It needs prompts and no images; the "
-        "teacher takes --num_inference_steps with --guidance_scale, and --init_adapter is part of it.",
+        "teacher takes --num_inference_steps with --guidance_scale.",
         unit="steps",
     )
     prompts_file: str | None = option(
@@ -352,9 +352,9 @@ _NO_PART = (
     "snr_gamma", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "noise_offset", "caption_dropout",
     "random_flip", "center_crop", "aspect_ratio_buckets", "num_class_images", "prior_loss_weight",
     "flow_shift", "block_swap", "expert", "dataset_config", "trigger", "repeats",
-    "alpha_mask", "mask_floor",
+    "alpha_mask", "mask_floor", "init_adapter",
 )  # fmt: skip
-"""Arguments that concern images, or levels that a distillation sets itself."""
+"""Arguments that concern images, levels that a distillation sets itself, or its start."""
 
 
 def _check_distillation(args: ImageFlags) -> None:

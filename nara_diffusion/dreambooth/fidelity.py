@@ -59,7 +59,6 @@ class Evaluation:
     alignment: Encoder | None = None  # compares samples with their prompts
     has_teacher: bool = False  # whether each sample has a teacher's sample in `references`
     sources: Sequence[Image] = ()  # the image that each prompt edits to `references`
-    beside: str | None = None  # an adapter of `pipe` that stays active
     # by optimizer step; between the start and the end with one sample per prompt
     history: dict[int, Measurement] = field(default_factory=dict)
 
@@ -77,7 +76,7 @@ class Evaluation:
         """
         accelerator, settings = self.run.accelerator, settings or self.settings
         devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), adapter_loaded(self.pipe, folder, self.beside):
+        with torch.random.fork_rng(devices), adapter_loaded(self.pipe, folder):
             images = sample_images(self.pipe, settings, accelerator, desc=f"sample {name}")
             curve = self.loss.curve(self.pipe, accelerator).mean(1)
         return Measurement(

@@ -109,7 +109,7 @@ def load_subject(args: DreamBoothArguments, run: Run) -> Subject:
     )
     # errors that need the model come before hours of making class images
     sizes = [training_sizes(folder, family, pipe) for folder in folders]
-    check_target_modules(step.model, getattr(config, "target_modules", None))
+    check_target_modules(getattr(pipe, family.denoiser), getattr(config, "target_modules", None))
     cut: Any = {"batch_size": args.train_batch_size, "seed": args.seed}
     dataset = DreamBoothDataset(
         [],
