@@ -304,16 +304,10 @@ def place_models(subject: Subject, sampling: DiffusionPipeline) -> None:
     for pipe in (subject.pipe, sampling):
         take_turns(pipe, family, device, staying, is_tight=args.is_quantised or args.block_swap > 0)
     if subject.step.prompts is not None:
-        images = [*subject.dataset.instances, *subject.dataset.class_images]
         dropped = [""] if args.caption_dropout else []
-        prompts = [image.prompt for image in [*images, *subject.measured_on.instances]]
-        if family.source_encoder is None:
-            subject.step.prompts.fill(dict.fromkeys([*dropped, *prompts]))
-        else:
-            samples = subject.dataset.plain_samples() + subject.measured_on.plain_samples()
-            for sample in samples:
-                texts = [sample.prompt, *dropped]
-                subject.step.prompts.fill(texts, [sample] * len(texts))
+        for sample in subject.dataset.plain_samples() + subject.measured_on.plain_samples():
+            subject.step.prompts.fill([*dropped, sample.prompt], sample)
+        subject.step.prompts.fill(image.prompt for image in subject.dataset.class_images)
     if family.experts is not None:
         if device.type != "cpu":
             ExpertSwap(subject.pipe, family, device).attach(sampling)
