@@ -28,9 +28,9 @@ from nara_diffusion.noise.context import find_holders
 from nara_diffusion.training.adapters import CORE_FIELDS, check_target_modules
 from nara_diffusion.training.engine_models import recompute_activations
 
-from .block_swap import checkpoint_of, resident
 from .families import Family, Placed
 from .pipelines import family_of
+from .swaps import checkpoint_of, resident
 
 ADAPTER = "default"
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]

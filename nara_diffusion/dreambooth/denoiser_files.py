@@ -30,10 +30,10 @@ from nara_diffusion.loaders.tensor_files import load_peft_adapter
 from nara_diffusion.strict import check_loaded, check_tensors
 from nara_diffusion.training.adapter_weights import TRAINABLE
 
-from .block_swap import resident
 from .denoiser import ADAPTER, AdaptedDenoiser
 from .families import HIGH, LOW
 from .pipelines import family_of
+from .swaps import resident
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 EXPERT_LORAS = {

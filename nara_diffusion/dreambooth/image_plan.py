@@ -25,13 +25,13 @@ from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.planned_step import PlannedStep, dtype_of
 from nara_diffusion.utils.quantised import INT8, NF4
 
-from .block_swap import chosen_blocks, swappable
 from .dataset import TrainingSample, collate_samples
 from .denoiser import AdaptedDenoiser
 from .families import Family, Placed
 from .image_arguments import DreamBoothArguments, folder_arguments, run_family
 from .image_records import ImageRecord
 from .pipelines import family_named, model_index, modules_of, quantised_parts, training_sizes
+from .swaps import chosen_blocks, swappable
 from .training_step import training_step
 
 _WIDTHS = ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim", "text_dim")

@@ -16,11 +16,9 @@ from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.run import Run
 from nara_diffusion.utils.wording import counted
 
-from .block_swap import BlockSwap
 from .class_images import generate_class_images
 from .dataset import DreamBoothDataset, collate_samples
 from .encoders import load_encoders
-from .expert_swap import ExpertSwap
 from .families import Family
 from .fidelity import Evaluation, Measurement
 from .image_arguments import DreamBoothArguments, folder_arguments, run_family
@@ -31,6 +29,7 @@ from .pipelines import load_base, sharing_pipeline, training_sizes
 from .placement import take_turns
 from .samples import SampleSettings, sample_call
 from .source_images import records_of_pairs
+from .swaps import BlockSwap, ExpertSwap
 from .task import Task
 from .training_step import TrainingStep, training_step
 from .validation_loss import ValidationLoss

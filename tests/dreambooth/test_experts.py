@@ -21,11 +21,11 @@ from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, collate_samples
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.draws import ExpertDraw
-from nara_diffusion.dreambooth.expert_swap import ExpertSwap
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, run_family
 from nara_diffusion.dreambooth.image_plan import planned_image_step
 from nara_diffusion.dreambooth.image_records import records_from_folder
 from nara_diffusion.dreambooth.pipelines import family_of, modules_of, sharing_pipeline
+from nara_diffusion.dreambooth.swaps import ExpertSwap
 from nara_diffusion.dreambooth.training_step import expert_levels, training_step
 from nara_diffusion.dreambooth.validation_loss import ValidationLoss
 from nara_diffusion.training.live_storages import nbytes
