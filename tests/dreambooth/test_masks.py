@@ -124,7 +124,7 @@ def test_unusable_masks_are_refused_in_one_line(folder: Path, tmp_path: Path) ->
     grey((30, 21)).save(images / "mask" / "01.png")
     refused(r"mask/01.png is 30 x 21 pixels, but its image 30 x 20: save both in one size")
     grey((30, 20)).save(images / "mask" / "1.png")
-    refused(r"mask has masks without an image: '1.png'. Name each like its image, or remove it")
+    refused(r"mask has files without an image of the same name \('1.png'\): remove them")
 
 
 def test_options_reach_masks_and_weights(tmp_path: Path) -> None:
