@@ -22,10 +22,11 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import pixel_unshuffle
+from torch.nn.utils.rnn import pad_sequence
 
 from .dataset import TrainingSample
 from .draws import seeded_normal
-from .families import Embeddings, Family, stack_padded
+from .families import Embeddings, Family
 from .pipelines import family_of
 from .placement import device_of
 
@@ -189,7 +190,7 @@ class PromptCache:
             if self.family.source_encoder is not None and sample is not None:
                 key = "\n".join([*sample.source_keys, prompt])
             entries.append(self.cache.get(key, partial(self._encode, prompt, sample)))
-        return tuple(stack_padded(parts) for parts in zip(*entries, strict=True))
+        return tuple(pad_sequence([*parts], batch_first=True) for parts in zip(*entries, strict=True))
 
     def _encode(self, prompt: str, sample: TrainingSample | None) -> list[Tensor]:
         encode = self.family.source_encoder

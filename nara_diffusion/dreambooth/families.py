@@ -52,10 +52,6 @@ class Experts:
     boundary: float  # that timestep
     trained: tuple[str, ...] = (HIGH, LOW)
 
-    def at(self, timestep: Tensor) -> str:
-        """Return the name of the denoiser that the pipeline calls at a timestep, ()."""
-        return HIGH if timestep >= self.boundary else LOW
-
 
 @dataclass(frozen=True)
 class Family:
@@ -110,7 +106,9 @@ class Family:
 
     def denoiser_at(self, timestep: Tensor) -> str:
         """Return the name of the denoiser that the pipeline calls at a timestep, ()."""
-        return self.denoiser if self.experts is None else self.experts.at(timestep)
+        if self.experts is None:
+            return self.denoiser
+        return HIGH if timestep >= self.experts.boundary else LOW
 
     @property
     def sample_call(self) -> dict[str, Any]:
@@ -174,8 +172,3 @@ def _computing_dtype(denoiser: nn.Module) -> torch.dtype:
         if not any(part in name for part in in_float32):
             return parameter.dtype
     return torch.float32
-
-
-def stack_padded(tensors: Sequence[Tensor]) -> Tensor:
-    """Stack tensors (l_i, …) into (b, l, …), and pad the shorter ones with zeros."""
-    return nn.utils.rnn.pad_sequence(list(tensors), batch_first=True)

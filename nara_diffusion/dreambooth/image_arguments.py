@@ -40,15 +40,14 @@ class DreamBoothArguments(ImageFlags):
         if self.trigger is not None:
             check_prompt(self.trigger, "trigger")
         for name in ("instance_prompt", "class_prompt"):
-            prompt = getattr(self, name)
-            if prompt is not None:
-                check_prompt(prompt, name)
+            if getattr(self, name) is not None:
+                prompt = check_prompt(getattr(self, name), name)
                 setattr(self, name, put_trigger(prompt, self.trigger))
         if self.validation_prompts is not None:
-            for prompt in self.validation_prompts:
-                check_prompt(prompt, "a validation prompt")
-            prompts = [put_trigger(prompt, self.trigger) for prompt in self.validation_prompts]
-            self.validation_prompts = prompts
+            prompts = [
+                check_prompt(text, "a validation prompt") for text in self.validation_prompts
+            ]
+            self.validation_prompts = [put_trigger(prompt, self.trigger) for prompt in prompts]
 
 
 FOLDER_KEYS = (

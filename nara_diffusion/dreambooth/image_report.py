@@ -145,8 +145,7 @@ def loading_code(
     dtypes: dict[str | None, str] = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}
     method, family = method_of(args).family, run_family(args, pipe)
     lines = _loading_lines(args, family, load_from)
-    has_nara = any("load_nara_weights" in line for line in lines)
-    imports = _IMPORTS.get("nara" if has_nara else method, "")
+    imports = _IMPORTS.get(method, "")
     if needs_schedule(args):
         imports += "\nfrom nara_diffusion import StrengthSchedule\n"
     image = ""
