@@ -190,7 +190,9 @@ class PromptCache:
             if self.family.source_encoder is not None and sample is not None:
                 key = "\n".join([*sample.source_keys, prompt])
             entries.append(self.cache.get(key, partial(self._encode, prompt, sample)))
-        return tuple(pad_sequence([*parts], batch_first=True) for parts in zip(*entries, strict=True))
+        return tuple(
+            pad_sequence([*parts], batch_first=True) for parts in zip(*entries, strict=True)
+        )
 
     def _encode(self, prompt: str, sample: TrainingSample | None) -> list[Tensor]:
         encode = self.family.source_encoder

@@ -77,7 +77,7 @@ def _write_lora(model: AdaptedDenoiser, folder: Path) -> None:
         layers[f"{name}_lora_layers"] = weights
         metadata[f"{name}_lora_adapter_metadata"] = component.peft_config[ADAPTER].to_dict()
     pipeline: Any = type(model.pipe)  # each family's class has LoRA's methods
-    if model.family.experts is None:
+    if model.family.boundary is None:
         pipeline.save_lora_weights(folder, **layers, **metadata)
         return
     for name in model.family.trained:

@@ -17,7 +17,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .families import Call, Embeddings, Experts, Family
+from .families import Call, Embeddings, Family
 
 N = 1000
 
@@ -267,11 +267,11 @@ def _wan_inputs(call: Call) -> dict[str, Any]:
 def _fit_wan(pipe: DiffusionPipeline, family: Family) -> Family:
     if pipe.transformer is None:
         raise ValueError("it has no transformer for high noise, which samples begin with.")
-    ratio, experts = pipe.config["boundary_ratio"], None
+    ratio, boundary = pipe.config["boundary_ratio"], None
     if ratio is not None and pipe.transformer_2 is not None:
-        experts = Experts(ratio * pipe.scheduler.config.num_train_timesteps)
+        boundary = ratio * pipe.scheduler.config.num_train_timesteps
     timestep_of_tokens = bool(pipe.config["expand_timesteps"])
-    return replace(family, experts=experts, timestep_of_tokens=timestep_of_tokens)
+    return replace(family, boundary=boundary, timestep_of_tokens=timestep_of_tokens)
 
 
 WAN = Family(

@@ -107,13 +107,12 @@ def run_family(args: DreamBoothArguments, pipe: DiffusionPipeline | None = None)
     else:
         family = family_of(pipe)
     reasons = {}
-    if family.experts is not None:
+    if family.boundary is not None:
         reasons["distill_to"] = "has two transformers, which a student can't replace yet"
         reasons["load_in_8bit"] = "has two transformers, and 8-bit weights can't leave the device"
         reasons["block_swap"] = "has two transformers, and only one is on the device"
         if args.expert in ("high", "low"):
-            trained = (HIGH if args.expert == "high" else LOW,)
-            family = replace(family, experts=replace(family.experts, trained=trained))
+            family = replace(family, expert=HIGH if args.expert == "high" else LOW)
     elif pipe is not None:
         reasons["expert"] = "has one denoiser"
     if not family.text_encoders:

@@ -67,7 +67,7 @@ def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
             weights = rounded_weights(getattr(pipe, name))
             packed |= dict.fromkeys(weights, NF4 if args.load_in_4bit else INT8)
     swapped = [list(block.parameters()) for block in chosen_blocks(denoiser, args.block_swap)]
-    blocks = len(swappable(denoiser)) if family.experts is None else 0
+    blocks = len(swappable(denoiser)) if family.boundary is None else 0
     resting = [weight for model in [*denoisers.values()][1:] for weight in model.parameters()]
     if args.train_text_encoder:
         for name in family.text_encoders:

@@ -200,7 +200,7 @@ def _loading_lines(args: DreamBoothArguments, family: Family, load_from: str) ->
 
 def _lora_lines(load_from: str, family: Family, name: str = "") -> list[str]:
     """Return the code that loads a LoRA; `name` has the argument for its name, if any."""
-    if family.experts is None:
+    if family.boundary is None:
         return [f"pipe.load_lora_weights({load_from!r}{name})"]
     lines = []
     for denoiser in family.trained:

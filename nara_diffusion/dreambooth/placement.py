@@ -59,7 +59,7 @@ def take_turns(
         move(model, torch.device("cpu"))
         leaving = [encoder for encoder in encoders if encoder is not model]
         if model is not vae:
-            leaving += [vae, *denoisers] if is_tight and family.experts is None else [vae]
+            leaving += [vae, *denoisers] if is_tight and family.boundary is None else [vae]
         add_hook_to_module(model, Visit(device, leaving))
     hook = Visit(device, [*encoders, vae])
     for denoiser in denoisers:

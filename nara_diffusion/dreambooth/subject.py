@@ -200,7 +200,7 @@ def _class_images(
 
     def load() -> DiffusionPipeline:
         sampling = sharing_pipeline(pipe, run.dtype)
-        if family.experts is None or device.type == "cpu":
+        if family.boundary is None or device.type == "cpu":
             return sampling.to(device)
         sampling.enable_model_cpu_offload(device=device)
         return sampling
@@ -307,7 +307,7 @@ def place_models(subject: Subject, sampling: DiffusionPipeline) -> None:
         for sample in subject.dataset.plain_samples() + subject.measured_on.plain_samples():
             subject.step.prompts.fill([*dropped, sample.prompt], sample)
         subject.step.prompts.fill(image.prompt for image in subject.dataset.class_images)
-    if family.experts is not None:
+    if family.boundary is not None:
         if device.type != "cpu":
             ExpertSwap(subject.pipe, family, device).attach(sampling)
         return

@@ -19,7 +19,7 @@ from nara_diffusion.training.arguments import window_of
 from .caches import LatentCache, PromptCache
 from .dataset import TrainingSample
 from .draws import ExpertDraw, draw_indices, draw_noise, drawable_levels
-from .families import HIGH, Experts, Family, placed
+from .families import HIGH, Family, placed
 from .image_arguments import DreamBoothArguments
 from .objectives import Corrupted, Objective, build_objective, squared_errors
 
@@ -136,8 +136,8 @@ def training_step(
         mode_scale=args.mode_scale,
     )
     experts = None
-    if family.experts is not None:
-        levels = expert_levels(family.experts, drawable, objective.timestep)
+    if family.boundary is not None:
+        levels = expert_levels(family, drawable, objective.timestep)
         forwards = group_size // forward_size if args.stratified_timesteps else 1
         experts = ExpertDraw(levels, args.seed, forward_size, forwards)
         group_size = forward_size
@@ -161,15 +161,16 @@ def training_step(
     )
 
 
-def expert_levels(experts: Experts, drawable: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
+def expert_levels(family: Family, drawable: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
     """Return {trained denoiser: its part of the levels `drawable`}.
 
     Raises:
         ValueError: a denoiser has no level in the run's window.
     """
+    assert family.boundary is not None
     levels = {}
-    for name in experts.trained:
-        is_own = (timesteps[drawable] >= experts.boundary) == (name == HIGH)
+    for name in family.trained:
+        is_own = (timesteps[drawable] >= family.boundary) == (name == HIGH)
         levels[name] = drawable[is_own]
         if len(levels[name]) == 0:
             raise ValueError(

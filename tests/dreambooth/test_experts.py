@@ -98,11 +98,10 @@ def test_levels_split_where_the_stock_pipeline_switches() -> None:
     with recorded(pipe) as calls:
         pipe(**call, guidance_scale=1.0, max_sequence_length=20, output_type="latent")
     family = family_of(pipe)
-    assert family.experts is not None
     assert [name for name, *_ in calls] == ["transformer"] * 3 + ["transformer_2"] * 2
     assert [family.denoiser_at(torch.tensor(t)) for _, t, _ in calls] == [name for name, *_ in calls]
     timesteps = torch.tensor([t for _, t, _ in calls]).flip(0)
-    levels = expert_levels(family.experts, torch.arange(5), timesteps)
+    levels = expert_levels(family, torch.arange(5), timesteps)
     numbers = {name: index.tolist() for name, index in levels.items()}
     assert numbers == {"transformer": [2, 3, 4], "transformer_2": [0, 1]}
 
