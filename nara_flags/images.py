@@ -201,7 +201,7 @@ class FewStepArguments:
     distill_to: FewSteps | None = option(
         None,
         "Teach the model to sample in so many steps, 1 to 8, without guidance. It needs prompts and no images; the "
-        "teacher takes --num_inference_steps with --guidance_scale, and --init_adapter is part of it.",
+        "teacher takes --num_inference_steps with --guidance_scale.",
         unit="steps",
     )
     prompts_file: str | None = option(
@@ -295,9 +295,9 @@ class ImageFlags(
 
     The output folder then has: pytorch_nara_weights.safetensors (for pipe.load_nara_weights; for the
     files of other methods see nara_diffusion/dreambooth/denoiser_files.py), README.md (the model card,
-    which says how to load them), samples.png (before, after, and what the autoencoder can show), the
-    samples themselves, noise_level_curve.png, results.json, metrics.jsonl, config.yaml,
-    samples-by-step.png, and checkpoint-N folders to resume from.
+    which says how to load them), samples.png (before and after), the samples themselves,
+    noise_level_curve.png, results.json, metrics.jsonl, config.yaml, samples-by-step.png, and
+    checkpoint-N folders to resume from.
     """
 
     def __post_init__(self) -> None:
@@ -361,9 +361,9 @@ _NO_PART = (
     "snr_gamma", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "noise_offset", "caption_dropout",
     "random_flip", "center_crop", "aspect_ratio_buckets", "num_class_images", "prior_loss_weight",
     "flow_shift", "block_swap", "expert", "dataset_config", "trigger", "repeats",
-    "alpha_mask", "mask_floor",
+    "alpha_mask", "mask_floor", "init_adapter",
 )  # fmt: skip
-"""Arguments that concern images, or levels that a distillation sets itself."""
+"""Arguments that concern images, levels that a distillation sets itself, or its start."""
 
 
 def _check_distillation(args: ImageFlags) -> None:

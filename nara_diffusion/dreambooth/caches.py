@@ -22,10 +22,11 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import pixel_unshuffle
+from torch.nn.utils.rnn import pad_sequence
 
 from .dataset import TrainingSample
 from .draws import seeded_normal
-from .families import Embeddings, Family, stack_padded
+from .families import Embeddings, Family
 from .pipelines import family_of
 from .placement import device_of
 
@@ -121,10 +122,8 @@ class LatentCache:
     def encode_source(self, sample: TrainingSample, number: int) -> tuple[Tensor]:
         """Return μ (c, h, w) of one of a sample's sources."""
         assert self.source_pixels is not None
-        weight = next(self.vae.parameters())
-        pixels = self.source_pixels(sample.source_images()[number])
-        mean, _ = posterior_of(self.vae, pixels.to(device_of(self.vae), weight.dtype))
-        return (mean[0],)
+        mean, _ = posterior_of(self.vae, self.source_pixels(sample.source_images()[number]))
+        return (mean,)
 
     def weights(self, samples: Sequence[TrainingSample], latents: Tensor) -> Tensor | None:
         """Return the weights of squared errors at `latents`, float32 on the CPU; None without masks.
@@ -152,10 +151,7 @@ class LatentCache:
         return torch.stack(means).float(), torch.stack(stds).float()
 
     def _encode(self, sample: TrainingSample) -> tuple[Tensor, Tensor]:
-        weight = next(self.vae.parameters())
-        pixels = sample.pixel_values()[None].to(device_of(self.vae), weight.dtype)
-        mean, std = posterior_of(self.vae, pixels)
-        return mean[0], std[0]
+        return posterior_of(self.vae, sample.pixel_values()[None])
 
 
 class PromptCache:
@@ -174,9 +170,9 @@ class PromptCache:
         self.family = family or family_of(pipe)
         self.cache = TensorCache(memory_mib=8192.0)  # FLUX.1's take 4 MiB each
 
-    def fill(self, prompts: Iterable[str], samples: Sequence[TrainingSample | None] = ()) -> None:
-        """Encode prompts, with the samples that `get` takes, until the cache is full."""
-        for prompt, sample in zip_longest(prompts, samples):
+    def fill(self, prompts: Iterable[str], sample: TrainingSample | None = None) -> None:
+        """Encode prompts, all with the sample that `get` takes, until the cache is full."""
+        for prompt in prompts:
             if not self.cache.full:
                 self.get([prompt], [sample])
 
@@ -194,7 +190,9 @@ class PromptCache:
             if self.family.source_encoder is not None and sample is not None:
                 key = "\n".join([*sample.source_keys, prompt])
             entries.append(self.cache.get(key, partial(self._encode, prompt, sample)))
-        return tuple(stack_padded(parts) for parts in zip(*entries, strict=True))
+        return tuple(
+            pad_sequence([*parts], batch_first=True) for parts in zip(*entries, strict=True)
+        )
 
     def _encode(self, prompt: str, sample: TrainingSample | None) -> list[Tensor]:
         encode = self.family.source_encoder
@@ -204,17 +202,13 @@ class PromptCache:
 
 
 def posterior_of(vae: ModelMixin, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return μ and σ (b, c, h, w) of images (b, 3, h, w)."""
-    if not reads_videos(vae):
-        posterior = vae.encode(pixels).latent_dist
-        return posterior.mean, posterior.std
-    posterior = vae.encode(pixels[:, :, None]).latent_dist
-    return posterior.mean[:, :, 0], posterior.std[:, :, 0]
-
-
-def reads_videos(vae: ModelMixin) -> bool:
-    """Return True if an autoencoder takes images as videos, as Wan's and Qwen-Image's do."""
-    return "temperal_downsample" in vae.config
+    """Return μ and σ (c, h, w) of an image (1, 3, h, w)."""
+    pixels = pixels.to(device_of(vae), next(vae.parameters()).dtype)
+    if "temperal_downsample" in vae.config:  # Wan's and Qwen-Image's take videos
+        posterior = vae.encode(pixels[:, :, None]).latent_dist
+        return posterior.mean[0, :, 0], posterior.std[0, :, 0]
+    posterior = vae.encode(pixels).latent_dist
+    return posterior.mean[0], posterior.std[0]
 
 
 def scale_latents(vae: ModelMixin, z: Tensor) -> Tensor:

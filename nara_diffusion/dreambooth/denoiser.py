@@ -20,7 +20,6 @@ from peft import (
     get_peft_model,
     inject_adapter_in_model,
 )
-from peft.functional import set_requires_grad
 from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig
@@ -29,9 +28,9 @@ from nara_diffusion.noise.context import find_holders
 from nara_diffusion.training.adapters import CORE_FIELDS, check_target_modules
 from nara_diffusion.training.engine_models import recompute_activations
 
-from .block_swap import checkpoint_of, resident
 from .families import Family, Placed
 from .pipelines import family_of
+from .swaps import checkpoint_of, resident
 
 ADAPTER = "default"
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -49,7 +48,6 @@ class AdaptedDenoiser(nn.Module):
             derives the configuration for the text encoders.
         family: the family of `pipe`, with the settings of the run; by default with the family's own
             settings.
-        beside: the name of an adapter already in `pipe`, which stays active and unchanged.
 
     Raises:
         ValueError: a target module isn't in the denoiser, or a pipeline couldn't save and load the
@@ -64,7 +62,6 @@ class AdaptedDenoiser(nn.Module):
         train_text_encoder: bool = False,
         gradient_checkpointing: bool = False,
         family: Family | None = None,
-        beside: str | None = None,
     ) -> None:
         super().__init__()
         self.family = family_of(pipe) if family is None else family
@@ -78,9 +75,6 @@ class AdaptedDenoiser(nn.Module):
                 base.enable_gradient_checkpointing(checkpoint_of(base))
             with resident(base):
                 setattr(self, name, adapt(base, deepcopy(config)))  # PEFT writes into it
-            if beside is not None:
-                base.set_adapters([beside, ADAPTER])
-                set_requires_grad(base, beside, requires_grad=False)  # PEFT trains what is active
             for holder in find_holders(getattr(self, name)):
                 holder.finder.length = pipe.scheduler.config.get("num_train_timesteps")
         for name in self.family.text_encoders if train_text_encoder else ():

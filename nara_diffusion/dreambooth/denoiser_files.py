@@ -30,10 +30,10 @@ from nara_diffusion.loaders.tensor_files import load_peft_adapter
 from nara_diffusion.strict import check_loaded, check_tensors
 from nara_diffusion.training.adapter_weights import TRAINABLE
 
-from .block_swap import resident
 from .denoiser import ADAPTER, AdaptedDenoiser
 from .families import HIGH, LOW
 from .pipelines import family_of
+from .swaps import resident
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 EXPERT_LORAS = {
@@ -77,7 +77,7 @@ def _write_lora(model: AdaptedDenoiser, folder: Path) -> None:
         layers[f"{name}_lora_layers"] = weights
         metadata[f"{name}_lora_adapter_metadata"] = component.peft_config[ADAPTER].to_dict()
     pipeline: Any = type(model.pipe)  # each family's class has LoRA's methods
-    if model.family.experts is None:
+    if model.family.boundary is None:
         pipeline.save_lora_weights(folder, **layers, **metadata)
         return
     for name in model.family.trained:
@@ -124,12 +124,11 @@ def _training_state(model: AdaptedDenoiser) -> dict[str, Tensor]:
 
 
 @contextmanager
-def adapter_loaded(pipe: Any, folder: Path | None, beside: str | None = None) -> Iterator[None]:
+def adapter_loaded(pipe: Any, folder: Path | None) -> Iterator[None]:
     """Load the adapter in `folder` into `pipe` inside the context, as a user would.
 
     Args:
         folder: the adapter's folder; None means the base model.
-        beside: the name of an adapter of `pipe` that stays active.
 
     Raises:
         ValueError: a file in the folder can't be loaded completely.
@@ -139,7 +138,7 @@ def adapter_loaded(pipe: Any, folder: Path | None, beside: str | None = None) ->
         return
     family = family_of(pipe)
     with ExitStack() as stack:
-        stack.callback(_unload, pipe, beside)
+        stack.callback(pipe.unload_lora_weights)
         with resident(*(getattr(pipe, name) for name in family.denoisers)):
             loras = [
                 name for name in (LORA_WEIGHTS, *EXPERT_LORAS.values()) if (folder / name).is_file()
@@ -151,17 +150,7 @@ def adapter_loaded(pipe: Any, folder: Path | None, beside: str | None = None) ->
             for name in (*family.denoisers, *family.text_encoders):
                 if (folder / name).is_dir():
                     stack.callback(load_peft_adapter(getattr(pipe, name), folder / name).unload)
-        if beside is not None:
-            pipe.set_adapters([beside, ADAPTER])
         yield
-
-
-def _unload(pipe: Any, beside: str | None) -> None:
-    if beside is None:
-        pipe.unload_lora_weights()
-    else:
-        pipe.delete_adapters(ADAPTER)
-        pipe.set_adapters(beside)
 
 
 def _load_lora(pipe: Any, file: Path) -> None:

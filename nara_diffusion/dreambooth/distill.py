@@ -1,9 +1,8 @@
 """The task of teaching a model to sample in K steps without guidance: `--distill_to K`.
 
-The teacher is the base model with guidance and many steps. With --init_adapter, the teacher also
-has that adapter. The student is the same model with a new adapter, and learns to reach in one step
-the point that the teacher reaches in several (`few_steps`, `student`). Distillation needs prompts,
-but no images.
+The teacher is the base model with guidance and many steps. The student is the same model with an
+adapter, and learns to reach in one step the point that the teacher reaches in several (`few_steps`,
+`student`). Distillation needs prompts, but no images.
 """
 
 from __future__ import annotations
@@ -19,15 +18,12 @@ from peft import PeftConfig
 from torch import Tensor
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.loaders.tensor_files import is_nara
 from nara_diffusion.training.adapters import adapter_config, check_target_modules
 from nara_diffusion.training.run import Run
 from nara_diffusion.utils.data_order import ShuffledStream
-from nara_diffusion.utils.digests import digest_file, digest_texts
-from nara_diffusion.utils.repositories import local_folder
+from nara_diffusion.utils.digests import digest_texts
 
 from .caches import PromptCache
-from .cut_prompts import prompt_sources, warn_of_cut_prompts
 from .denoiser_files import adapter_loaded
 from .draws import seeded_normal
 from .encoders import load_encoders
@@ -35,7 +31,7 @@ from .families import Family
 from .few_steps import FewSteps, check_family, few_steps_of
 from .fidelity import Evaluation, Measurement
 from .image_arguments import DreamBoothArguments, run_family
-from .image_report import SUBJECT, figures, student_card
+from .image_report import figures, student_card
 from .objectives import build_objective
 from .pipelines import load_base, sharing_pipeline
 from .samples import SampleSettings, sample_call, sample_images
@@ -52,10 +48,7 @@ FIGURES = {
 
 @dataclass(frozen=True)
 class Distillation:
-    """The base model without an adapter, its teacher and its student's steps.
-
-    With --init_adapter, the three pipelines have the adapter `beside`.
-    """
+    """The base model without an adapter, its teacher and its student's steps."""
 
     args: DreamBoothArguments
     run: Run
@@ -69,7 +62,6 @@ class Distillation:
     teacher_call: dict[str, Any]  # the arguments of its call
     student: Any  # the pipeline for the student's samples
     student_call: dict[str, Any]
-    beside: str | None
 
     @property
     def denoiser(self) -> Any:
@@ -91,8 +83,6 @@ def load_distillation(args: DreamBoothArguments, run: Run) -> Distillation:
     encoders = load_encoders(args, run.accelerator.device)
 
     pipe: Any = load_base(args, run).to(run.accelerator.device)
-    if run.is_main:
-        warn_of_cut_prompts(pipe, prompt_sources(args))
     family = run_family(args, pipe)
     teacher, student = (sharing_pipeline(pipe, run.dtype) for _ in range(2))
     few_steps = few_steps_of(
@@ -105,14 +95,7 @@ def load_distillation(args: DreamBoothArguments, run: Run) -> Distillation:
         config.few_steps = asdict(few_steps.sampling)
     denoiser = getattr(pipe, family.denoiser)
     check_target_modules(denoiser, getattr(config, "target_modules", None))
-    call, beside = sample_call(args, family), None
-    if args.init_adapter is not None:
-        beside = SUBJECT
-        reader = "load_lora_weights"
-        if is_nara(Path(args.init_adapter).expanduser()):
-            reader = "load_nara_weights"
-        for pipeline in (pipe, teacher, student):
-            getattr(pipeline, reader)(args.init_adapter, adapter_name=beside)
+    call = sample_call(args, family)
     return Distillation(
         args,
         run,
@@ -126,7 +109,6 @@ def load_distillation(args: DreamBoothArguments, run: Run) -> Distillation:
         {**call, **few_steps.teacher_call},
         student,
         {**call, "num_inference_steps": args.distill_to, "guidance_scale": 1.0},
-        beside,
     )
 
 
@@ -170,10 +152,6 @@ def _trajectories(distillation: Distillation) -> Tensor:
 
     settings = (args.seed, call, few_steps.timesteps.tolist(), run.dtype)
     texts = [*prompts, *map(str, settings), *run.digests.values()]
-    if args.init_adapter is not None:
-        path = Path(args.init_adapter).expanduser()
-        files = [path] if path.is_file() else sorted(local_folder(str(path)).iterdir())
-        texts += [digest_file(file) for file in files if file.is_file()]
     digest = digest_texts(texts)
     run.record_data_digest("training data", [digest])
     folder = Path(args.trajectories_dir or run.folder / "trajectories").expanduser()
@@ -200,7 +178,6 @@ def evaluation_of(distillation: Distillation, held_out: StudentLoss) -> Evaluati
         sample_images(distillation.teacher, slow, run.accelerator, desc="teacher"),
         **distillation.encoders,
         has_teacher=True,
-        beside=distillation.beside,
     )
 
 
@@ -215,7 +192,6 @@ def student_task(distillation: Distillation) -> Task:
     loss, held_out = student_losses(distillation)
     evaluation = evaluation_of(distillation, held_out)
     steps, count = len(loss.few_steps.timesteps), len(loss.prompts)
-    teacher = f"{args.num_inference_steps} steps, guidance {args.guidance_scale:g}"
     return Task(
         distillation.pipe,
         distillation.family,
@@ -227,7 +203,7 @@ def student_task(distillation: Distillation) -> Task:
         evaluation,
         facts={
             "student": f"{steps} steps without guidance, one call each",
-            "teacher": teacher + (f", with {args.init_adapter}" if args.init_adapter else ""),
+            "teacher": f"{args.num_inference_steps} steps, guidance {args.guidance_scale:g}",
             "trained on": f"{count} trajectories of the teacher",
             "validation loss": f"on {len(held_out.prompts)} trajectories held out",
         },
@@ -255,5 +231,5 @@ def _report(
 def end_error(evaluation: Evaluation, held_out: StudentLoss, folder: Path | None) -> float:
     """Return the `end_error` with the adapter in `folder`; None means the base."""
     call = evaluation.settings.call
-    with adapter_loaded(evaluation.pipe, folder, evaluation.beside):
+    with adapter_loaded(evaluation.pipe, folder):
         return held_out.end_error(evaluation.pipe, call, evaluation.run.accelerator)

@@ -22,6 +22,7 @@ from functools import partial
 import numpy as np
 import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from nara_diffusion.noise.drawn_levels import EVERYTHING, NoiseWindow, stratified_uniform
@@ -48,11 +49,8 @@ def seeded_normal(
 
     Row i depends only on (seed, stream, indices[i]).
     """
-    rows = []
-    for index in indices:
-        generator = torch_generator(seed, stream, int(index))
-        rows.append(torch.randn(*shape, generator=generator))
-    return torch.stack(rows)
+    generators = [torch_generator(seed, stream, int(index)) for index in indices]
+    return randn_tensor((len(generators), *shape), generator=generators)
 
 
 def drawable_levels(

@@ -46,18 +46,6 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Experts:
-    """The two denoisers of one pipeline, as in Wan 2.2: `HIGH` from a timestep on, `LOW` below it."""
-
-    boundary: float  # that timestep
-    trained: tuple[str, ...] = (HIGH, LOW)
-
-    def at(self, timestep: Tensor) -> str:
-        """Return the name of the denoiser that the pipeline calls at a timestep, ()."""
-        return HIGH if timestep >= self.boundary else LOW
-
-
-@dataclass(frozen=True)
 class Family:
     """A family of image models. A run changes its settings by `dataclasses.replace`."""
 
@@ -96,21 +84,24 @@ class Family:
     max_sequence_length: int | None = None  # tokens of a prompt; None if it has only CLIP's length
     guidance: float | None = None  # that of a denoiser with distilled guidance; None for others
     timestep_of_tokens: bool = False  # whether the denoiser takes one timestep for each token
-    experts: Experts | None = None  # None for a pipeline with one denoiser
+    boundary: float | None = None  # of two denoisers: timesteps from here on are those of `HIGH`
+    expert: str | None = None  # of two denoisers: the one that is trained; None means both
 
     @property
     def denoisers(self) -> tuple[str, ...]:
         """The names of the pipeline's denoisers."""
-        return (self.denoiser,) if self.experts is None else (HIGH, LOW)
+        return (self.denoiser,) if self.boundary is None else (HIGH, LOW)
 
     @property
     def trained(self) -> tuple[str, ...]:
         """The names of the denoisers that are trained."""
-        return (self.denoiser,) if self.experts is None else self.experts.trained
+        return self.denoisers if self.expert is None else (self.expert,)
 
     def denoiser_at(self, timestep: Tensor) -> str:
         """Return the name of the denoiser that the pipeline calls at a timestep, ()."""
-        return self.denoiser if self.experts is None else self.experts.at(timestep)
+        if self.boundary is None:
+            return self.denoiser
+        return HIGH if timestep >= self.boundary else LOW
 
     @property
     def sample_call(self) -> dict[str, Any]:
@@ -174,8 +165,3 @@ def _computing_dtype(denoiser: nn.Module) -> torch.dtype:
         if not any(part in name for part in in_float32):
             return parameter.dtype
     return torch.float32
-
-
-def stack_padded(tensors: Sequence[Tensor]) -> Tensor:
-    """Stack tensors (l_i, …) into (b, l, …), and pad the shorter ones with zeros."""
-    return nn.utils.rnn.pad_sequence(list(tensors), batch_first=True)

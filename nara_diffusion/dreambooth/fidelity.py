@@ -25,7 +25,6 @@ from nara_diffusion.training.run import Run
 
 from .denoiser_files import adapter_loaded, write_adapter
 from .encoders import Encoder, Images, image_similarity, paired_similarity, text_alignment
-from .reconstruction import Reconstruction
 from .samples import SampleSettings, sample_images, write_grid
 from .student import StudentLoss
 from .validation_loss import ValidationLoss
@@ -41,7 +40,6 @@ class Measurement:
 
     images: list[Image]  # samples, one for each (prompt, seed)
     similarity: float | None  # of the samples and the subject's images
-    similarity_as_shown: float | None  # the same, with the images as the autoencoder shows them
     text_alignment: float | None  # of the samples and their prompts
     noise_levels: list[float]  # λ
     curve: list[float]  # the mean squared error there
@@ -59,20 +57,10 @@ class Evaluation:
     references: Sequence[Image] = ()  # images of the subject, or of a teacher
     similarity: Encoder | None = None  # compares samples with the subject
     alignment: Encoder | None = None  # compares samples with their prompts
-    reconstruction: Reconstruction | None = None  # of `references`
     has_teacher: bool = False  # whether each sample has a teacher's sample in `references`
     sources: Sequence[Image] = ()  # the image that each prompt edits to `references`
-    beside: str | None = None  # an adapter of `pipe` that stays active
     # by optimizer step; between the start and the end with one sample per prompt
     history: dict[int, Measurement] = field(default_factory=dict)
-
-    @property
-    def subject(self) -> dict[str, Sequence[Image]]:
-        """Rows of a sheet, {title: images of the subject or the teacher}."""
-        rows = {"the teacher" if self.has_teacher else "training images": self.references}
-        if self.reconstruction is not None:
-            rows[self.reconstruction.title] = self.reconstruction.images
-        return rows
 
     def measure(
         self, folder: Path | None, name: str, settings: SampleSettings | None = None
@@ -88,14 +76,12 @@ class Evaluation:
         """
         accelerator, settings = self.run.accelerator, settings or self.settings
         devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), adapter_loaded(self.pipe, folder, self.beside):
+        with torch.random.fork_rng(devices), adapter_loaded(self.pipe, folder):
             images = sample_images(self.pipe, settings, accelerator, desc=f"sample {name}")
             curve = self.loss.curve(self.pipe, accelerator).mean(1)
-        decoded = None if self.reconstruction is None else self.reconstruction.images
         return Measurement(
             images=images,
-            similarity=self._similarity(images, self.references),
-            similarity_as_shown=self._similarity(images, decoded),
+            similarity=self._similarity(images),
             text_alignment=self._alignment(images),
             noise_levels=self.loss.noise_levels.tolist(),
             curve=curve.tolist(),
@@ -111,15 +97,15 @@ class Evaluation:
             prompts += [prompt] * (len(images) // len(self.settings.prompts))
         return text_alignment(self.alignment, images, prompts, self.run.args.identifier or ())
 
-    def _similarity(self, images: Images, references: Images | None) -> float | None:
-        """Return the image similarity; None without an encoder or references."""
-        if self.similarity is None or references is None:
+    def _similarity(self, images: Images) -> float | None:
+        """Return the similarity to the references; None without an encoder."""
+        if self.similarity is None:
             return None
         is_paired = self.has_teacher or self.sources
         if not is_paired:
-            return image_similarity(self.similarity, images, references)
-        step = len(references) // len(images)
-        return paired_similarity(self.similarity, images, references[::step])
+            return image_similarity(self.similarity, images, self.references)
+        step = len(self.references) // len(images)
+        return paired_similarity(self.similarity, images, self.references[::step])
 
     def measure_model(
         self, model: torch.nn.Module, name: str, settings: SampleSettings | None = None
@@ -166,7 +152,8 @@ class Evaluation:
             targets = self.references[::number]
             write_grid(path, prompts, {"source": self.sources, **columns, "target": targets})
         else:
-            write_grid(path, prompts, columns, self.subject)
+            title = "the teacher" if self.has_teacher else "training images"
+            write_grid(path, prompts, columns, {title: self.references})
 
     def first_samples(self, measurement: Measurement) -> list[Image]:
         """Return the first sample of each prompt, which every measurement has."""
@@ -193,7 +180,7 @@ class Evaluation:
         rows = []
         for step, measurement in sorted(self.history.items()):
             images = self.first_samples(measurement)
-            similarity = self._similarity(images, self.references)
+            similarity = self._similarity(images)
             alignment = self._alignment(images)
             if similarity is not None and alignment is not None:
                 rows.append((step, similarity, alignment))

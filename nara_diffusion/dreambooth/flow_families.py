@@ -15,8 +15,9 @@ from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL.Image import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from .families import Call, Embeddings, Experts, Family, stack_padded
+from .families import Call, Embeddings, Family
 
 N = 1000
 
@@ -184,7 +185,7 @@ def _encode_z_image(pipe: DiffusionPipeline, prompts: list[str], length: int | N
         prompts, do_classifier_free_guidance=False, max_sequence_length=length
     )
     masks = [torch.ones(len(state), dtype=torch.int64, device=state.device) for state in states]
-    return stack_padded(states), stack_padded(masks)
+    return pad_sequence(states, batch_first=True), pad_sequence(masks, batch_first=True)
 
 
 Z_IMAGE = Family(
@@ -266,11 +267,11 @@ def _wan_inputs(call: Call) -> dict[str, Any]:
 def _fit_wan(pipe: DiffusionPipeline, family: Family) -> Family:
     if pipe.transformer is None:
         raise ValueError("it has no transformer for high noise, which samples begin with.")
-    ratio, experts = pipe.config["boundary_ratio"], None
+    ratio, boundary = pipe.config["boundary_ratio"], None
     if ratio is not None and pipe.transformer_2 is not None:
-        experts = Experts(ratio * pipe.scheduler.config.num_train_timesteps)
+        boundary = ratio * pipe.scheduler.config.num_train_timesteps
     timestep_of_tokens = bool(pipe.config["expand_timesteps"])
-    return replace(family, experts=experts, timestep_of_tokens=timestep_of_tokens)
+    return replace(family, boundary=boundary, timestep_of_tokens=timestep_of_tokens)
 
 
 WAN = Family(

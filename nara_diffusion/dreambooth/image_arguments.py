@@ -40,15 +40,14 @@ class DreamBoothArguments(ImageFlags):
         if self.trigger is not None:
             check_prompt(self.trigger, "trigger")
         for name in ("instance_prompt", "class_prompt"):
-            prompt = getattr(self, name)
-            if prompt is not None:
-                check_prompt(prompt, name)
+            if getattr(self, name) is not None:
+                prompt = check_prompt(getattr(self, name), name)
                 setattr(self, name, put_trigger(prompt, self.trigger))
         if self.validation_prompts is not None:
-            for prompt in self.validation_prompts:
-                check_prompt(prompt, "a validation prompt")
-            prompts = [put_trigger(prompt, self.trigger) for prompt in self.validation_prompts]
-            self.validation_prompts = prompts
+            prompts = [
+                check_prompt(text, "a validation prompt") for text in self.validation_prompts
+            ]
+            self.validation_prompts = [put_trigger(prompt, self.trigger) for prompt in prompts]
 
 
 FOLDER_KEYS = (
@@ -108,13 +107,12 @@ def run_family(args: DreamBoothArguments, pipe: DiffusionPipeline | None = None)
     else:
         family = family_of(pipe)
     reasons = {}
-    if family.experts is not None:
+    if family.boundary is not None:
         reasons["distill_to"] = "has two transformers, which a student can't replace yet"
         reasons["load_in_8bit"] = "has two transformers, and 8-bit weights can't leave the device"
         reasons["block_swap"] = "has two transformers, and only one is on the device"
         if args.expert in ("high", "low"):
-            trained = (HIGH if args.expert == "high" else LOW,)
-            family = replace(family, experts=replace(family.experts, trained=trained))
+            family = replace(family, expert=HIGH if args.expert == "high" else LOW)
     elif pipe is not None:
         reasons["expert"] = "has one denoiser"
     if not family.text_encoders:

@@ -26,7 +26,6 @@ from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.planned_step import PlannedStep, dtype_of
 from nara_diffusion.utils.quantised import INT8, NF4
 
-from .block_swap import chosen_blocks, swappable
 from .dataset import TrainingSample, collate_samples
 from .denoiser import AdaptedDenoiser
 from .families import Family, Placed
@@ -34,6 +33,7 @@ from .image_arguments import DreamBoothArguments, folder_arguments, run_family
 from .image_records import ImageRecord
 from .pipelines import family_named, model_index, modules_of, quantised_parts, training_sizes
 from .source_images import sources_in_metadata
+from .swaps import chosen_blocks, swappable
 from .training_step import training_step
 
 _WIDTHS = ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim", "text_dim")
@@ -69,7 +69,7 @@ def planned_image_step(args: DreamBoothArguments) -> PlannedStep:
             weights = rounded_weights(getattr(pipe, name))
             packed |= dict.fromkeys(weights, NF4 if args.load_in_4bit else INT8)
     swapped = [list(block.parameters()) for block in chosen_blocks(denoiser, args.block_swap)]
-    blocks = len(swappable(denoiser)) if family.experts is None else 0
+    blocks = len(swappable(denoiser)) if family.boundary is None else 0
     resting = [weight for model in [*denoisers.values()][1:] for weight in model.parameters()]
     if args.train_text_encoder:
         for name in family.text_encoders:

@@ -12,14 +12,14 @@ import hashlib
 import io
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from nara_diffusion.utils.wording import counted
+from nara_diffusion.utils.wording import counted, listed
 
 from .captions import METADATA_FILE, check_prompt, fill_captions, own_captions, put_trigger
 
@@ -118,6 +118,29 @@ def image_files(folder: str | Path) -> list[Path]:
     if unread:
         logger.warning("%s: these files are ignored, since they aren't images: %s", folder, names)
     return images
+
+
+def files_of_images(folder: Path, images: Iterable[str]) -> dict[str, Path]:
+    """Return {stem: file} of the files in `folder` that belong to images of the same name.
+
+    Raises:
+        ValueError: two files have one stem, or a file has no image.
+    """
+    files: dict[str, Path] = {}
+    for file in image_files(folder):
+        first = files.setdefault(file.stem, file)
+        if first != file:
+            raise ValueError(
+                f"{folder} has two images named {file.stem!r} ({first.name}, {file.name}), so their pair is "
+                "unclear: rename one."
+            )
+    unused = sorted(files.keys() - {Path(image).stem for image in images})
+    if unused:
+        names = listed([files[stem].name for stem in unused])
+        raise ValueError(
+            f"{folder} has files without an image of the same name ({names}): remove them, or add the images."
+        )
+    return files
 
 
 def records_from_folder(

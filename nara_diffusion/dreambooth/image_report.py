@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from nara_diffusion.loaders.tensor_files import is_nara
 from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.methods import method_of
 from nara_diffusion.training.report import core_import, needs_schedule, reads_noise
@@ -73,8 +71,7 @@ def subject_card(evaluation: Evaluation, after: Measurement, data: str) -> dict[
     prompts = counted(len(settings.prompts), "prompt")
     ending = (
         f"Over {samples} of {prompts}. Similarity is the mean cosine of samples and images of the "
-        "subject, as they are and as the model's autoencoder shows them (encoded and decoded). "
-        "Alignment is the mean cosine of samples and their prompts. Figures of different encoders "
+        "subject. Alignment is the mean cosine of samples and their prompts. Figures of different encoders "
         "can't be compared. Alignment often falls a little while similarity rises. If samples no "
         "longer show what prompts ask for, train fewer steps, or use a strength below 1."
     )
@@ -125,7 +122,7 @@ def _front_and_loading(evaluation: Evaluation, tag: str, sampler: str = "") -> d
         widget.append({"text": text, "output": {"url": f"samples-after/{name}"}})
     load_from = run.hub_id or str(run.folder)
     return {
-        "loading": loading_code(run.args, settings, load_from, pipe, sampler, evaluation.beside),
+        "loading": loading_code(run.args, settings, load_from, pipe, sampler),
         "tags": [
             "image-to-image" if evaluation.sources else "text-to-image",
             family_of(pipe).name,
@@ -143,18 +140,12 @@ def loading_code(
     load_from: str,
     pipe: DiffusionPipeline,
     sampler: str = "",
-    beside: str | None = None,
 ) -> str:
-    """Return the code on the model card, with notes.
-
-    Args:
-        beside: the name for the adapter of --init_adapter, if the new one needs it.
-    """
+    """Return the code on the model card, with notes."""
     dtypes: dict[str | None, str] = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}
     method, family = method_of(args).family, run_family(args, pipe)
-    lines = _loading_lines(args, family, load_from, beside)
-    has_nara = any("load_nara_weights" in line for line in lines)
-    imports = _IMPORTS.get("nara" if has_nara else method, "")
+    lines = _loading_lines(args, family, load_from)
+    imports = _IMPORTS.get(method, "")
     if needs_schedule(args):
         imports += "\nfrom nara_diffusion import StrengthSchedule\n"
     image = ""
@@ -188,18 +179,9 @@ def loading_code(
     return code + (_NOISE if reads_noise(args) or needs_schedule(args) else "")
 
 
-def _loading_lines(
-    args: DreamBoothArguments, family: Family, load_from: str, beside: str | None
-) -> list[str]:
+def _loading_lines(args: DreamBoothArguments, family: Family, load_from: str) -> list[str]:
     """Return the code that loads the adapter into `pipe`."""
     method = method_of(args).family
-    if beside is not None and method in ("nara", "lora"):
-        kind = "nara" if is_nara(Path(str(args.init_adapter)).expanduser()) else "lora"
-        return [
-            f"pipe.load_{kind}_weights({args.init_adapter!r}, adapter_name={beside!r})",
-            f"pipe.load_{method}_weights({load_from!r}, adapter_name='few_steps')",
-            f"pipe.set_adapters([{beside!r}, 'few_steps'])",
-        ]
     if needs_schedule(args):
         loads = _lora_lines(load_from, family, f", adapter_name={SUBJECT!r}")
         return [*loads, schedule_line(args, family)]
@@ -218,7 +200,7 @@ def _loading_lines(
 
 def _lora_lines(load_from: str, family: Family, name: str = "") -> list[str]:
     """Return the code that loads a LoRA; `name` has the argument for its name, if any."""
-    if family.experts is None:
+    if family.boundary is None:
         return [f"pipe.load_lora_weights({load_from!r}{name})"]
     lines = []
     for denoiser in family.trained:

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from nara_diffusion.utils.wording import counted, listed
+from nara_diffusion.utils.wording import counted
 
-from .image_records import MASK_FOLDER, ImageRecord, image_files, make_records
+from .image_records import MASK_FOLDER, ImageRecord, files_of_images, make_records
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +41,7 @@ def with_masks(
     files: dict[str, Path] = {}
     place = Path(folder) / MASK_FOLDER
     if place.is_dir():
-        files = {file.stem: file for file in image_files(place)}
-    unused = files.keys() - {Path(record.name).stem for record in records}
-    if unused:
-        names = [files[stem].name for stem in sorted(unused)]
-        raise ValueError(
-            f"{place} has masks without an image: {listed(names)}. Name each like its image, or remove it."
-        )
+        files = files_of_images(place, [record.name for record in records])
     masked: list[ImageRecord] = []
     sources: list[tuple[str, Callable[[], bytes]]] = []
     for record in records:

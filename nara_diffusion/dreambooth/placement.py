@@ -1,7 +1,7 @@
 """Which models of a run are on its device: the denoiser, and others only while they are needed.
 
     before training    each text encoder in turn; their embeddings are kept in the cache
-    training           the denoiser, of two the one that runs (`expert_swap`); beside it the
+    training           the denoiser, of two the one that runs (`swaps`); beside it the
                        autoencoder, for latents that aren't cached yet
     sampling           text encoders in turn, the denoiser, beside it the autoencoder
 
@@ -59,7 +59,7 @@ def take_turns(
         move(model, torch.device("cpu"))
         leaving = [encoder for encoder in encoders if encoder is not model]
         if model is not vae:
-            leaving += [vae, *denoisers] if is_tight and family.experts is None else [vae]
+            leaving += [vae, *denoisers] if is_tight and family.boundary is None else [vae]
         add_hook_to_module(model, Visit(device, leaving))
     hook = Visit(device, [*encoders, vae])
     for denoiser in denoisers:

@@ -11,7 +11,7 @@ has no line of its own isn't trained on as an image.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 from nara_diffusion.utils.wording import listed
 
 from .captions import METADATA_FILE, fill_captions, own_captions, put_trigger
-from .image_records import ImageRecord, image_files, make_records
+from .image_records import ImageRecord, files_of_images, image_files, make_records
 
 Sources = Mapping[str, Sequence[Path]]
 """{name of an image file: paths of its sources}."""
@@ -52,19 +52,20 @@ def records_of_pairs(
     if source_folder is None:
         sources = sources_in_metadata(Path(folder))
     else:
-        sources = sources_of_same_name(images, Path(source_folder))
+        files = files_of_images(Path(source_folder), [image.name for image in images])
+        sources = {image.name: [files[image.stem]] for image in images if image.stem in files}
     paths = {path.resolve() for named in sources.values() for path in named}
     targets = [image for image in images if image.name in sources or image.resolve() not in paths]
     names = [target.name for target in targets]
     check_pairs(names, sources, folder, most)
     filled = fill_captions([captions[target] for target in targets], names, prompt)
     filled = [put_trigger(caption, trigger) for caption in filled]
-    files = [(str(path), path.read_bytes) for path in targets]
-    records = make_records(files, filled, progress=progress)
+    contents = [(str(path), path.read_bytes) for path in targets]
+    records = make_records(contents, filled, progress=progress)
     if not sources:
         return records
-    files = [(str(path), path.read_bytes) for name in names for path in sources[name]]
-    loaded = iter(make_records(files, [""] * len(files), progress=progress))
+    contents = [(str(path), path.read_bytes) for name in names for path in sources[name]]
+    loaded = iter(make_records(contents, [""] * len(contents), progress=progress))
     pairs = []
     for record, name in zip(records, names, strict=True):
         pairs.append(replace(record, sources=tuple(islice(loaded, len(sources[name])))))
@@ -94,33 +95,6 @@ def sources_in_metadata(folder: Path) -> Sources:
                 )
         sources[row["file_name"]] = [folder / path for path in paths]
     return sources
-
-
-def sources_of_same_name(images: Iterable[Path], folder: Path) -> Sources:
-    """Return the image in `folder` with the stem of each image.
-
-    Raises:
-        ValueError: two files have one stem, or a file in `folder` has no counterpart.
-    """
-    targets, sources = _by_stem(images), _by_stem(image_files(folder))
-    extra = [path.name for stem, path in sources.items() if stem not in targets]
-    if extra:
-        raise ValueError(
-            f"{folder} has sources without an image of the same name ({listed(extra)}): remove them, or add the images."
-        )
-    return {targets[stem].name: [path] for stem, path in sources.items()}
-
-
-def _by_stem(paths: Iterable[Path]) -> dict[str, Path]:
-    stems: dict[str, Path] = {}
-    for path in paths:
-        first = stems.setdefault(path.stem, path)
-        if first != path:
-            raise ValueError(
-                f"{path.parent} has two images named {path.stem!r} ({first.name}, {path.name}), so their pair is "
-                "unclear: rename one."
-            )
-    return stems
 
 
 def check_pairs(names: Sequence[str], sources: Sources, folder: str | Path, most: int) -> None:

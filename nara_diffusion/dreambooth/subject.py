@@ -16,12 +16,9 @@ from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.run import Run
 from nara_diffusion.utils.wording import counted
 
-from .block_swap import BlockSwap
 from .class_images import generate_class_images
-from .cut_prompts import prompt_sources, warn_of_cut_prompts
 from .dataset import DreamBoothDataset, collate_samples
 from .encoders import load_encoders
-from .expert_swap import ExpertSwap
 from .families import Family
 from .fidelity import Evaluation, Measurement
 from .image_arguments import DreamBoothArguments, folder_arguments, run_family
@@ -30,16 +27,15 @@ from .image_report import best_by_both, figures, forgetting, subject_card
 from .masks import with_masks
 from .pipelines import load_base, sharing_pipeline, training_sizes
 from .placement import take_turns
-from .reconstruction import reconstruct
 from .samples import SampleSettings, sample_call
 from .source_images import records_of_pairs
+from .swaps import BlockSwap, ExpertSwap
 from .task import Task
 from .training_step import TrainingStep, training_step
 from .validation_loss import ValidationLoss
 
 FIGURES = {
     "similarity": "similarity to the subject",
-    "similarity_as_shown": "similarity to it as the autoencoder shows it",
     "text_alignment": "alignment with the prompt",
     "validation_loss": "validation loss",
 }
@@ -116,7 +112,7 @@ def load_subject(args: DreamBoothArguments, run: Run) -> Subject:
     )
     # errors that need the model come before hours of making class images
     sizes = [training_sizes(folder, family, pipe) for folder in folders]
-    check_target_modules(step.model, getattr(config, "target_modules", None))
+    check_target_modules(getattr(pipe, family.denoiser), getattr(config, "target_modules", None))
     cut: Any = {"batch_size": args.train_batch_size, "seed": args.seed}
     dataset = DreamBoothDataset(
         [],
@@ -140,8 +136,6 @@ def load_subject(args: DreamBoothArguments, run: Run) -> Subject:
     run.record_data_digest("training data", digests)
     if run.is_main:
         dataset.log_sizes()
-        records = [*dataset.instances, *held_out, *dataset.class_images]
-        warn_of_cut_prompts(pipe, prompt_sources(args, records))
     measured_on = DreamBoothDataset(held_out, sizes[0], **cut) if held_out else dataset
     captions = [records[0].prompt for records in images]  # one of each folder comes first
     captions += [record.prompt for record in dataset.instances]
@@ -210,7 +204,7 @@ def _class_images(
 
     def load() -> DiffusionPipeline:
         sampling = sharing_pipeline(pipe, run.dtype)
-        if family.experts is None or device.type == "cpu":
+        if family.boundary is None or device.type == "cpu":
             return sampling.to(device)
         sampling.enable_model_cpu_offload(device=device)
         return sampling
@@ -246,18 +240,14 @@ def subject_task(subject: Subject) -> Task:
             sample_call(args, subject.family, size),
         ),
         ValidationLoss(
-            subject.step.objective.unweighted,
-            subject.step.latents,
+            replace(subject.step, objective=subject.step.objective.unweighted),
             subject.measured_on.plain_samples(),
             subject.family,
-            args.seed,
             args.curve_points,
             args.train_batch_size,
-            subject.step.prompts,
         ),
         [record.load() for record in instances],
         **subject.encoders,
-        reconstruction=reconstruct(subject.pipe.vae, dataset.plain_samples()),
     )
     titles, noun = FIGURES, "image"
     if dataset.has_sources:
@@ -307,7 +297,6 @@ def of_pairs(subject: Subject, settings: SampleSettings) -> dict[str, Any]:
         "sources": sources,
         "references": targets,
         "alignment": None,
-        "reconstruction": None,
     }
 
 
@@ -318,21 +307,14 @@ def place_models(subject: Subject, sampling: DiffusionPipeline) -> None:
     for pipe in (subject.pipe, sampling):
         take_turns(pipe, family, device, staying, is_tight=bool(args.bits or args.block_swap))
     if subject.step.prompts is not None:
-        images = [*subject.dataset.instances, *subject.dataset.class_images]
         dropped = [""] if args.caption_dropout else []
-        prompts = [image.prompt for image in [*images, *subject.measured_on.instances]]
-        if family.source_encoder is None:
-            subject.step.prompts.fill(dict.fromkeys([*dropped, *prompts]))
-        else:
-            samples = subject.dataset.plain_samples() + subject.measured_on.plain_samples()
-            if args.random_flip:
-                samples += [
-                    replace(sample, flip=True) for sample in subject.dataset.plain_samples()
-                ]
-            for sample in samples:
-                texts = [sample.prompt, *dropped]
-                subject.step.prompts.fill(texts, [sample] * len(texts))
-    if family.experts is not None:
+        samples = subject.dataset.plain_samples()
+        if args.random_flip:
+            samples += [replace(sample, flip=True) for sample in samples]
+        for sample in samples + subject.measured_on.plain_samples():
+            subject.step.prompts.fill([*dropped, sample.prompt], sample)
+        subject.step.prompts.fill(image.prompt for image in subject.dataset.class_images)
+    if family.boundary is not None:
         if device.type != "cpu":
             ExpertSwap(subject.pipe, family, device).attach(sampling)
         return

@@ -73,10 +73,9 @@ def teach(task: Task, args: DreamBoothArguments, run: Run) -> dict[str, Any]:
         train_text_encoder=args.train_text_encoder,
         gradient_checkpointing=args.gradient_checkpointing,
         family=task.family,
-        beside=evaluation.beside,
     )
     start = None
-    if args.init_adapter is not None and evaluation.beside is None:
+    if args.init_adapter is not None:
         start_from(model.components, args.init_adapter, task.pipe)
         start = evaluation.measure_model(model, "before")
     if run.checkpoint is not None:

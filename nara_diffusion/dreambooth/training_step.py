@@ -6,20 +6,20 @@ The latents come from `caches`, the noise levels and the noise from `draws`, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from nara_diffusion.training.arguments import window_of
 
 from .caches import LatentCache, PromptCache
 from .dataset import TrainingSample
 from .draws import ExpertDraw, draw_indices, draw_noise, drawable_levels
-from .families import HIGH, Experts, Family, placed
+from .families import HIGH, Family, placed
 from .image_arguments import DreamBoothArguments
 from .objectives import Corrupted, Objective, build_objective, squared_errors
 
@@ -36,7 +36,7 @@ class DreamBoothLoss(NamedTuple):
 class TrainingStep:
     """The loss of training: `step(batch)`, for a batch from `collate_samples`."""
 
-    model: nn.Module  # an `AdaptedDenoiser`, as accelerate wrapped it
+    model: Callable[..., Tensor]  # an `AdaptedDenoiser`, as accelerate wrapped it
     objective: Objective
     latents: LatentCache
     prompts: PromptCache | None  # None if text encoders are trained
@@ -55,23 +55,30 @@ class TrainingStep:
             options["expert"] = self.experts(samples[0].position)
             drawable = self.experts.levels[options["expert"]]
         corrupted = self._corrupt(samples, drawable)
-        time_ids = batch["time_ids"].to(self.device, non_blocking=True)
-        if self.prompts is None:
-            options["prompts"] = batch["prompts"]
-        else:
-            embeddings = self.prompts.get(batch["prompts"], samples)
-            options["embeddings"] = placed(embeddings, self.device)
-        options["sources"] = placed(self.latents.sources(samples), self.device)
-        inputs = (corrupted.model_input, corrupted.timestep, time_ids)
-        prediction = self.model(*inputs, **options)
-        weights = self.latents.weights(samples, corrupted.target)
-        losses = squared_errors(prediction, corrupted, weights)
+        losses = self.losses(batch, corrupted, **options)
         levels = self.objective.source.noise_level(corrupted.timestep)
         if samples[-1].role == "class":  # each loss has the min-SNR weight of its own sample
             instance, prior = losses.chunk(2)
             losses = instance + self.prior_loss_weight * prior
             levels, _ = levels.chunk(2)
         return DreamBoothLoss(losses.mean(), losses, levels)
+
+    def losses(self, batch: Mapping[str, Any], corrupted: Corrupted, **options: Any) -> Tensor:
+        """Return the weighted error (b,) of the model's prediction for each sample of a batch.
+
+        Args:
+            options: further arguments of the model.
+        """
+        samples, prompts = batch["samples"], batch["prompts"]
+        time_ids = batch["time_ids"].to(self.device, non_blocking=True)
+        if self.prompts is None:
+            options["prompts"] = prompts
+        else:
+            options["embeddings"] = placed(self.prompts.get(prompts, samples), self.device)
+        options["sources"] = placed(self.latents.sources(samples), self.device)
+        prediction = self.model(corrupted.model_input, corrupted.timestep, time_ids, **options)
+        weights = self.latents.weights(samples, corrupted.target)
+        return squared_errors(prediction, corrupted, weights)
 
     def _corrupt(self, samples: Sequence[TrainingSample], drawable: Tensor | None) -> Corrupted:
         """Return the samples' corrupted latents, with drawn noise levels and noise.
@@ -129,8 +136,8 @@ def training_step(
         mode_scale=args.mode_scale,
     )
     experts = None
-    if family.experts is not None:
-        levels = expert_levels(family.experts, drawable, objective.timestep)
+    if family.boundary is not None:
+        levels = expert_levels(family, drawable, objective.timestep)
         forwards = group_size // forward_size if args.stratified_timesteps else 1
         experts = ExpertDraw(levels, args.seed, forward_size, forwards)
         group_size = forward_size
@@ -154,15 +161,16 @@ def training_step(
     )
 
 
-def expert_levels(experts: Experts, drawable: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
+def expert_levels(family: Family, drawable: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
     """Return {trained denoiser: its part of the levels `drawable`}.
 
     Raises:
         ValueError: a denoiser has no level in the run's window.
     """
+    assert family.boundary is not None
     levels = {}
-    for name in experts.trained:
-        is_own = (timesteps[drawable] >= experts.boundary) == (name == HIGH)
+    for name in family.trained:
+        is_own = (timesteps[drawable] >= family.boundary) == (name == HIGH)
         levels[name] = drawable[is_own]
         if len(levels[name]) == 0:
             raise ValueError(

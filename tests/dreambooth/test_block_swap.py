@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.dreambooth import block_swap, train
-from nara_diffusion.dreambooth.block_swap import BlockSwap, chosen_blocks, swappable
+from nara_diffusion.dreambooth import swaps, train
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.pipelines import load_pipeline, modules_of, sharing_pipeline
+from nara_diffusion.dreambooth.swaps import BlockSwap, chosen_blocks, swappable
 from tests.acceptance._commands import fresh_accelerate
 from tests.acceptance._runs import image_arguments, image_flags
 from tests.helpers.pipelines.families import FAMILY_PIPELINES
@@ -201,7 +201,7 @@ def test_streams_copy_what_blocks_run_with() -> None:
     for count in (0, 4):
         pipe = frozen(wide_flux())
         if count:
-            block_swap.BlockSwap(pipe.transformer, count, device).attach(pipe.transformer)
+            swaps.BlockSwap(pipe.transformer, count, device).attach(pipe.transformer)
         pipe.to(device)
         results.append(pixels(pipe))
     torch.testing.assert_close(*results, rtol=0, atol=1e-4)

@@ -1,4 +1,4 @@
-"""A run of --distill_to: what it writes and resumes, what it refuses, beside a user's own adapter, and its warning."""
+"""A run of --distill_to: what it writes and resumes, what it refuses, and its warning."""
 
 from __future__ import annotations
 
@@ -13,17 +13,13 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
 
-from nara_diffusion import NaraConfig, to_lora
+from nara_diffusion import to_lora
 from nara_diffusion.dreambooth import few_steps
-from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, adapt
-from nara_diffusion.dreambooth.denoiser_files import adapter_loaded
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.loaders.file import AdapterFile
 from tests.acceptance._commands import results, run, tensors
 from tests.acceptance._runs import COMMON
-from tests.helpers.adapted import disturb
 from tests.helpers.small_pipelines import BETAS, pixels, small_sd3, small_sdxl
 
 LINE = (
@@ -177,34 +173,6 @@ def test_lora_of_one_level_is_refused_for_cores(sdxl: dict[str, Any], ended: Pat
         assert "few_steps" in str(file.metadata())
 
 
-def test_student_learns_beside_the_users_own_adapter(
-    sdxl: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    users = small_sdxl()
-    adapt(users.unet, NaraConfig(r=2, target_modules=["to_k", "to_q"], core_hidden_dims=(4,)), "mine")
-    disturb(users.unet, scale=0.3)
-    users.save_nara_weights(tmp_path / "own", adapter_name="mine")
-    run("dreambooth_sdxl.py", **sdxl | SHORT, init_adapter=tmp_path / "own", output_dir=tmp_path / "out")
-    written = load_file(tmp_path / "out" / "pytorch_nara_weights.safetensors")
-    assert not any("own" in key.split(".") for key in written)
-    assert results(tmp_path / "out")["validation_loss_after"] < 1
-    card: dict[str, Any] = {}
-    monkeypatch.chdir(tmp_path)
-    exec((tmp_path / "out" / "README.md").read_text().split("```python")[1].split("```")[0], card)
-    assert card["pipe"].get_active_adapters() == ["subject", "few_steps"]
-    sample = np.asarray(Image.open(tmp_path / "out" / "samples-after" / "00-seed-0.png")).astype(int)
-    assert abs(sample - np.asarray(card["image"]).astype(int)).max() <= 1
-
-    pipe = small_sdxl()
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False)
-    pipe.load_nara_weights(tmp_path / "own", adapter_name="own")
-    original = pixels(pipe, **SAMPLED)
-    with adapter_loaded(pipe, tmp_path / "out", "own"):
-        assert pipe.get_active_adapters() == ["own", "default"]
-        assert not torch.allclose(pixels(pipe, **SAMPLED), original)
-    torch.testing.assert_close(pixels(pipe, **SAMPLED), original, rtol=0, atol=0)
-
-
 @pytest.mark.slow
 def test_other_levels_make_other_trajectories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = flags_of(tmp_path, small_sd3()) | {"max_train_steps": 1, "adapter": "lora", "target_modules": ["to_k"]}
@@ -214,14 +182,6 @@ def test_other_levels_make_other_trajectories(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(few_steps, "student_sampler", lambda *_: (earlier, ""))
     run("dreambooth.py", **flags, output_dir=tmp_path / "1")
     assert len(list((tmp_path / "kept").iterdir())) == 2
-
-
-def test_only_the_students_adapter_is_trained() -> None:
-    pipe, config = small_sdxl(), NaraConfig(r=2, target_modules=["to_k"], core_hidden_dims=(4,))
-    adapt(pipe.unet, config, "own")
-    model = AdaptedDenoiser(pipe, config, beside="own")
-    trained = {key for key in model.state_dict() if "default" in key.split(".") and "freq" not in key}
-    assert model.trained.keys() == trained
 
 
 @pytest.mark.parametrize(
@@ -237,6 +197,7 @@ def test_only_the_students_adapter_is_trained() -> None:
         ({"curve_points": 9}, "curve_points is 9"),
         ({"flow_shift": 2.0}, "flow_shift is 2"),
         ({"class_prompt": "a toy"}, "add class_prompt to it"),
+        ({"init_adapter": "mine"}, "init_adapter is mine, but distill_to"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:

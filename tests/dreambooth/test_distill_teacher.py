@@ -1,4 +1,4 @@
-"""The teacher of --distill_to: its prompts, its own adapter, and what makes other trajectories."""
+"""The teacher of --distill_to: its prompts, and what makes other trajectories."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from nara_diffusion.dreambooth import distill, train
@@ -16,7 +14,6 @@ from nara_diffusion.dreambooth.few_steps import student_sampler
 from nara_diffusion.dreambooth.trajectories import sample_latents
 from tests.acceptance._commands import run
 from tests.acceptance._runs import COMMON
-from tests.helpers.adapted import disturb
 from tests.helpers.small_pipelines import small_sdxl
 
 NO_CORE: dict[str, Any] = {"adapter": "dora", "core_learning_rate": None, "adapter_options": {}}
@@ -42,31 +39,16 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
-def with_lora(folder: Path, seed: int = 1) -> Any:
-    """A pipeline with a disturbed LoRA, which is saved in `folder`."""
-    pipe = small_sdxl()
-    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_k", "to_q"]), "mine")
-    disturb(pipe.unet, seed=seed, scale=0.3)
-    factors = {key.replace(".mine", ""): tensor for key, tensor in pipe.unet.state_dict().items() if "lora_" in key}
-    pipe.save_lora_weights(folder, unet_lora_layers=factors)
-    return pipe
-
-
-def test_teacher_has_users_lora_and_trajectories_their_prompts(
+def test_trajectories_are_the_teachers_for_their_prompts(
     flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pipe, losses, trained = with_lora(tmp_path / "own"), [], []
+    pipe, losses, trained = small_sdxl(), [], []
     original = distill.student_losses
     monkeypatch.setattr(distill, "student_losses", lambda task: losses.append(original(task)) or losses[-1])
     monkeypatch.setattr(train, "train", lambda run, parts, loss, validate: trained.append(loss))
     options = {"trajectories": 12, "trajectories_dir": str(tmp_path / "kept")}
     caplog.set_level("INFO")
-    run(
-        "dreambooth_sdxl.py",
-        **flags | options,
-        init_adapter=tmp_path / "own",
-        output_dir=tmp_path / "out",
-    )
+    run("dreambooth_sdxl.py", **flags | options, output_dir=tmp_path / "out")
     assert "12 trajectories took" in caplog.text
     (path,) = (tmp_path / "kept").iterdir()
     trajectories = load_file(path)["trajectories"]
@@ -80,18 +62,9 @@ def test_teacher_has_users_lora_and_trajectories_their_prompts(
     assert torch.equal(torch.cat([training.trajectories, held_out.trajectories]), trajectories)
     assert [*training.prompts, *held_out.prompts] == prompts
     assert len(held_out.prompts) == 1
-    student = training.model
-    trained = [key for key, parameter in student.named_parameters() if parameter.requires_grad]
-    assert trained
-    assert all("default" in key.split(".") for key in trained)
-    layers = [layer for layer in student.modules() if isinstance(layer, LoraLayer)]
-    assert {name for layer in layers for name in layer.lora_A} == {"subject", "default"}
-    assert all(set(layer.active_adapters) == {"subject", "default"} for layer in layers)
     card = (tmp_path / "out" / "README.md").read_text()
     lines = ["num_inference_steps=2", "guidance_scale=1.0", "pipe.scheduler = DDIMScheduler"]
-    lines.append(f"pipe.load_lora_weights('{tmp_path / 'own'}', adapter_name='subject')")
-    lines.append(f"pipe.load_lora_weights('{tmp_path / 'out'}', adapter_name='few_steps')")
-    lines.append("set_adapters(['subject', 'few_steps'])")
+    lines.append(f"pipe.load_lora_weights('{tmp_path / 'out'}')")
     for line in lines:
         assert line in card
 
@@ -125,13 +98,9 @@ def test_every_setting_of_the_teacher_names_other_trajectories(
         {"seed": 1},
         {"resolution": 32},
         {"class_prompt": "a toy"},
-        {"init_adapter": tmp_path / "subject"},
-        {"init_adapter": tmp_path / "subject"},  # another one at this path
     ]
     names = []
     for number, change in enumerate(changes):
-        if "init_adapter" in change:
-            with_lora(tmp_path / "subject", seed=number)
         with pytest.raises(Named) as caught:
             run("dreambooth_sdxl.py", **flags | change, output_dir=tmp_path / str(number))
         names.append(str(caught.value))

@@ -189,8 +189,8 @@ def test_step_and_curve_are_pairs_one_by_one(tmp_path: Path) -> None:
     assert abs(other - single[0]) > 2e-4
 
     objective = step.objective
-    loss = ValidationLoss(objective, step.latents, samples, model.family, 4, 2, 2, step.prompts)
-    curve = loss._at(model.pipe, 700)
+    loss = ValidationLoss(replace(step, seed=4), samples, model.family, 2, 2)
+    curve = loss._at(model.pipe, step.prompts, 700)
     for sample, measured in zip(samples, curve, strict=True):
         latents, ids = step.latents.mode([sample]), torch.tensor([sample.time_ids])
         noise = draw_noise([sample.position], latents.shape[1:], seed=4, role="validation")

@@ -21,11 +21,11 @@ from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, collate_samples
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.draws import ExpertDraw
-from nara_diffusion.dreambooth.expert_swap import ExpertSwap
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, run_family
 from nara_diffusion.dreambooth.image_plan import planned_image_step
 from nara_diffusion.dreambooth.image_records import records_from_folder
 from nara_diffusion.dreambooth.pipelines import family_of, modules_of, sharing_pipeline
+from nara_diffusion.dreambooth.swaps import ExpertSwap
 from nara_diffusion.dreambooth.training_step import expert_levels, training_step
 from nara_diffusion.dreambooth.validation_loss import ValidationLoss
 from nara_diffusion.training.live_storages import nbytes
@@ -97,12 +97,11 @@ def test_levels_split_where_the_stock_pipeline_switches() -> None:
     pipe.register_to_config(boundary_ratio=timestep / 1000)
     with recorded(pipe) as calls:
         pipe(**call, guidance_scale=1.0, max_sequence_length=20, output_type="latent")
-    experts = family_of(pipe).experts
-    assert experts is not None
+    family = family_of(pipe)
     assert [name for name, *_ in calls] == ["transformer"] * 3 + ["transformer_2"] * 2
-    assert [experts.at(torch.tensor(t)) for _, t, _ in calls] == [name for name, *_ in calls]
+    assert [family.denoiser_at(torch.tensor(t)) for _, t, _ in calls] == [name for name, *_ in calls]
     timesteps = torch.tensor([t for _, t, _ in calls]).flip(0)
-    levels = expert_levels(experts, torch.arange(5), timesteps)
+    levels = expert_levels(family, torch.arange(5), timesteps)
     numbers = {name: index.tolist() for name, index in levels.items()}
     assert numbers == {"transformer": [2, 3, 4], "transformer_2": [0, 1]}
 
@@ -227,7 +226,7 @@ def test_validation_loss_is_that_of_each_expert(tmp_path: Path) -> None:
     pipe = small_wan_experts()
     family = run_family(arguments(), pipe)
     step, samples = step_of(pipe), samples_of(tmp_path).plain_samples()
-    loss = ValidationLoss(step.objective.unweighted, step.latents, samples, family, 0, 4, 2, step.prompts)
+    loss = ValidationLoss(step, samples, family, 4, 2)
     with recorded(pipe) as calls:
         loss.curve(pipe, Accelerator(cpu=True))
     assert [name for name, *_ in calls] == ["transformer_2"] * 2 + ["transformer"] * 6

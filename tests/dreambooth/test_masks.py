@@ -124,7 +124,7 @@ def test_unusable_masks_are_refused_in_one_line(folder: Path, tmp_path: Path) ->
     grey((30, 21)).save(images / "mask" / "01.png")
     refused(r"mask/01.png is 30 x 21 pixels, but its image 30 x 20: save both in one size")
     grey((30, 20)).save(images / "mask" / "1.png")
-    refused(r"mask has masks without an image: '1.png'. Name each like its image, or remove it")
+    refused(r"mask has files without an image of the same name \('1.png'\): remove them")
 
 
 def test_options_reach_masks_and_weights(tmp_path: Path) -> None:
@@ -278,7 +278,8 @@ def test_validation_loss_has_the_weights_too(folder: Path) -> None:
     curves = []
     for floor, images in ((0.0, samples), (0.25, black), (0.25, with_colour(samples, None))):
         cache = LatentCache(pipe.vae, mask_floor=floor)
-        loss = ValidationLoss(build_objective(pipe.scheduler), cache, images, SDXL, seed=4, points=2, batch_size=2)
+        step = TrainingStep(pipe.unet, build_objective(pipe.scheduler), cache, None, torch.device("cpu"), seed=4)
+        loss = ValidationLoss(step, images, SDXL, points=2, batch_size=2)
         curves.append(loss.curve(pipe, Accelerator()))
     fresh_accelerate()
     torch.testing.assert_close(curves[1], 0.25 * curves[2])

@@ -74,7 +74,7 @@ def test_pairs_that_do_not_match_are_refused(folder: Path, tmp_path: Path) -> No
     refused(r"1 of 3 images in .* have no source \('02.png'\): add their sources", sources)
     noise(9, 9).save(sources / "02.bmp")
     noise(9, 9).save(sources / "07.png")
-    refused(r"sources without an image of the same name \('07.png'\): remove them", sources)
+    refused(r"files without an image of the same name \('07.png'\): remove them", sources)
     noise(9, 9).save(sources / "01.bmp")
     refused(r"two images named '01' \(01.bmp, 01.png\)", sources)
     row = {"file_name": "00.png", "text": "a"}

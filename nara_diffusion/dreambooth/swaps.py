@@ -1,4 +1,6 @@
-"""`--block_swap N`: the frozen weights of N blocks of the denoiser are on the host while others run.
+"""Frozen weights that are on the host while others run: blocks of a denoiser, or one of two denoisers.
+
+`--block_swap N` swaps N blocks:
 
     forward     load block i, ask for block i + 1, run i, drop i
     backward    load block i, ask for block i − 1, run i again and differentiate it, drop i
@@ -8,32 +10,34 @@ and stays until its backward is done. The checkpoint is PyTorch's reentrant one:
 the graph of the first forward, in which bitsandbytes stores 4-bit weights. For the same reason,
 Diffusers' group offloading frees nothing during a backward.
 
-Weights are copied to the device only. An adapter isn't swapped. On a GPU, a stream of its own copies
-from pinned memory.
+On a GPU, a stream of its own copies from pinned memory.
+
+Of the two denoisers of Wan 2.2, only the one that runs has its frozen weights on the device:
+
+    forward of a denoiser    free the copy of the other one, copy this one's weights, run
+
+A copy stays until the other denoiser runs, and so for the backward.
+
+Weights are copied to the device only. Adapters, their gradients and the optimizer's states stay on
+the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from .families import Family
 
-class Swap(Protocol):
-    """What swaps the weights of a denoiser."""
-
-    def whole(self, denoiser: nn.Module) -> AbstractContextManager[None]:
-        """Keep all weights of `denoiser` in one place inside the context."""
-        ...
-
-
-SWAPS: WeakKeyDictionary[nn.Module, Swap] = WeakKeyDictionary()
+SWAPS: WeakKeyDictionary[nn.Module, BlockSwap | ExpertSwap] = WeakKeyDictionary()
 """{denoiser: what swaps its weights}."""
 
 
@@ -185,6 +189,58 @@ class _Recomputed(CheckpointFunction):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         with ctx.run_function.swap.backward():
             return CheckpointFunction.backward(ctx, *gradients)
+
+
+class ExpertSwap:
+    """The weights of the denoisers of `pipe`, which are frozen, on the CPU and without adapters."""
+
+    def __init__(self, pipe: DiffusionPipeline, family: Family, device: torch.device) -> None:
+        self.device = device
+        self.names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+        self.weights: dict[str, Weights] = {}
+        for name in family.denoisers:
+            self.weights[name] = host_weights(getattr(pipe, name), device)
+            empty(self.weights[name], device)
+        self.present: str | None = None  # the denoiser on the device
+        self.attach(pipe)
+
+    def attach(self, pipe: DiffusionPipeline) -> None:
+        """Swap the denoisers of a pipeline that has the weights of this object."""
+        for name in self.weights:
+            denoiser = getattr(pipe, name)
+            self.names[denoiser], SWAPS[denoiser] = name, self
+            denoiser.to(self.device)
+            denoiser.register_forward_pre_hook(self.enter)
+
+    def enter(self, denoiser: nn.Module, _: object) -> None:
+        """Bring the weights of a denoiser to the device."""
+        name = self.names[denoiser]
+        if name == self.present:
+            return
+        self.leave()
+        for parameter, host in self.weights[name]:
+            parameter.data = host.to(self.device, non_blocking=True, copy=True)
+        self.present = name
+
+    def leave(self) -> None:
+        """Free the copy on the device."""
+        if self.present is not None:
+            empty(self.weights[self.present], self.device)
+        self.present = None
+
+    @contextmanager
+    def whole(self, denoiser: nn.Module) -> Iterator[None]:
+        """Keep all of `denoiser` on the CPU inside the context, since both can't be on the device."""
+        self.leave()
+        weights = self.weights[self.names[denoiser]]
+        for parameter, host in weights:
+            parameter.data = host
+        denoiser.to("cpu")
+        try:
+            yield
+        finally:
+            empty(weights, self.device)
+            denoiser.to(self.device)
 
 
 def checkpoint_of(denoiser: nn.Module) -> Callable[..., Any] | None:
