@@ -99,10 +99,7 @@ def _read_folder(folder: Path) -> PlainLora:
 
 def _plain_lora(config: LoraConfig, tensors: Mapping[str, Tensor]) -> PlainLora:
     tensors = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
-    layers = layers_of_tensors(config, tensors)
-    if not layers:
-        raise ValueError(f"it has no LoRA in PEFT's format, but {listed(tensors) or 'no tensors'}.")
-    return PlainLora(config, layers, extra_tensors(tensors))
+    return PlainLora(config, layers_of_tensors(config, tensors), extra_tensors(tensors))
 
 
 def _read_file(path: Path, pipe: nn.Module | DiffusionPipeline) -> dict[str, PlainLora]:

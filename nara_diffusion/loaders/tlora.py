@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mode
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -154,10 +155,11 @@ def tlora_part(
     """
     rank = len(next(iter(factors.values()))[0]) // step
     least, exponent = mask_settings(file, rank)
+    scaled: Any = step * (rank if alpha is None else alpha)  # PEFT declares an integer
     config = NaraConfig(
         core_type="rank_mask",
         r=step * rank,
-        lora_alpha=step * (rank if alpha is None else alpha),  # type: ignore[arg-type]
+        lora_alpha=scaled,
         rank_mask_min=step * least,
         rank_mask_exponent=exponent,
         rank_mask_step=step,
