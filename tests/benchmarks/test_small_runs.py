@@ -13,6 +13,7 @@ import benchmark_regimes
 import benchmark_speed
 import benchmark_text_cache
 import benchmark_text_steps
+import benchmark_text_training
 import measure_house
 import pytest
 import torch
@@ -51,6 +52,14 @@ def test_benchmark_text_cache_writes_a_record(part, tmp_path):
 def test_benchmark_text_steps_writes_a_record(part, tmp_path):
     benchmark_text_steps.main(part, rounds=1, answer=64, output_dir=tmp_path)
     record = json.loads((tmp_path / f"benchmark_text_{part}.json").read_text(encoding="utf-8"))
+    assert record.keys() > MADE_WITH
+
+
+def test_benchmark_text_training_writes_a_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark_text_training, "BATCHES", ((8, 4),))
+    figures = benchmark_text_training.main(rounds=1, output_dir=tmp_path)
+    assert set(figures["table"][0]["ratios"]) == {"random", "bare loop"}
+    record = json.loads((tmp_path / "benchmark_text_training.json").read_text(encoding="utf-8"))
     assert record.keys() > MADE_WITH
 
 
