@@ -236,7 +236,7 @@ class ValidationArguments:
     num_validation_images: Count = option(
         4, "Images for each prompt, with the seeds --seed, --seed + 1, ….", rare=True
     )
-    num_inference_steps: Count = option(25, "Denoising steps of a sample.")
+    num_inference_steps: Count = option(24, "Denoising steps of a sample.")
     guidance_scale: NotNegative = option(5.0, "Classifier-free guidance of samples; 1 disables it.")
     validation_data_dir: str | None = option(
         None,

@@ -82,7 +82,10 @@ def option(
 
 def defaults_of(cls: Any) -> dict[str, Any]:
     """Return {name: default} of a dataclass of options, or of an instance of one."""
-    return {field.name: field.default_factory() for field in dataclasses.fields(cls)}
+    factories: dict[str, Any] = {
+        field.name: field.default_factory for field in dataclasses.fields(cls)
+    }
+    return {name: factory() for name, factory in factories.items()}
 
 
 class Kind(NamedTuple):
