@@ -151,7 +151,12 @@ def loading_code(
     image = ""
     if settings.by_prompt:
         imports = f"from diffusers.utils import load_image\n{imports}"
-        image = '\n    image=load_image("source.png"),'
+        source = settings.by_prompt[0]["image"]
+        sources = 'load_image("source.png")'
+        if isinstance(source, list):
+            calls = [f'load_image("source-{i}.png")' for i in range(1, len(source) + 1)]
+            sources = f"[{', '.join(calls)}]"
+        image = f"\n    image={sources},"
     if sampler:
         lines.append(sampler)
         scheduler = sampler.removeprefix("pipe.scheduler = ").split(".")[0]

@@ -12,6 +12,8 @@ from diffusers import StableDiffusionXLPipeline
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.image_report import best_by_both, forgetting, loading_code
 from nara_diffusion.dreambooth.samples import SampleSettings
+from tests.dreambooth.pictures import noise
+from tests.helpers.pipelines.edits import small_qwen_plus
 from tests.helpers.small_pipelines import small_sdxl
 
 
@@ -31,6 +33,16 @@ def test_card_loads_the_files_of_the_run(tmp_path: Path) -> None:
     assert type(scope["pipe"]) is StableDiffusionXLPipeline
     assert "revision='main', variant='fp16')" in code
     assert "variant" not in card_code()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_card_loads_as_many_sources_as_a_sample(count: int) -> None:
+    args = DreamBoothArguments(pretrained_model_name_or_path="base", instance_data_dir="pictures")
+    image = noise(8, 8) if count == 1 else [noise(8, 8)] * count
+    settings = SampleSettings(["red"], 1, 0, 1, {"num_inference_steps": 2}, [{"image": image}])
+    code = loading_code(args, settings, "out", small_qwen_plus())
+    images = 'load_image("source.png")' if count == 1 else '[load_image("source-1.png"), load_image("source-2.png")]'
+    assert f"    image={images},\n" in code
 
 
 def measured(similarity: float | None, text_alignment: float | None) -> Any:

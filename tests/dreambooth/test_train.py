@@ -82,7 +82,9 @@ def test_run_continues_with_other_images_on_its_card(
     assert losses(other)[2] != losses(same)[2]
 
 
-@pytest.mark.parametrize("change", [{"snr_gamma": 5.0}, {"resolution": 32}, {"rank": 2}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"snr_gamma": 5.0}, {"resolution": 32}, {"rank": 2}, {"load_in_4bit": True}], ids=str
+)
 def test_run_that_would_learn_otherwise_is_not_continued(
     sdxl: dict[str, Any], ended: Path, tmp_path: Path, change: dict[str, Any]
 ) -> None:
