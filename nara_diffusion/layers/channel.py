@@ -100,13 +100,12 @@ class CoreChannel:
         D belongs to the current forward, or to the context around a part that is called directly.
         """
         pushed = self.pushed()
-        is_current = pushed is not None and (
-            torch.compiler.is_compiling() or pushed.present is present.get()
-        )
-        if pushed is not None and is_current:
-            deviation = pushed.deviations.get(key)
-            if deviation is not None:
-                return deviation, pushed.parts
+        if (
+            pushed is not None
+            and key in pushed.deviations
+            and (torch.compiler.is_compiling() or pushed.present is present.get())
+        ):
+            return pushed.deviations[key], pushed.parts
         return self.holder.core_of_part(key)
 
     def operand(self, key: Key, deviation: Tensor, like: Tensor) -> Tensor:

@@ -35,18 +35,14 @@ def check_target(target: nn.Module, reads_core: bool, name: str, core_type: str)
             dilation and padding mode).
     """
     base = target.get_base_layer() if isinstance(target, LoraLayer) else target
-    if isinstance(base, nn.modules.conv._ConvNd):
-        option = None
-        if base.padding_mode != "zeros":
-            option = f"padding_mode={base.padding_mode!r}"
-        elif any(step != 1 for step in base.dilation):
-            option = f"dilation={base.dilation}"
-        if option is not None:
-            raise ValueError(
-                f"NaRA cannot adapt '{name}' ({type(base).__name__} with {option}): PEFT's convolution "
-                "A has dilation 1 and pads with zeros, so the forward would not be that of "
-                "W0 + s·B·C·A. Leave it out with `exclude_modules`."
-            )
+    if isinstance(base, nn.modules.conv._ConvNd) and (
+        base.padding_mode != "zeros" or any(step != 1 for step in base.dilation)
+    ):
+        raise ValueError(
+            f"NaRA cannot adapt '{name}' ({type(base).__name__} with padding_mode={base.padding_mode!r} and "
+            f"dilation={base.dilation}): PEFT's convolution A has dilation 1 and pads with zeros, so the forward "
+            "would not be that of W0 + s·B·C·A. Leave it out with `exclude_modules`."
+        )
     if core_type == "film" and isinstance(base, (nn.modules.conv._ConvNd, nn.Embedding)):
         raise ValueError(
             f"NaRA cannot adapt '{name}' ({type(base).__name__}) with core_type 'film', whose β only linear layers "

@@ -107,10 +107,6 @@ class _Run:
     answer: Tensor
 
 
-def _is_among(one: Tensor, tensors: Sequence[Tensor]) -> bool:
-    return any(tensor is one for tensor in tensors)
-
-
 class BlockNoise:
     """Compute λ (b, k) for the k blocks that Diffusers' LLaDA2Pipeline passes to its model.
 
@@ -130,20 +126,17 @@ class BlockNoise:
 
     def __init__(self, schedulers: Callable[[], Sequence[Any]]) -> None:
         self.schedulers = schedulers
-        self._known: list[Tensor] = []  # the schedules of all runs up to now
+        self._known: dict[int, Tensor] = {}  # the schedules of all runs up to now
         self._runs: list[_Run] = []
 
     def ignore_past_runs(self) -> None:
         """Take no schedule that exists now for that of a new run."""
         self._known = self._schedules()
 
-    def _schedules(self) -> list[Tensor]:
-        schedules: list[Tensor] = []
-        for scheduler in self.schedulers():
-            schedule = getattr(scheduler, "_transfer_schedule", None)
-            if schedule is not None and not _is_among(schedule, schedules):
-                schedules.append(schedule)
-        return schedules
+    def _schedules(self) -> dict[int, Tensor]:
+        """Return the present schedules by their `id`, since equal schedules belong to different runs."""
+        schedules = [getattr(one, "_transfer_schedule", None) for one in self.schedulers()]
+        return {id(schedule): schedule for schedule in schedules if schedule is not None}
 
     def _of_run(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -156,11 +149,11 @@ class BlockNoise:
         if kwargs.get("position_ids") is None or kwargs.get("use_cache"):
             return None
         present = self._schedules()
-        self._runs = [run for run in self._runs if _is_among(run.schedule, present)]
+        self._runs = [run for run in self._runs if id(run.schedule) in present]
         for run in self._runs:
             if run.real.untyped_storage().data_ptr() == real.untyped_storage().data_ptr():
                 return run, input_ids, real
-        new = [schedule for schedule in present if not _is_among(schedule, self._known)]
+        new = [present[key] for key in present.keys() - self._known.keys()]
         self._known = present
         if len(new) != 1:
             return None

@@ -52,11 +52,8 @@ class CanvasNoise:
         self.watched: list[Any] = []
         self.local = _State()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"schedulers": self.schedulers}  # a copy has its own samplers
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.schedulers,)  # a copy has its own samplers
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return λ (1,) or (b,) for one call of the decoder.

@@ -85,17 +85,16 @@ class LevelFinder:
 
         N and the meaning of small timesteps come from the pipelines' current schedulers.
         """
-        source = self.given_source
-        frames = self.rows.frames
-        if frames is not None and isinstance(source, TimestepNoise) and source.frames is None:
-            source = copy(source)
-            source.frames = frames
+        source, frames = self.given_source, self.rows.frames
         if source is not NotSet.DEFAULT:
+            if frames is not None and isinstance(source, TimestepNoise) and source.frames is None:
+                source = copy(source)
+                source.frames = frames
             return source
-        schedulers = self.usage.schedulers() if self.usage.pipelines else []
         source = self._default_source(next(iter(self._definitions().values()), None))
         if not isinstance(source, DenoiserNoise):
             return source
+        schedulers = self.usage.schedulers() if self.usage.pipelines else []
         if schedulers:
             return source.under(schedulers)
         return source if self.length is None else replace(source, num_train_timesteps=self.length)
@@ -140,10 +139,7 @@ class LevelFinder:
                 samples apart.
         """
         if entry is None:
-            source = self.present_source()
-            if isinstance(source, DenoiserNoise) and source.schedulers:
-                self.length = source.num_train_timesteps  # the pipelines may go before the model
-            level = None if source is None else as_level(source(self.root, args, kwargs), axes=2)
+            level = self.level_of_source(args, kwargs)
         elif entry.backward == torch._C._current_graph_task_id():
             level = entry.level
         else:
@@ -162,6 +158,13 @@ class LevelFinder:
             return parts.levels(level), parts
         level = level[:, 0] if level.dim() == 2 else level
         return self.rows.level_of_forward(level, self.root, args, kwargs), None
+
+    def level_of_source(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """Return λ (1,), (b,) or (b, k) that the source computes for a forward; None without a source."""
+        source = self.present_source()
+        if isinstance(source, DenoiserNoise) and source.schedulers:
+            self.length = source.num_train_timesteps  # the pipelines may go before the model
+        return None if source is None else as_level(source(self.root, args, kwargs), axes=2)
 
     def _warn_of_other_training(self, names: Iterable[str], per: str) -> None:
         """Warn once of each adapter that was trained with λ per sample and is used per part, or vice versa.

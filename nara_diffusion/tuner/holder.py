@@ -292,19 +292,17 @@ class CoreHolder(nn.Module):
             RuntimeError: no forward of the root is running, and no context sets λ; or rows cannot
                 be assigned to samples.
         """
-        name = key[0]
-        entry = self.context()
-        pushed = self.channel.pushed()
+        entry, pushed = self.context(), self.channel.pushed()
         if pushed is not None and pushed.entry is entry and key in pushed.deviations:
             return pushed.deviations[key], pushed.parts
-        level = None if entry is None else entry.level
         is_outdated = entry is None or entry.backward != backward_pass()
-        if self.depends_on_noise(name) and (level is None or is_outdated):
+        if is_outdated and self.depends_on_noise(key[0]):
             raise RuntimeError(
-                f"No C(λ) has reached a layer for adapter '{name}': the forward of the whole adapted model makes C. "
+                f"No C(λ) has reached a layer for adapter '{key[0]}': the forward of the whole adapted model makes C. "
                 "Call that forward, or call a part of it inside `with noise_level(model, value):`. For checkpointing, "
                 "use the model's own `gradient_checkpointing_enable()`."
             )
+        level = None if entry is None else entry.level
         if level is not None:
             level = self.channel.rows.level_of_part(level)
         with in_memory(self.root):

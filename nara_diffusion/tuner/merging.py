@@ -198,11 +198,10 @@ class Merging:
         if self._warned_of is merged or self.is_fused:
             return
         try:
-            source = finder.present_source()
-            level = merged if source is None else as_level(source(self.root, args, kwargs), axes=2)
+            level = finder.level_of_source(args, kwargs)
         except ValueError:  # no adapter needs a source that cannot compute λ here
             return
-        if bool((level == merged.to(level.device)).all()):
+        if level is None or bool((level == merged.to(level.device)).all()):
             return
         self._warned_of = merged
         levels = ", ".join(f"{value:.6g}" for value in level.flatten().tolist())

@@ -101,8 +101,12 @@ CIRCULAR = nn.Conv3d(6, 7, 3, padding=1, padding_mode="circular")
         (nn.Embedding(13, 5), {"use_dora": True}, r"NaRA-DoRA cannot adapt 'layer' \(Embedding\), .*norm"),
         (nn.Conv2d(8, 8, 3, groups=2), {"use_dora": True}, r"NaRA-DoRA cannot adapt 'layer' \(Conv2d\), .*groups"),
         (nn.Linear(7, 5).to(torch.float8_e4m3fn), {"use_dora": True}, "stored as torch.float8_e4m3fn"),
-        (DILATED, {}, r"NaRA cannot adapt 'layer' \(Conv2d with dilation=\(2, 1\)\).*exclude_modules"),
-        (CIRCULAR, {"core_type": "identity"}, r"'layer' \(Conv3d with padding_mode='circular'\)"),
+        (
+            DILATED,
+            {},
+            r"adapt 'layer' \(Conv2d with padding_mode='zeros' and dilation=\(2, 1\)\).*exclude_modules",
+        ),
+        (CIRCULAR, {"core_type": "identity"}, r"'layer' \(Conv3d with padding_mode='circular' "),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )

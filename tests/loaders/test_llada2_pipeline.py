@@ -245,6 +245,15 @@ def test_later_forwards_read_no_value_from_device(base: Path) -> None:
     assert level.tolist() == [[0.75], [0.75]]
 
 
+def test_mask_of_earlier_run_belongs_to_new_run(base: Path) -> None:
+    model, scheduler = fresh(base), BlockRefinementScheduler()
+    source, ids = BlockNoise(lambda: [scheduler]), torch.full((2, 2 * B), MASK)
+    inputs = {"attention_mask": torch.ones_like(ids), "position_ids": ids}
+    for blocks in (2, 1):
+        scheduler.set_timesteps(2, block_length=2 * B // blocks)
+        assert source(model, (ids,), inputs).shape == (2, blocks)
+
+
 def test_answer_begins_at_first_mask_of_any_row(base: Path) -> None:
     model, scheduler = fresh(base), BlockRefinementScheduler()
     scheduler.set_timesteps(2, block_length=B)
