@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,8 @@ def noise_levels(
     group_size: int | None,
     *,
     symmetric: bool = False,
-    **drawing: Any,
+    window: NoiseWindow = EVERYTHING,
+    blocks: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return `noise_level` as (b,) float32, or draw λ if it is None.
 
@@ -39,8 +39,14 @@ def noise_levels(
     """
     b = len(sample_indices)
     if noise_level is None:
-        group = group_size or b
-        return draw_noise_levels(sample_indices, seed, group, symmetric=symmetric, **drawing)
+        return draw_noise_levels(
+            sample_indices,
+            seed,
+            group_size or b,
+            symmetric=symmetric,
+            window=window,
+            blocks=blocks,
+        )
     is_tensor = isinstance(noise_level, torch.Tensor)
     values = np.asarray(noise_level.tolist() if is_tensor else noise_level, np.float32)
     levels = np.broadcast_to(values, (b,)).copy()
