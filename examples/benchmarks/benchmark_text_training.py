@@ -47,7 +47,7 @@ def run_dllm_py(rows: str, size: int, forwards: int, steps: int, grouped: str = 
         "pretrained_model_name_or_path": MODEL,
         "train_file": DATA / "train.jsonl",
         "validation_file": DATA / "validation.jsonl",
-        "output_dir": Path(rows).parent / f"dllm_py_{grouped}",
+        "output_dir": Path(rows).parent / f"dllm_py_{grouped}_{size}_{forwards}",
         "adapter": "lora",
         "target_modules": "all-linear",
         "rank": RANK,
@@ -84,9 +84,9 @@ def run_bare_loop(rows: str, size: int, forwards: int, steps: int) -> None:
     from nara_diffusion.dllm import AnswerCollator, load_backbone
     from nara_diffusion.dllm.batches import GlobalBatchStream
 
-    model, tokenizer = load_backbone(str(MODEL))
-    mask = model.config.mask_token_id
-    model: Any = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")).train()
+    base, tokenizer = load_backbone(str(MODEL))
+    mask: Any = base.config.mask_token_id
+    model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, fused=True)
     samples = Dataset.from_list(json.loads(Path(rows).read_text()))
@@ -194,7 +194,7 @@ def work(program: str, rows: str, size: int, forwards: int, turns: int) -> None:
 
 def take_turns(environments: dict[str, dict[str, str]], rows: Path, size: int, forwards: int, rounds: int) -> Any:
     """{program: [seconds of a step in each round]}."""
-    workers: dict[str, subprocess.Popen] = {}
+    workers: dict[str, Any] = {}
     for program, environment in environments.items():
         words = ["--worker", program, str(rows), str(size), str(forwards), str(rounds + 2)]
         with (rows.parent / f"{program}.log").open("w") as log:
@@ -241,12 +241,9 @@ def main(
     environments = {"dllm.py": ours, "random": ours, "bare loop": ours}
     if dllm:
         environments["dllm"] = {**ours, "PYTHONPATH": os.pathsep.join(filter(None, [dllm, dllm_packages]))}
-    table = []
-    print(
-        "| batch | milliseconds of dllm.py | "
-        + " | ".join(f"dllm.py / {name}" for name in list(environments)[1:])
-        + " |"
-    )
+    table: list[dict[str, Any]] = []
+    figures: dict[str, Any] = {"rounds": rounds, "forwards_of_a_turn": FORWARDS, "table": table}
+    print("| batch | milliseconds of dllm.py |", *(f"dllm.py / {name} |" for name in list(environments)[1:]))
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
         rows.write_text(json.dumps(load_rows(load_shipped_model()[1], "train").to_list()))
@@ -257,8 +254,8 @@ def main(
             table.append({"batch": [size, forwards], "seconds": seconds, "ratios": ratios})
             numbers = " | ".join(f"{ratio:.3f}" for ratio in ratios.values())
             print(f"| {size} × {forwards} | {1000 * seconds['dllm.py']:.1f} | {numbers} |", flush=True)
-    figures = {"rounds": rounds, "forwards_of_a_turn": FORWARDS, "table": table}
-    print(f"saved to {save_record('benchmark_text_training', figures, output_dir)}")
+            file = save_record("benchmark_text_training", figures, output_dir)
+            print(f"saved to {file}")
     return figures
 
 
