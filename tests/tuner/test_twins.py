@@ -68,8 +68,9 @@ def _with_matrices(base, holder, given, level):
     plain = tiny_gemma()
     plain.model.encoder = copy.deepcopy(plain.model.encoder)  # no longer tied
     for name, layer in zip(_names(base), holder.layers["default"], strict=True):
-        key = ("default", layer.lora_variant["default"].key[1])
-        C = holder.matrix(key, torch.tensor([0.0 if ".encoder." in name else level]))[0]
+        group = layer.lora_variant["default"].key[1]
+        present = torch.tensor([0.0 if ".encoder." in name else level])
+        C = holder.cores_of("default").matrix(group, present)[0]
         A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         weight = layer.get_base_layer().weight + 7 / 3 * B @ C @ A
         plain.get_submodule(name).weight = torch.nn.Parameter(weight)
@@ -91,8 +92,8 @@ def test_lambda_of_parts_is_canvas_or_zero():
 
 def _update_of_parts(base, layer, levels, is_encoder):
     """A hook that adds s B C A x to a layer's output: C(0), or C(λ) of each third of the canvas."""
-    C = holder_of(base).matrix(("default", layer.lora_variant["default"].key[1]), levels.flatten())
-    zero = holder_of(base).matrix(("default", layer.lora_variant["default"].key[1]), torch.zeros(1))
+    cores, group = holder_of(base).cores_of("default"), layer.lora_variant["default"].key[1]
+    C, zero = cores.matrix(group, levels.flatten()), cores.matrix(group, torch.zeros(1))
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
     def hook(module, args, output):
