@@ -224,7 +224,7 @@ def take_turns(environments: dict[str, dict[str, str]], rows: Path, size: int, f
     finally:
         for worker in workers.values():
             worker.kill()
-            worker.wait()
+            worker.communicate()  # closes its pipes
     return times
 
 
