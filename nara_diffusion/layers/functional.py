@@ -99,7 +99,7 @@ def linear_in_one(
     if not torch.is_grad_enabled():  # an autograd function takes longer
         rows, A, B = _converted(x, A, B, result.dtype)
         z, raised = result.flatten(0, -2), _mixed_rows(F.linear(rows, A), operand, scaling)
-        z = torch.addmm(z, raised, B.T) if W is None else z.addmm_(raised, B.T)
+        z = torch.addmm(z, raised, B.T, out=None if W is None else z)
         if m is not None and norm is not None:
             gain = _gain(m, norm, result.dtype)[:, None]
             z = scaled(z.view(gain.shape[0], -1, z.shape[1]), gain, b)
