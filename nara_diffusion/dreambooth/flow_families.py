@@ -17,7 +17,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .families import Call, Embeddings, Family
+from .families import TRANSFORMER_TARGETS, Call, Embeddings, Family
 
 N = 1000
 
@@ -170,6 +170,9 @@ FLUX2 = Family(
     ],
     inputs=_flux2_inputs,
     output=unpacked_flux2,
+    # most blocks have queries, keys, values and feed-forward in one; their `to_out` is left out,
+    # because in the other blocks a module of this name is a list
+    targets=(*TRANSFORMER_TARGETS, "to_qkv_mlp_proj"),
     defaults={"resolution": 1024, "guidance_scale": 4.0, "num_inference_steps": 28},
     fit=_fit_guidance,
     most_sources=10,

@@ -160,6 +160,19 @@ def test_family_trains_at_the_objectives_noise_levels(name: str) -> None:
     assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in model.trained.values())
 
 
+@pytest.mark.parametrize("name", PIPELINES)
+def test_default_targets_are_in_every_block(name: str) -> None:
+    pipe = PIPELINES[name]()
+    family = family_of(pipe)
+    targets = tuple(f".{target}" for target in family.targets)
+    blocks = [
+        block for block in getattr(pipe, family.denoiser).modules() if type(block).__name__.endswith("TransformerBlock")
+    ]
+    assert blocks
+    for block in blocks:
+        assert any(f".{name}".endswith(targets) for name, _ in block.named_modules()), type(block)
+
+
 def test_time_ids_are_whole_numbers_in_bf16_too(monkeypatch) -> None:
     pipe, seen = FAMILY_PIPELINES["sdxl"](), []
     embed = pipe.unet.add_time_proj.forward
