@@ -43,7 +43,7 @@ def load_base(args: Arguments, run: Run[Arguments]) -> TextBase:
         ValueError: see `load_backbone`; or the model doesn't take an argument.
     """
     with loading_in(run.accelerator, run.weights_dtype):
-        model, tokenizer = load_model(args, run.weights_dtype)
+        model, tokenizer = load_model(args, run.weights_dtype, run.accelerator.device)
     backbone = Backbone(model)
     kind = kind_of(backbone, args)
     if kind.whole_because:
@@ -57,17 +57,21 @@ def load_base(args: Arguments, run: Run[Arguments]) -> TextBase:
 
 
 def load_model(
-    args: Arguments, dtype: torch.dtype
+    args: Arguments, dtype: torch.dtype, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the model and the tokenizer that the arguments name.
 
-    Quantised weights are put on the process's own device.
+    Args:
+        device: the device of quantised weights, which can't be moved later. transformers would take
+            a GPU even in a run on the CPU.
     """
     options: dict[str, Any] = {}
     for name in ("mask_token", "load_in_4bit", "load_in_8bit", "revision"):
         value = getattr(args, name)
         if value:
             options[name] = value
+    if args.bits:
+        options["device_map"] = {"": str(device)}
     model, tokenizer = load_backbone(args.pretrained_model_name_or_path, dtype=dtype, **options)
     kind_of(Backbone(model)).configure(model, args)
     return model, tokenizer

@@ -221,7 +221,7 @@ def measure_start(setup: Setup, trained: Trained) -> Measurement:
             return evaluation.measure(trained.model)
 
     def load() -> PreTrainedModel:
-        model: Any = load_model(args, run.dtype)[0]
+        model: Any = load_model(args, run.dtype, run.accelerator.device)[0]
         return model.to(run.accelerator.device)
 
     return evaluation.measure(load_whole(run.accelerator, load))

@@ -22,7 +22,8 @@ from .run_folder import CONFIG, LOCK, as_yaml
 
 def without_folders(text: str, args: TrainingArguments) -> str:
     """Return `text` for publication, with the arguments' absolute paths cut to their last part."""
-    places = [value for value in vars(args).values() if str(value).startswith(("/", "~"))]
+    values = [str(value) for value in vars(args).values() if isinstance(value, (str, Path))]
+    places = [value for value in values if value.startswith(("/", "~"))]
     for place in sorted(places, key=len, reverse=True):
         path = Path(place)
         for form in (place, str(path), os.path.expanduser(path)):

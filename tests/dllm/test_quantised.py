@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.dllm import load_backbone, masked_diffusion_loss
+from nara_diffusion.dllm import load_backbone, masked_diffusion_loss, text_base
 from nara_diffusion.training.adapters import add_adapter
 from nara_diffusion.utils.quantised import prepare_quantised
 from tests.acceptance._commands import (
@@ -104,6 +104,21 @@ def test_both_widths_and_full_training_are_refused(tmp_path: Path) -> None:
     for changes in ({"load_in_8bit": True}, {"adapter": "full"}):
         with pytest.raises(ValueError, match="give one of them, and an adapter"):
             text_arguments(tmp_path, load_in_4bit=True, **changes)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_base_is_on_the_runs_device(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a run with `--cpu` on a machine with a GPU, which transformers would take by itself."""
+    options: dict[str, Any] = {}
+
+    def load(name: str, **kwargs: Any) -> Any:
+        options.update(kwargs)
+        return load_backbone(name)
+
+    monkeypatch.setattr(text_base, "load_backbone", load)
+    args = text_arguments(tmp_path, **{f"load_in_{bits}bit": True})
+    text_base.load_model(args, torch.float32, torch.device("cuda", 1))
+    assert options["device_map"] == {"": "cuda:1"}
 
 
 def test_missing_bitsandbytes_is_refused_naming_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

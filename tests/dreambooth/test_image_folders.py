@@ -97,6 +97,8 @@ def test_list_takes_the_place_of_shipped_images() -> None:
 def test_path_of_list_is_not_published(tmp_path: Path) -> None:
     args = arguments(dataset_config=str(tmp_path / "data.yaml"))
     assert without_folders(f"of {tmp_path}/data.yaml", args) == "of data.yaml"
+    args.output_dir = tmp_path / "run"  # as Python code may pass it
+    assert without_folders(f"in {tmp_path}/run", args) == "in run"
 
 
 def test_trigger_is_replaced_in_prompts_and_captions(tmp_path: Path) -> None:
