@@ -30,7 +30,7 @@ from nara_diffusion.training.engine_models import recompute_activations
 
 from .families import Family, Placed
 from .pipelines import family_of
-from .swaps import checkpoint_of, resident
+from .placement import checkpoint_of, resident
 
 ADAPTER = "default"
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]

@@ -33,7 +33,7 @@ from nara_diffusion.training.adapter_weights import TRAINABLE
 from .denoiser import ADAPTER, AdaptedDenoiser
 from .families import HIGH, LOW
 from .pipelines import family_of
-from .swaps import resident
+from .placement import resident
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 EXPERT_LORAS = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, run_f
 from nara_diffusion.dreambooth.image_plan import planned_image_step
 from nara_diffusion.dreambooth.image_records import records_from_folder
 from nara_diffusion.dreambooth.pipelines import family_of, modules_of, sharing_pipeline
-from nara_diffusion.dreambooth.swaps import ExpertSwap
+from nara_diffusion.dreambooth.placement import Swap
 from nara_diffusion.dreambooth.training_step import expert_levels, training_step
 from nara_diffusion.dreambooth.validation_loss import ValidationLoss
 from nara_diffusion.training.live_storages import nbytes
@@ -240,23 +240,28 @@ def test_validation_loss_is_that_of_each_expert(tmp_path: Path) -> None:
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The transformers whose weights are copied, in order; freed copies are poisoned."""
     events: list[str] = []
-    enter, leave = ExpertSwap.enter, ExpertSwap.leave
+    load, free, enter = Swap.load, Swap.free, Swap.enter
 
-    def poisoned_leave(swap: ExpertSwap) -> None:
-        if swap.present is not None:
-            for parameter, _ in swap.weights[swap.present]:
+    def logged_load(swap: Swap, number: int) -> None:
+        if number not in swap.copied:
+            events.append(NAMES[number])
+        load(swap, number)
+
+    def poisoned_free(swap: Swap, numbers: Iterable[int]) -> None:
+        numbers = list(numbers)
+        for number in swap.copied.keys() & numbers:
+            for parameter, _ in swap.weights[number]:
                 parameter.data.fill_(torch.nan)
-        leave(swap)
+        free(swap, numbers)
 
-    def logged_enter(swap: ExpertSwap, denoiser: Any, inputs: Any) -> None:
-        if swap.names[denoiser] != swap.present:
-            events.append(swap.names[denoiser])
-        enter(swap, denoiser, inputs)
-        (away,) = (weights for name, weights in swap.weights.items() if name != swap.present)
-        assert all(parameter.numel() == 0 for parameter, _ in away)
+    def checked_enter(swap: Swap, number: int, *inputs: Any) -> None:
+        enter(swap, number, *inputs)
+        assert list(swap.copied) == [number]
+        assert all(parameter.numel() == 0 for parameter, _ in swap.weights[1 - number])
 
-    monkeypatch.setattr(ExpertSwap, "enter", logged_enter)
-    monkeypatch.setattr(ExpertSwap, "leave", poisoned_leave)
+    monkeypatch.setattr(Swap, "load", logged_load)
+    monkeypatch.setattr(Swap, "free", poisoned_free)
+    monkeypatch.setattr(Swap, "enter", checked_enter)
     return events
 
 
@@ -268,7 +273,9 @@ def test_swapped_experts_train_and_sample_the_same(tmp_path: Path, loads: list[s
         pipe = frozen(small_wan_experts())
         sampling: Any = sharing_pipeline(pipe, torch.float32)
         if is_swapped:
-            ExpertSwap(pipe, family_of(pipe), CPU).attach(sampling)
+            swap = Swap(pipe, family_of(pipe), 0, CPU)
+            swap.attach(pipe)
+            swap.attach(sampling)
         targets = ["to_q", "ffn.net.2"]
         config = NaraConfig(r=2, target_modules=targets, use_dora=True, noise_convention="flow")
         model, step = adapted(pipe, config)
