@@ -65,6 +65,7 @@ class Family:
     targets: tuple[str, ...] = TRANSFORMER_TARGETS  # the default of target_modules
     # arguments of a run that differ from the script's defaults
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    can_be_distilled: bool = False  # whether it has plain guidance at the sampler's own timesteps
     is_flow: bool = True  # whether model and scheduler are a rectified flow
     # return the family with the settings of a pipeline; raise ValueError if it can't be trained
     fit: Callable[[Any, Family], Family] = lambda pipe, family: family

@@ -88,6 +88,7 @@ SD3 = Family(
         "num_inference_steps": 28,
         "weighting_scheme": "logit_normal",
     },
+    can_be_distilled=True,
     max_sequence_length=256,
 )
 

@@ -31,6 +31,7 @@ SD = Family(
     denoiser="unet",
     text_encoders=("text_encoder",),
     defaults={"resolution": 512, "guidance_scale": 7.5},
+    can_be_distilled=True,
     is_flow=False,
 )
 
@@ -65,6 +66,7 @@ SDXL = Family(
     denoiser="unet",
     text_encoders=("text_encoder", "text_encoder_2"),
     cut_short=("text_encoder",),
+    can_be_distilled=True,
     is_flow=False,
     fit=_fit_sdxl,
 )

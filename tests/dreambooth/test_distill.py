@@ -15,9 +15,10 @@ from PIL import Image
 from safetensors import safe_open
 
 from nara_diffusion import to_lora
-from nara_diffusion.dreambooth import few_steps
+from nara_diffusion.dreambooth import distill
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.loaders.file import AdapterFile
+from nara_diffusion.tuner.usage import FewStepSampling
 from tests.acceptance._commands import results, run, tensors
 from tests.acceptance._runs import COMMON
 from tests.helpers.small_pipelines import BETAS, pixels, small_sd3, small_sdxl
@@ -179,7 +180,7 @@ def test_other_levels_make_other_trajectories(tmp_path: Path, monkeypatch: pytes
     flags |= {"trajectories": 10, "trajectories_dir": str(tmp_path / "kept")}
     run("dreambooth.py", **flags, output_dir=tmp_path / "0")
     earlier = FlowMatchEulerDiscreteScheduler()  # the levels of an earlier version
-    monkeypatch.setattr(few_steps, "student_sampler", lambda *_: (earlier, ""))
+    monkeypatch.setattr(distill, "student_sampler", lambda *_: (earlier, FewStepSampling(2)))
     run("dreambooth.py", **flags, output_dir=tmp_path / "1")
     assert len(list((tmp_path / "kept").iterdir())) == 2
 
