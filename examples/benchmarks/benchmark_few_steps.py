@@ -41,8 +41,8 @@ from quality.step_table import StepTable
 from torch import Tensor
 
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
-from nara_diffusion.dreambooth.denoiser_files import write_adapter, write_checkpoint
-from nara_diffusion.dreambooth.distill import end_error, student_task
+from nara_diffusion.dreambooth.denoiser_files import adapter_loaded, write_adapter, write_checkpoint
+from nara_diffusion.dreambooth.distill import student_task
 from nara_diffusion.dreambooth.families import Family
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.samples import write_grid
@@ -154,7 +154,9 @@ class Trial:
     def figures(self, folder: Path | None) -> dict[str, Any]:
         """The figures with the adapter in `folder`, or of the pipeline as it is."""
         measurement = self.evaluation.measure(folder, "after")
-        end = end_error(self.evaluation, self.losses[1], folder)
+        pipe, call = self.evaluation.pipe, self.evaluation.settings.call
+        with adapter_loaded(pipe, folder):
+            end = self.losses[1].end_error(pipe, call, self.run.accelerator)
         self.samples = measurement.images
         figures = {"score": measurement.validation_loss, "by_step": measurement.curve, "end": end}
         return figures | {"similarity": measurement.similarity, "alignment": measurement.text_alignment}

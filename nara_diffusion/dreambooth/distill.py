@@ -169,7 +169,10 @@ def _report(
     before: Measurement,
     after: Measurement,
 ) -> dict[str, Any]:
-    ends = [end_error(evaluation, held_out, folder) for folder in (None, evaluation.run.folder)]
+    ends, run, call = [], evaluation.run, evaluation.settings.call
+    for folder in (None, run.folder):
+        with adapter_loaded(evaluation.pipe, folder):
+            ends.append(held_out.end_error(evaluation.pipe, call, run.accelerator))
     rows = figures(before, after, FIGURES)
     rows.append(["distance of the end from the teacher's", *(f"{end:.3f}" for end in ends)])
     return {
@@ -180,13 +183,6 @@ def _report(
         "end_error_before": ends[0],
         "end_error_after": ends[1],
     }
-
-
-def end_error(evaluation: Evaluation, held_out: StudentLoss, folder: Path | None) -> float:
-    """Return the `end_error` with the adapter in `folder`; None means the base."""
-    call = evaluation.settings.call
-    with adapter_loaded(evaluation.pipe, folder):
-        return held_out.end_error(evaluation.pipe, call, evaluation.run.accelerator)
 
 
 def read_prompts(path: str) -> list[str]:

@@ -14,8 +14,6 @@ e_k is the error of the base model at step k, so that all steps have the same we
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,8 +39,6 @@ from .caches import PromptCache
 from .families import placed
 from .samples import made_in_batches
 from .training_step import DreamBoothLoss
-
-logger = logging.getLogger(__name__)
 
 DDIM: dict[str, Any] = {"timestep_spacing": "trailing", "clip_sample": False}
 """The settings of DDIM. Trailing timesteps start at pure noise, and the timesteps of K steps are
@@ -137,14 +133,11 @@ def make_trajectories(
         sample: a function that takes indices and returns the trajectories (b, K + 1, c, h, w).
     """
     if not path.is_file():
-        started = time.perf_counter()
         trajectories = made_in_batches(sample, count, batch_size, accelerator, "teacher")
-        seconds = time.perf_counter() - started
         if accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as partial_path:
                 save_file({"trajectories": torch.stack(trajectories)}, partial_path)
-            logger.info("%d trajectories took %.0f s and are stored in %s", count, seconds, path)
         accelerator.wait_for_everyone()
     return load_file(path)["trajectories"]
 

@@ -33,9 +33,8 @@ from nara_diffusion.utils.repositories import (
 )
 
 from .edit_families import FLUX_KONTEXT, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS
-from .families import LOW, Family
+from .families import LOW, SD, SDXL, Family
 from .flow_families import FLUX, FLUX2, QWEN_IMAGE, SD3, WAN, Z_IMAGE
-from .unet_families import SD, SDXL
 
 FAMILIES = (
     SD, SDXL, SD3, FLUX, FLUX_KONTEXT, FLUX2, Z_IMAGE, QWEN_IMAGE, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS, WAN,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -147,7 +148,7 @@ def training_step(
         latents=LatentCache(
             pipe.vae,
             mask_floor=args.mask_floor,
-            source_pixels=family.pixels_of_sources(pipe),
+            source_pixels=family.source_pixels and partial(family.source_pixels, pipe),
         ),
         prompts=None if args.train_text_encoder else PromptCache(pipe, family),
         device=device,

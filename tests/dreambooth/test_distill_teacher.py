@@ -39,16 +39,14 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_trajectories_are_the_teachers_for_their_prompts(
-    flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe, losses = small_sdxl(), []
     monkeypatch.setattr(
         train, "train", lambda run, parts, loss, validate: losses.extend([loss, validate.func.__self__.loss])
     )
     options = {"trajectories": 12, "trajectories_dir": str(tmp_path / "kept")}
-    caplog.set_level("INFO")
     run("dreambooth_sdxl.py", **flags | options, output_dir=tmp_path / "out")
-    assert "12 trajectories took" in caplog.text
     (path,) = (tmp_path / "kept").iterdir()
     trajectories = load_file(path)["trajectories"]
     pipe.scheduler, _ = student_sampler(pipe.scheduler, 2, False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def pairs(folder: Path, name: str) -> list[TrainingSample]:
 
 
 def caches(pipe: Any, family: Family) -> tuple[LatentCache, PromptCache]:
-    return LatentCache(pipe.vae, source_pixels=family.pixels_of_sources(pipe)), PromptCache(pipe, family)
+    return LatentCache(pipe.vae, source_pixels=partial(family.source_pixels, pipe)), PromptCache(pipe, family)
 
 
 def grid(pipe: Any, tokens: Tensor) -> Tensor:
