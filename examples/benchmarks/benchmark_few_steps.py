@@ -40,8 +40,7 @@ from quality.report.data import change, interval, table
 from quality.step_table import StepTable
 from torch import Tensor
 
-from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
-from nara_diffusion.dreambooth.denoiser_files import adapter_loaded, write_adapter, write_checkpoint
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, adapter_loaded, write_adapter, write_checkpoint
 from nara_diffusion.dreambooth.distill import student_task
 from nara_diffusion.dreambooth.families import Family
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments

@@ -25,7 +25,7 @@ from nara_diffusion.utils.data_order import ShuffledStream
 from nara_diffusion.utils.digests import digest_texts
 
 from .caches import PromptCache
-from .denoiser_files import adapter_loaded
+from .denoiser import adapter_loaded
 from .draws import seeded_normal
 from .encoders import load_encoders
 from .few_steps import (

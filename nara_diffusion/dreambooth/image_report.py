@@ -13,7 +13,7 @@ from nara_diffusion.training.report import core_import, needs_schedule, reads_no
 from nara_diffusion.tuner.usage import FewStepSampling
 from nara_diffusion.utils.wording import counted
 
-from .denoiser_files import EXPERT_LORAS
+from .denoiser import EXPERT_LORAS
 from .families import LOW, Family
 from .fidelity import STRIP, Evaluation, Measurement
 from .image_arguments import DreamBoothArguments, run_family

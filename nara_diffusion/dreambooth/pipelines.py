@@ -198,18 +198,15 @@ def _not_loaded(
     name: str, vae_name: str | None, variant: str | None, family: Family, error: Exception
 ) -> ValueError:
     """Return the error for a model, or an autoencoder, that can't be loaded."""
-    source, reason, remedies = f"The model {name}", str(error), ""
+    source, remedies = f"The model {name}", ""
     if vae_name:
         source += f" with the autoencoder {vae_name}"
         remedies = " --pretrained_vae_model_name_or_path none takes the model's own autoencoder."
-    if variant is None:
-        stems = [file.stem for file in Path(name).glob("*/*.safetensors")]
-        # model.fp16, or model.fp16-00001-of-00002
-        variants = {stem.partition(".")[2].partition("-")[0] for stem in stems} - {""}
-        for present in sorted(variants):
-            remedies += f" --variant {present} takes the files of that variant."
-    if is_out_of_reach(error):
-        reason = "the Hub can't be reached. Check your connection, or name folders."
+    # model.fp16.safetensors, or model.fp16-00001-of-00002.safetensors
+    files = [] if variant else Path(name).glob("*/*.*.safetensors")
+    for present in sorted({file.name.split(".")[1].partition("-")[0] for file in files}):
+        remedies += f" --variant {present} takes the files of that variant."
+    reason = "the Hub can't be reached." if is_out_of_reach(error) else str(error)
     return ValueError(f"{source} can't be loaded as {family.title}: {reason}{remedies}")
 
 
@@ -221,10 +218,14 @@ def modules_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
 def load_base(args: Any, run: Run) -> DiffusionPipeline:
     """Load the pipeline that a run with `args` trains, and record the digests of its files."""
     name, vae_name = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
-    files = {"revision": args.revision, "variant": args.variant}
-    device = run.accelerator.device
     pipe = load_pipeline(
-        name, dtype=run.dtype, vae_name=vae_name, bits=args.bits, device=device, **files
+        name,
+        dtype=run.dtype,
+        vae_name=vae_name,
+        revision=args.revision,
+        variant=args.variant,
+        bits=args.bits,
+        device=run.accelerator.device,
     )
     root = local_folder(name, revision=args.revision)
     folders = {part: root / part for part in (*modules_of(pipe), "scheduler")}
@@ -255,8 +256,6 @@ def sharing_pipeline(pipe: DiffusionPipeline, dtype: torch.dtype) -> DiffusionPi
     components = {**pipe.components, **modules, "scheduler": scheduler}
     accepted = inspect.signature(type(pipe).__init__).parameters.keys() - pipe.components.keys()
     options = {name: pipe.config[name] for name in accepted if name in pipe.config}
-    if "add_watermarker" in accepted:
-        options["add_watermarker"] = getattr(pipe, "watermark", None) is not None
     other = type(pipe)(**components, **options)
     other.set_progress_bar_config(disable=True)
     return other

@@ -24,8 +24,7 @@ from nara_diffusion.utils.wording import counted
 from nara_flags.images import ImageFlags
 from nara_flags.parser import read_flags
 
-from .denoiser import AdaptedDenoiser
-from .denoiser_files import read_checkpoint, write_adapter, write_checkpoint
+from .denoiser import AdaptedDenoiser, read_checkpoint, write_adapter, write_checkpoint
 from .distill import student_task
 from .image_arguments import DreamBoothArguments
 from .image_plan import planned_image_step

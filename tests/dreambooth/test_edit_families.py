@@ -20,8 +20,7 @@ import nara_command
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.dreambooth.caches import LatentCache, PromptCache
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, TrainingSample, collate_samples
-from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
-from nara_diffusion.dreambooth.denoiser_files import write_adapter
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, write_adapter
 from nara_diffusion.dreambooth.draws import draw_noise
 from nara_diffusion.dreambooth.families import Family, placed
 from nara_diffusion.dreambooth.objectives import build_objective

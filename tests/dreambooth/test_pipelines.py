@@ -14,8 +14,14 @@ from peft import HiraConfig, LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.dreambooth.denoiser import TEXT_TARGETS, AdaptedDenoiser, text_config
-from nara_diffusion.dreambooth.denoiser_files import LORA_WEIGHTS, adapter_loaded, write_adapter
+from nara_diffusion.dreambooth.denoiser import (
+    LORA_WEIGHTS,
+    TEXT_TARGETS,
+    AdaptedDenoiser,
+    adapter_loaded,
+    text_config,
+    write_adapter,
+)
 from nara_diffusion.dreambooth.pipelines import load_pipeline, sharing_pipeline
 from nara_diffusion.dreambooth.shipped_images import family_defaults
 from nara_flags.images import UNET_TARGETS
