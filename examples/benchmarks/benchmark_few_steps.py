@@ -43,6 +43,7 @@ from torch import Tensor
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, adapter_loaded, write_adapter, write_checkpoint
 from nara_diffusion.dreambooth.distill import student_task
 from nara_diffusion.dreambooth.families import Family
+from nara_diffusion.dreambooth.few_steps import sample_latents
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.samples import write_grid
 from nara_diffusion.training import loop
@@ -153,16 +154,21 @@ class Trial:
     def figures(self, folder: Path | None) -> dict[str, Any]:
         """The figures with the adapter in `folder`, or of the pipeline as it is."""
         measurement = self.evaluation.measure(folder, "after")
-        pipe, call = self.evaluation.pipe, self.evaluation.settings.call
-        with adapter_loaded(pipe, folder):
-            end = self.losses[1].end_error(pipe, call, self.run.accelerator)
+        with adapter_loaded(self.evaluation.pipe, folder):
+            end = self.end(self.evaluation.settings.call)
         self.samples = measurement.images
         figures = {"score": measurement.validation_loss, "by_step": measurement.curve, "end": end}
         return figures | {"similarity": measurement.similarity, "alignment": measurement.text_alignment}
 
+    def end(self, call: Mapping[str, Any]) -> float:
+        """The mean squared distance of the pipeline's final latents from the teacher's held-out ones."""
+        held_out, pipe = self.losses[1], self.evaluation.pipe
+        paths = sample_latents(pipe, held_out.prompts, held_out.trajectories[:, 0], call)
+        return (paths[:, -1] - held_out.trajectories[:, -1]).square().mean().item()
+
     def untrained(self, pictures: Path | None) -> Iterator[dict[str, Any]]:
         """The base's figures with each sampler, number of calls and guidance."""
-        held_out, evaluation = self.losses[1], self.evaluation
+        evaluation = self.evaluation
         pipe: Any = evaluation.pipe
         sampler = pipe.scheduler
         keep(pictures, TEACHER, evaluation.references)
@@ -176,9 +182,7 @@ class Trial:
                 measurement = replace(evaluation, settings=settings).measure(None, "base")
                 guided = ", guidance" if guidance > 1 else ""
                 keep(pictures, f"{name}, {steps} steps{guided}", measurement.images)
-                call = settings.call | {"output_type": "latent"}
-                ends = pipe(prompt=list(held_out.prompts), latents=held_out.trajectories[:, 0].clone(), **call).images
-                figures = {"end": (ends - held_out.trajectories[:, -1]).square().mean().item()}
+                figures = {"end": self.end(settings.call)}
                 figures |= {"similarity": measurement.similarity, "alignment": measurement.text_alignment}
                 yield {"arm": name, "calls": calls, "guidance": guidance, **figures}
         pipe.scheduler = sampler

@@ -220,30 +220,25 @@ def _write_lora(model: AdaptedDenoiser, folder: Path) -> None:
 
     `load_lora_weights` skips a part of a file that also has Diffusers' older names.
     """
-    layers, metadata = {}, {}
-    for name, component in model.components.items():
-        tensors = get_peft_model_state_dict(
-            component, adapter_name=ADAPTER, save_embedding_layers=False
-        )
-        weights = {}
-        for key, tensor in tensors.items():
-            if key.endswith("_vector") and name not in model.family.trained:
-                # Transformers looks up DoRA's magnitudes by the full name, which PEFT shortens
-                key += ".weight"
-            weights[key] = tensor.detach().cpu().contiguous()
-        layers[f"{name}_lora_layers"] = weights
-        metadata[f"{name}_lora_adapter_metadata"] = component.peft_config[ADAPTER].to_dict()
+    files: dict[str, dict[str, Any]] = {LORA_WEIGHTS: model.components}
+    if model.family.boundary is not None:
+        files = {EXPERT_LORAS[name]: {HIGH: part} for name, part in model.components.items()}
     pipeline: Any = type(model.pipe)  # each family's class has LoRA's methods
-    if model.family.boundary is None:
-        pipeline.save_lora_weights(folder, **layers, **metadata)
-        return
-    for name in model.family.trained:
-        pipeline.save_lora_weights(
-            folder,
-            layers[f"{name}_lora_layers"],
-            weight_name=EXPERT_LORAS[name],
-            transformer_lora_adapter_metadata=metadata[f"{name}_lora_adapter_metadata"],
-        )
+    for file, parts in files.items():
+        options: dict[str, Any] = {"weight_name": file}
+        for name, part in parts.items():
+            weights = {}
+            tensors = get_peft_model_state_dict(
+                part, adapter_name=ADAPTER, save_embedding_layers=False
+            )
+            for key, tensor in tensors.items():
+                if key.endswith("_vector") and name.startswith("text_encoder"):
+                    # Transformers looks up DoRA's magnitudes by the full name, which PEFT shortens
+                    key += ".weight"
+                weights[key] = tensor.detach().cpu().contiguous()
+            options[f"{name}_lora_layers"] = weights
+            options[f"{name}_lora_adapter_metadata"] = part.peft_config[ADAPTER].to_dict()
+        pipeline.save_lora_weights(folder, **options)
 
 
 def write_checkpoint(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
@@ -321,10 +316,10 @@ def _load_lora(pipe: Any, file: Path) -> None:
             pipe.load_lora_weights(file, adapter_name=ADAPTER, **into)
     finally:
         diffusers_logging.set_verbosity(level)
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(file).items():
-        component, _, name = key.partition(".")
-        parts.setdefault(component, {})[name] = tensor
-    for component, tensors in parts.items():
+    tensors = load_file(file)
+    for component in {key.partition(".")[0] for key in tensors}:
+        prefix = f"{component}."
+        keys = [key for key in tensors if key.startswith(prefix)]
+        of_part = {key.removeprefix(prefix): tensors[key] for key in keys}
         model = getattr(pipe, LOW if is_low else component)
-        check_loaded(model, ADAPTER, tensors, str(file))
+        check_loaded(model, ADAPTER, of_part, str(file))

@@ -25,7 +25,6 @@ from nara_diffusion.utils.data_order import ShuffledStream
 from nara_diffusion.utils.digests import digest_texts
 
 from .caches import PromptCache
-from .denoiser import adapter_loaded
 from .draws import seeded_normal
 from .encoders import load_encoders
 from .few_steps import (
@@ -117,7 +116,7 @@ def student_task(args: DreamBoothArguments, run: Run) -> Task:
             "trained on": f"{count} trajectories of the teacher",
             "validation loss": f"on {len(held_out.prompts)} trajectories held out",
         },
-        report=partial(_report, evaluation, held_out, sampling),
+        report=partial(_report, evaluation, sampling),
     )
 
 
@@ -163,25 +162,13 @@ def teacher_samples(
 
 
 def _report(
-    evaluation: Evaluation,
-    held_out: StudentLoss,
-    sampling: FewStepSampling,
-    before: Measurement,
-    after: Measurement,
+    evaluation: Evaluation, sampling: FewStepSampling, before: Measurement, after: Measurement
 ) -> dict[str, Any]:
-    ends, run, call = [], evaluation.run, evaluation.settings.call
-    for folder in (None, run.folder):
-        with adapter_loaded(evaluation.pipe, folder):
-            ends.append(held_out.end_error(evaluation.pipe, call, run.accelerator))
-    rows = figures(before, after, FIGURES)
-    rows.append(["distance of the end from the teacher's", *(f"{end:.3f}" for end in ends)])
     return {
         "names": (*FIGURES, "curve"),
-        "figures": rows,
+        "figures": figures(before, after, FIGURES),
         "describe": partial(student_card, evaluation, after, sampling),
         "distill_to": sampling.num_inference_steps,
-        "end_error_before": ends[0],
-        "end_error_after": ends[1],
     }
 
 

@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -211,18 +210,3 @@ class StudentLoss:
         count = len(self.prompts) * steps
         errors = made_in_batches(make, count, self.batch_size, accelerator, "errors")
         return torch.tensor(errors).view(-1, steps).T
-
-    def end_error(self, pipe: Any, call: Mapping[str, Any], accelerator: Accelerator) -> float:
-        """Return the mean squared distance between the final latents and those of the teacher.
-
-        Args:
-            call: the arguments of the pipeline's call.
-        """
-
-        def make(indices: Sequence[int]) -> list[float]:
-            paths, prompts = self.trajectories[indices], [self.prompts[i] for i in indices]
-            ends = sample_latents(pipe, prompts, paths[:, 0], call)[:, -1]
-            return (ends - paths[:, -1]).square().flatten(1).mean(1).tolist()
-
-        count = len(self.prompts)
-        return fmean(made_in_batches(make, count, self.batch_size, accelerator, "ends"))

@@ -97,8 +97,7 @@ def student_card(
     base, steps = evaluation.run.args.pretrained_model_name_or_path, sampling.num_inference_steps
     ending = (
         f"Over {counted(len(after.images), 'sample')}, each compared with the teacher's of the same prompt and seed. "
-        "The error of a step starts from the teacher's own latents and is a share of the base's without guidance; the "
-        "distance is that of the sampled latents from the teacher's, as a mean square."
+        "The error of a step starts from the teacher's own latents and is a share of the base's without guidance."
     )
     return {
         "measured_on": "the teacher's held-out trajectories",
