@@ -58,6 +58,10 @@ def _is_start(value: object) -> bool:
     return re.fullmatch(r"pissa(_niter_\d+)?|olora|orthogonal", str(value)) is not None
 
 
+def _ranks(config: LoraConfig) -> list[int]:
+    return [config.r, *(config.rank_pattern or {}).values()]
+
+
 _SIZE = (_is_size, "a positive integer")
 _SCALE = (lambda value: is_number(value) and value > 0, "a finite number greater than 0")
 _SWITCH = (lambda value: value is None or isinstance(value, bool), "True or False")
@@ -111,14 +115,14 @@ _RULES: tuple[tuple[str, Callable[[NaraConfig], bool], str], ...] = (
     ),
     (
         "core_bins",
-        lambda c: c.core_type != "bins" or not any(rank % c.core_bins for rank in c.ranks),
+        lambda c: c.core_type != "bins" or not any(rank % c.core_bins for rank in _ranks(c)),
         "a divisor of r and of the ranks in rank_pattern, which all bins have together",
     ),
     (
         "rank_mask_min",
         lambda c: (
             c.rank_mask_min is None
-            or (c.core_type == "rank_mask" and c.rank_mask_min <= min(c.ranks))
+            or (c.core_type == "rank_mask" and c.rank_mask_min <= min(_ranks(c)))
         ),
         "an integer from 1 to r for core_type='rank_mask', or None, which is half of r",
     ),
@@ -126,7 +130,7 @@ _RULES: tuple[tuple[str, Callable[[NaraConfig], bool], str], ...] = (
         "rank_mask_step",
         lambda c: (
             c.core_type != "rank_mask"
-            or not any(rank % c.rank_mask_step for rank in {*c.ranks, c.rank_mask_min or 0})
+            or not any(rank % c.rank_mask_step for rank in {*_ranks(c), c.rank_mask_min or 0})
         ),
         "a divisor of r and of rank_mask_min",
     ),
@@ -310,11 +314,6 @@ class NaraConfig(LoraConfig):
     def has_residual(self) -> bool:
         """Return whether every second direction is fixed, so that ΔW = 0 at the start."""
         return self.lora_a_init.startswith("residual")
-
-    @property
-    def ranks(self) -> set[int]:
-        """Return the ranks of all layers."""
-        return {self.r, *(self.rank_pattern or {}).values()}
 
     def _check_fields(self) -> None:
         for name, (choices, readers) in _CHOICES.items():

@@ -118,15 +118,12 @@ def check_loaded(
     in_file = _by_plain_name(tensors)
     lost = [key for key, tensor in in_file.items() if not _has_values(loaded.get(key), tensor)]
     surplus = [key for key in loaded if key not in in_file]
-    kind = type(model).__name__
-    difference = f"{kind} has {len(surplus)} tensors that {origin} does not have: {listed(surplus)}"
-    if lost:
-        difference = f"{len(lost)} of the {len(in_file)} tensors of {origin} did not load into {kind}: {listed(lost)}"
     if lost or surplus:
         raise ValueError(
-            f"{difference}. The installed PEFT, Diffusers and Transformers expect other names, or another "
-            "configuration, for this model: save the adapter again with these versions, or load it "
-            "into the model that it was trained on."
+            f"{len(lost)} of the {len(in_file)} tensors of {origin} did not load into {type(model).__name__}, and "
+            f"{len(surplus)} others are not in the file: {listed([*lost, *surplus])}. The installed PEFT, Diffusers "
+            "and Transformers expect other names, or another configuration, for this model: save the "
+            "adapter again with these versions, or load it into the model that it was trained on."
         )
 
 
