@@ -1,6 +1,6 @@
 """A family of image models: how it encodes a prompt, calls its denoiser and samples.
 
-The families with a UNet are here: Stable Diffusion 1, 2 and XL.
+The families of Stable Diffusion are here: 1, 2, XL and 3.
 
     prompts → encode → embeddings, a tuple of (b, …)
     x_λ (b, c, h, w), timestep (b,), embeddings → predict → prediction (b, c, h, w)
@@ -30,6 +30,10 @@ Placed = tuple[Tensor | list[int], ...]
 HIGH, LOW = "transformer", "transformer_2"
 """The denoisers of Wan 2.2 for much and for little noise."""
 TRANSFORMER_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+ATTENTION_TARGETS = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -225,4 +229,31 @@ SDXL = Family(
     can_be_distilled=True,
     is_flow=False,
     fit=_fit_sdxl,
+)
+
+
+SD3 = Family(
+    name="stable-diffusion-3",
+    title="Stable Diffusion 3 and 3.5",
+    pipelines=("StableDiffusion3Pipeline",),
+    # states of two CLIPs and T5, which may be missing, and CLIP's pooled states
+    encoder=lambda pipe, prompts, length: pipe.encode_prompt(
+        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
+    )[::2],
+    inputs=lambda call: {
+        "hidden_states": call.sample,
+        "timestep": call.timestep,
+        "encoder_hidden_states": call.embeddings[0],
+        "pooled_projections": call.embeddings[1],
+    },
+    divisor=lambda pipe: pipe.vae_scale_factor * pipe.transformer.config.patch_size,
+    targets=ATTENTION_TARGETS,
+    defaults={
+        "resolution": 1024,
+        "guidance_scale": 7.0,
+        "num_inference_steps": 28,
+        "weighting_scheme": "logit_normal",
+    },
+    can_be_distilled=True,
+    max_sequence_length=256,
 )

@@ -32,9 +32,17 @@ from nara_diffusion.utils.repositories import (
     refuse_file,
 )
 
-from .edit_families import FLUX_KONTEXT, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS
-from .families import LOW, SD, SDXL, Family
-from .flow_families import FLUX, FLUX2, QWEN_IMAGE, SD3, WAN, Z_IMAGE
+from .families import LOW, SD, SD3, SDXL, Family
+from .flow_families import (
+    FLUX,
+    FLUX2,
+    FLUX_KONTEXT,
+    QWEN_IMAGE,
+    QWEN_IMAGE_EDIT,
+    QWEN_IMAGE_EDIT_PLUS,
+    WAN,
+    Z_IMAGE,
+)
 
 FAMILIES = (
     SD, SDXL, SD3, FLUX, FLUX_KONTEXT, FLUX2, Z_IMAGE, QWEN_IMAGE, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS, WAN,

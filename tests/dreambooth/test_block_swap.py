@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth import train
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
-from nara_diffusion.dreambooth.flow_families import FLUX, SD3
+from nara_diffusion.dreambooth.families import SD3
+from nara_diffusion.dreambooth.flow_families import FLUX
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.pipelines import load_pipeline, modules_of, sharing_pipeline
 from nara_diffusion.dreambooth.placement import SWAPS, Swap, chosen_blocks, place_denoisers, swappable

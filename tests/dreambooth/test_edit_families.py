@@ -284,9 +284,9 @@ def test_kontext_folds_for_comfyui_by_names_of_flux(tmp_path: Path) -> None:
 
 def test_kontext_prefers_its_sizes_for_large_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compared with the pipeline's own preprocessing, of an image with an area above the smallest one."""
-    from nara_diffusion.dreambooth import edit_families
+    from nara_diffusion.dreambooth import flow_families
 
-    monkeypatch.setattr(edit_families, "SMALL", 60 * 60)
+    monkeypatch.setattr(flow_families, "SMALL", 60 * 60)
     monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(40, 88), (52, 66), (88, 40)])
     pipe = EDIT_PIPELINES["kontext"]()
     family, sample = configured("kontext", pipe), pairs(tmp_path, "kontext")[0]

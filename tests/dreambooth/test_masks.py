@@ -21,8 +21,8 @@ from torch.nn.functional import pixel_unshuffle
 from nara_diffusion.dreambooth import train
 from nara_diffusion.dreambooth.caches import LatentCache
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, TrainingSample, collate_samples
-from nara_diffusion.dreambooth.families import SDXL, Call
-from nara_diffusion.dreambooth.flow_families import FLUX, FLUX2, QWEN_IMAGE, SD3
+from nara_diffusion.dreambooth.families import SD3, SDXL, Call
+from nara_diffusion.dreambooth.flow_families import FLUX, FLUX2, QWEN_IMAGE
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.image_records import ImageRecord, class_records, records_from_folder
 from nara_diffusion.dreambooth.masks import with_masks
