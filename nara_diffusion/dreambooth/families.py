@@ -72,7 +72,7 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     can_be_distilled: bool = False  # whether it has plain guidance at the sampler's own timesteps
     is_flow: bool = True  # whether model and scheduler are a rectified flow
-    # return the family with the settings of a pipeline; raise ValueError if it can't be trained
+    # return the family with the settings of a pipeline
     fit: Callable[[Any, Family], Family] = lambda pipe, family: family
     # (arguments, number of images) → arguments of the pipeline's call
     sampling: Callable[[dict[str, Any], int], dict[str, Any]] = lambda call, count: call
@@ -150,8 +150,8 @@ def placed(embeddings: Placed, device: torch.device) -> Placed:
         if isinstance(part, list):
             parts.append(part)
         elif part.is_floating_point():
-            is_here = part.device.type == "cpu"  # copies to the CPU must block
-            parts.append(part.to(device, non_blocking=is_here))
+            # copies to the CPU must block
+            parts.append(part.to(device, non_blocking=part.device.type == "cpu"))
         else:
             parts.append(part.sum(1).tolist())  # the padding is on the right
     return tuple(parts)
@@ -203,16 +203,6 @@ def _sdxl_inputs(call: Call) -> dict[str, Any]:
     return {**SD.inputs(call), "encoder_hidden_states": states, "added_cond_kwargs": conditions}
 
 
-def _fit_sdxl(pipe: DiffusionPipeline, family: Family) -> Family:
-    kind = pipe.unet.config.addition_embed_type
-    if kind != "text_time" or pipe.text_encoder is None or pipe.text_encoder_2 is None:
-        raise ValueError(
-            f"its UNet has addition_embed_type {kind!r}. Expected 'text_time' and two text encoders: name SDXL's base "
-            "model, not its refiner."
-        )
-    return family
-
-
 SDXL = Family(
     name="stable-diffusion-xl",
     title="Stable Diffusion XL",
@@ -228,7 +218,6 @@ SDXL = Family(
     cut_short=("text_encoder",),
     can_be_distilled=True,
     is_flow=False,
-    fit=_fit_sdxl,
 )
 
 

@@ -309,8 +309,6 @@ def _wan_inputs(call: Call) -> dict[str, Any]:
 
 
 def _fit_wan(pipe: DiffusionPipeline, family: Family) -> Family:
-    if pipe.transformer is None:
-        raise ValueError("it has no transformer for high noise, which samples begin with.")
     ratio, boundary = pipe.config["boundary_ratio"], None
     if ratio is not None and pipe.transformer_2 is not None:
         boundary = ratio * pipe.scheduler.config.num_train_timesteps

@@ -62,7 +62,7 @@ def family_of(pipe: DiffusionPipeline) -> Family:
     """Return the family of a pipeline, with its settings.
 
     Raises:
-        ValueError: the pipeline belongs to no family, or the family can't train it.
+        ValueError: the pipeline belongs to no family.
     """
     family = family_named(type(pipe).__name__)
     return family.fit(pipe, family)
@@ -85,12 +85,9 @@ def model_index(name: str, *, revision: str | None = None) -> dict[str, Any]:
     Raises:
         ValueError: there is no such file, or the Hub can't be reached.
     """
-    converted = (
-        f"StableDiffusionXLPipeline.from_single_file('{name}').save_pretrained('{Path(name).stem}')"
-    )
     remedy = (
-        f"Convert it by {converted}, or its own class, where the Hub can be reached, "
-        "and name that folder."
+        f"Convert it by StableDiffusionXLPipeline.from_single_file('{name}').save_pretrained('{Path(name).stem}'), "
+        "or its own class, where the Hub can be reached, and name that folder."
     )
     with naming_source(name, "model_index.json", "a model of Diffusers", remedy):
         read: Callable[..., Any] = DiffusionPipeline.load_config
@@ -118,8 +115,8 @@ def load_pipeline(
         device: the device to quantise on.
 
     Raises:
-        ValueError: the pipeline, the autoencoder or the variant doesn't exist, or the family can't
-            be trained.
+        ValueError: the pipeline, the autoencoder or the variant doesn't exist, or its scheduler
+            can't train it.
     """
     index = model_index(name, revision=revision)
     if vae_name is not None:
@@ -142,7 +139,6 @@ def load_pipeline(
                 index[part], name, bits, dtype, device, subfolder=part, **hub
             )
         pipe = kind.from_pretrained(name, **parts, dtype=dtype, **hub, **absent)
-        family.fit(pipe, family)
         is_flow = prediction_type(pipe.scheduler) == FLOW
         if not (is_flow if family.is_flow else hasattr(pipe.scheduler, "scale_model_input")):
             raise ValueError(

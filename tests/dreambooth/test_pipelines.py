@@ -170,15 +170,12 @@ def test_single_file_model_is_refused_with_its_conversion(name: str, folder: Pat
 
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # of Diffusers' download
 def test_model_that_cannot_be_trained_is_refused(folder: Path, tmp_path: Path) -> None:
-    refiner, wrong = small_sdxl(), small_sd3()
-    refiner.register_modules(text_encoder=None, tokenizer=None)
-    refiner.save_pretrained(tmp_path / "refiner")
+    wrong = small_sd3()
     wrong.register_modules(scheduler=DDPMScheduler())
     wrong.save_pretrained(tmp_path / "wrong")
     unreached = "some/vae can't be loaded as .* the Hub can't be reached.*--pretrained_vae_model_name_or_path none"
     for name, vae, message in [
         ("nothing", None, r"nothing' is not a local folder, and loading a model of Diffusers from a repository"),
-        ("refiner", None, "name SDXL's base model, not its refiner"),
         (
             "wrong",
             None,
