@@ -247,10 +247,8 @@ def write_checkpoint(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]
     This is a `checkpoints.Writer`; it doesn't need `state`.
     """
     write_adapter(model, folder, state)
-    tensors = {}
-    for name, tensor in _training_state(model).items():
-        tensors[name] = tensor.cpu().contiguous()
-    save_file(tensors, folder / TRAINABLE)
+    state = _training_state(model)
+    save_file({name: state[name].cpu().contiguous() for name in state}, folder / TRAINABLE)
 
 
 @torch.no_grad()
@@ -285,23 +283,21 @@ def adapter_loaded(pipe: Any, folder: Path | None) -> Iterator[None]:
     Raises:
         ValueError: a file in the folder can't be loaded completely.
     """
-    if folder is None:
-        yield
-        return
     family = family_of(pipe)
     with ExitStack() as stack:
-        stack.callback(pipe.unload_lora_weights)
-        with resident(*(getattr(pipe, name) for name in family.denoisers)):
-            loras = [
-                name for name in (LORA_WEIGHTS, *EXPERT_LORAS.values()) if (folder / name).is_file()
-            ]
-            for name in loras:
-                _load_lora(pipe, folder / name)
-            if not loras and not any((folder / name).is_dir() for name in family.denoisers):
-                pipe.load_nara_weights(folder, adapter_name=ADAPTER)
-            for name in (*family.denoisers, *family.text_encoders):
-                if (folder / name).is_dir():
-                    stack.callback(load_peft_adapter(getattr(pipe, name), folder / name).unload)
+        if folder is not None:
+            stack.callback(pipe.unload_lora_weights)
+            with resident(*(getattr(pipe, name) for name in family.denoisers)):
+                files = [folder / name for name in (LORA_WEIGHTS, *EXPERT_LORAS.values())]
+                loras = [file for file in files if file.is_file()]
+                for file in loras:
+                    _load_lora(pipe, file)
+                parts = [*family.denoisers, *family.text_encoders]
+                folders = {name: folder / name for name in parts if (folder / name).is_dir()}
+                for name, part in folders.items():
+                    stack.callback(load_peft_adapter(getattr(pipe, name), part).unload)
+                if not loras and not folders:
+                    pipe.load_nara_weights(folder, adapter_name=ADAPTER)
         yield
 
 

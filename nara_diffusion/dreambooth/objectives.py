@@ -138,14 +138,10 @@ def build_objective(
         )
     if snr_gamma is None:
         return objective
-    return replace(objective, weight=_min_snr_weight(objective, snr_gamma))
-
-
-def _min_snr_weight(objective: Objective, gamma: float) -> Tensor:
-    """Return w (N,) float32. At SNR 0, ε says nothing about x, and its weight is the limit, 1."""
     p, q = objective.p, objective.q
-    weight = torch.minimum(p**2, gamma * q**2) / (objective.alpha * q - objective.beta * p) ** 2
-    return weight.nan_to_num(1.0).float()
+    weight = torch.minimum(p**2, snr_gamma * q**2) / (objective.alpha * q - objective.beta * p) ** 2
+    # at SNR 0, ε says nothing about x, and its weight is the limit, 1
+    return replace(objective, weight=weight.nan_to_num(1.0).float())
 
 
 def _discrete(scheduler: Scheduler, kind: str) -> Objective:
