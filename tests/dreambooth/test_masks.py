@@ -215,7 +215,7 @@ def test_step_weights_errors_inside_the_mask(folder: Path, tmp_path: Path, floor
     result = step(batch)
     result.loss.backward()
 
-    targets = step._corrupt(batch["samples"], step.drawable)
+    targets = step._corrupt(batch["samples"], step.drawable, 1)
     errors = (model.prediction.detach().double() - targets.target.double()).square()
     weights = np.ones((4, 13, 9))
     for row, sample in enumerate(batch["samples"][:2]):
