@@ -109,8 +109,6 @@ class AdaptedDenoiser(nn.Module):
             if gradient_checkpointing:
                 recompute_activations(encoder)
             setattr(self, name, adapt(encoder, deepcopy(text_config(config))))
-            if name in self.family.cut_short:
-                _freeze_last_layer(encoder)
 
     @property
     def denoiser(self) -> Any:
@@ -189,15 +187,6 @@ def text_config(config: PeftConfig) -> PeftConfig:
                 changes[field.name] = field.default
         changes["core_type"] = "identity"
     return replace(config, **changes)
-
-
-def _freeze_last_layer(encoder: nn.Module) -> None:
-    """Freeze the last layer: SDXL reads the states before it, so it would never get a gradient."""
-    for name, module in encoder.named_modules():
-        if name.endswith("encoder.layers") and isinstance(module, nn.ModuleList):
-            module[-1].requires_grad_(False)
-        elif name.endswith("final_layer_norm"):
-            module.requires_grad_(False)
 
 
 def write_adapter(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:

@@ -66,7 +66,6 @@ class Family:
     divisor: Callable[[Any], int] = lambda pipe: pipe.vae_scale_factor * 2
     denoiser: str = "transformer"  # the name of the component
     text_encoders: tuple[str, ...] = ()  # the components that can be trained too
-    cut_short: tuple[str, ...] = ()  # text encoders with an unused last layer
     targets: tuple[str, ...] = TRANSFORMER_TARGETS  # the default of target_modules
     # arguments of a run that differ from the script's defaults
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -215,7 +214,6 @@ SDXL = Family(
     divisor=_unet_divisor,
     denoiser="unet",
     text_encoders=("text_encoder", "text_encoder_2"),
-    cut_short=("text_encoder",),
     can_be_distilled=True,
     is_flow=False,
 )

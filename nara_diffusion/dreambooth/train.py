@@ -80,7 +80,8 @@ def teach(task: Task, args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     trainable = sum(parameter.numel() for parameter in model.trained.values())
 
     # training
-    if len(task.family.trained) > 1:  # in a forward, one of them gets no gradients
+    # in a forward, one of two denoisers gets no gradients, and never the last layer of SDXL's CLIP
+    if len(task.family.trained) > 1 or args.train_text_encoder:
         accelerator: Any = run.accelerator
         accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     parts = prepare_training(run, model, task.samples, task.collate)
