@@ -181,5 +181,5 @@ def _has_values(loaded: Tensor | None, saved: Tensor) -> bool:
     if loaded is None or loaded.shape != saved.shape:
         return False
     expected = saved.to(loaded.device, loaded.dtype)
-    is_on_disk = loaded.is_meta  # because of offloading
-    return is_on_disk or torch.allclose(loaded, expected, rtol=0, atol=0, equal_nan=True)
+    # a tensor on "meta" is offloaded to disk
+    return loaded.is_meta or torch.allclose(loaded, expected, rtol=0, atol=0, equal_nan=True)

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.training_utils import cast_training_params
 from diffusers.utils import logging as diffusers_logging
 from peft import (
     LoraConfig,
@@ -169,9 +170,7 @@ def adapt(model: nn.Module, config: PeftConfig, name: str = ADAPTER) -> nn.Modul
     else:
         base: Any = model  # get_peft_model takes any module, but is declared for Transformers' only
         adapted = get_peft_model(base, config, adapter_name=name)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    cast_training_params(adapted)
     return adapted
 
 
