@@ -52,12 +52,6 @@ def _is_size(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
 
 
-def _is_start(value: object) -> bool:
-    if isinstance(value, bool) or value == "gaussian":
-        return True
-    return re.fullmatch(r"pissa(_niter_\d+)?|olora|orthogonal", str(value)) is not None
-
-
 def _ranks(config: LoraConfig) -> list[int]:
     return [config.r, *(config.rank_pattern or {}).values()]
 
@@ -97,7 +91,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 """{field: (whether its value is valid, what to pass)}."""
-_RULES: tuple[tuple[str, Callable[[NaraConfig], bool], str], ...] = (
+_RULES: tuple[tuple[str, Callable[[NaraConfig], object], str], ...] = (
     (
         "noise_embedding_dim",
         lambda c: c.noise_embedding != "fourier" or c.noise_embedding_dim % 2 == 0,
@@ -155,7 +149,11 @@ _RULES: tuple[tuple[str, Callable[[NaraConfig], bool], str], ...] = (
     ),
     (
         "init_lora_weights",
-        lambda c: not c.reads_core or c.core_type == "identity" or _is_start(c.init_lora_weights),
+        lambda c: (
+            (not c.reads_core or c.core_type == "identity")
+            or (isinstance(c.init_lora_weights, bool) or c.init_lora_weights == "gaussian")
+            or re.fullmatch(r"pissa(_niter_\d+)?|olora|orthogonal", str(c.init_lora_weights))
+        ),
         "True, False, 'gaussian', 'pissa', 'pissa_niter_N', 'olora' or 'orthogonal'",
     ),
     (

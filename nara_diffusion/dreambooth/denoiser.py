@@ -52,7 +52,7 @@ from nara_diffusion.training.engine_models import recompute_activations
 
 from .families import HIGH, LOW, Family, Placed
 from .pipelines import family_of
-from .placement import checkpoint_of, resident
+from .placement import resident
 
 ADAPTER = "default"
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -99,8 +99,8 @@ class AdaptedDenoiser(nn.Module):
         self.config = config
         for name in self.family.trained:
             base = getattr(pipe, name)
-            if gradient_checkpointing:
-                base.enable_gradient_checkpointing(checkpoint_of(base))
+            if gradient_checkpointing and not base.is_gradient_checkpointing:
+                base.enable_gradient_checkpointing()
             with resident(base):
                 setattr(self, name, adapt(base, deepcopy(config)))  # PEFT writes into it
             for holder in find_holders(getattr(self, name)):

@@ -76,13 +76,16 @@ def student_task(args: DreamBoothArguments, run: Run) -> Task:
     check_target_modules(denoiser, getattr(config, "target_modules", None))
 
     # loss and evaluation
-    steps = {"num_inference_steps": args.distill_to, "guidance_scale": 1.0}
     settings = SampleSettings(
         args.prompts or list(dict.fromkeys(prompts))[:4],
         args.num_validation_images,
         args.seed,
         args.sample_batch_size,
-        {**sample_call(args, family), **steps},
+        {
+            **sample_call(args, family),
+            "num_inference_steps": args.distill_to,
+            "guidance_scale": 1.0,
+        },
     )
     trajectories, references = teacher_samples(args, run, student, settings, prompts)
     side = args.resolution
@@ -137,18 +140,22 @@ def teacher_samples(
     scheduler, steps = pipe.scheduler, settings.call["num_inference_steps"]
     parts = args.num_inference_steps // steps
     timesteps, _ = landings(scheduler, steps)
-    call = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     pipe.scheduler, options = teacher_sampler(scheduler, steps, parts)
-    by_teacher = replace(settings, call={**settings.call, **call, **options})
+    call = {
+        **settings.call,
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        **options,
+    }
     side = args.resolution // pipe.vae_scale_factor
     shape = (getattr(pipe, family_of(pipe).denoiser).config.in_channels, side, side)
 
     def sample(indices: Sequence[int]) -> Tensor:
         noise = seeded_normal(shape, seed=args.seed, stream="trajectory", indices=indices)
-        path = sample_latents(pipe, [prompts[i] for i in indices], noise, by_teacher.call)
+        path = sample_latents(pipe, [prompts[i] for i in indices], noise, call)
         return path[:, ::parts].contiguous()
 
-    digested = (args.seed, by_teacher.call, timesteps.tolist(), run.dtype)
+    digested = (args.seed, call, timesteps.tolist(), run.dtype)
     digest = digest_texts([*prompts, *map(str, digested), *run.digests.values()])
     run.record_data_digest("training data", [digest])
     folder = Path(args.trajectories_dir or run.folder / "trajectories").expanduser()
@@ -156,7 +163,7 @@ def teacher_samples(
     trajectories = make_trajectories(
         sample, len(prompts), args.sample_batch_size, path, run.accelerator
     )
-    images = sample_images(pipe, by_teacher, run.accelerator, desc="teacher")
+    images = sample_images(pipe, replace(settings, call=call), run.accelerator, desc="teacher")
     pipe.scheduler = scheduler
     return trajectories, images
 

@@ -186,7 +186,10 @@ class Swap:
     def attach(self, pipe: DiffusionPipeline) -> None:
         """Swap the weights of `pipe`, which are those of this object."""
         for name in self.family.denoisers:
-            SWAPS[getattr(pipe, name)] = self
+            denoiser: Any = getattr(pipe, name)
+            SWAPS[denoiser] = self
+            if self.count:
+                denoiser.enable_gradient_checkpointing(recomputed)
         for number, part in enumerate(self.parts(pipe)):
             part.register_forward_pre_hook(partial(self.enter, number))
 
@@ -247,12 +250,6 @@ def resident(*denoisers: nn.Module) -> Iterator[None]:
             if denoiser in SWAPS:
                 stack.enter_context(SWAPS[denoiser].whole(denoiser))
         yield
-
-
-def checkpoint_of(denoiser: nn.Module) -> Callable[..., Any] | None:
-    """Return the checkpoint function of a denoiser with swapped blocks; None without them."""
-    swap = SWAPS.get(denoiser)
-    return recomputed if swap is not None and swap.count else None
 
 
 def recomputed(function: Callable[..., Any], *args: Any) -> Any:
