@@ -207,6 +207,7 @@ class StudentLoss:
             batch = [{"trajectory": i // steps, "position": i} for i in indices]
             return measured(batch).per_sample.tolist()
 
-        count = len(self.prompts) * steps
-        errors = made_in_batches(make, count, self.batch_size, accelerator, "errors")
+        errors = made_in_batches(
+            make, len(self.prompts) * steps, self.batch_size, accelerator, "errors"
+        )
         return torch.tensor(errors).view(-1, steps).T

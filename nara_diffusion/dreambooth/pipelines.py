@@ -131,13 +131,14 @@ def load_pipeline(
         vae = getattr(diffusers, index["vae"][1]).from_pretrained(
             vae_name or name, dtype=torch.float32, **vae_source
         )
-        kind: type[DiffusionPipeline] = getattr(diffusers, index["_class_name"])
         parts: dict[str, Any] = {"vae": vae}
         for part in quantised_parts(index) if bits else ():  # one at a time on the device
             parts[part] = quantised_model(
                 index[part], name, bits, dtype, device, subfolder=part, **hub
             )
-        pipe = kind.from_pretrained(name, **parts, dtype=dtype, **hub, **absent)
+        pipe = getattr(diffusers, index["_class_name"]).from_pretrained(
+            name, **parts, dtype=dtype, **hub, **absent
+        )
         is_flow = prediction_type(pipe.scheduler) == FLOW
         if not (is_flow if family.is_flow else hasattr(pipe.scheduler, "scale_model_input")):
             raise ValueError(
@@ -255,8 +256,11 @@ def sharing_pipeline(pipe: DiffusionPipeline, dtype: torch.dtype) -> DiffusionPi
     modules = {name: copy.deepcopy(module, memo) for name, module in models.items()}
     if pipe.vae.dtype != dtype:
         modules["vae"] = copy.deepcopy(pipe.vae).to(dtype)
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    components = {**pipe.components, **modules, "scheduler": scheduler}
+    components = {
+        **pipe.components,
+        **modules,
+        "scheduler": type(pipe.scheduler).from_config(pipe.scheduler.config),
+    }
     accepted = inspect.signature(type(pipe).__init__).parameters.keys() - pipe.components.keys()
     options = {name: pipe.config[name] for name in accepted if name in pipe.config}
     other = type(pipe)(**components, **options)
