@@ -17,10 +17,12 @@ smallest value, and at both ends of a flow.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from nara_diffusion.dreambooth.objectives import Objective, Scheduler, build_objective, rows
+from nara_diffusion.dreambooth.objectives import Objective, build_objective, rows
 
 
 class IdentityReading:
@@ -54,7 +56,7 @@ class IdentityReading:
         ValueError: the scheduler has no betas, or the base model has another prediction type.
     """
 
-    def __init__(self, base_scheduler: Scheduler, objective: Objective) -> None:
+    def __init__(self, base_scheduler: Any, objective: Objective) -> None:
         base = build_objective(base_scheduler)
         self.kind = base.prediction_type
         self.objective = objective

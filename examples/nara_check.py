@@ -52,8 +52,7 @@ from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.text_arguments import Arguments, adapter_options
 from nara_diffusion.dreambooth.caches import PromptCache
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, collate_samples
-from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
-from nara_diffusion.dreambooth.denoiser_files import write_checkpoint
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, write_checkpoint
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, run_family
 from nara_diffusion.dreambooth.pipelines import training_sizes
 from nara_diffusion.dreambooth.shipped_images import family_defaults

@@ -10,16 +10,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import Enum
-from functools import cache
 from numbers import Integral
-from typing import Any, Literal, NoReturn, get_type_hints
+from typing import Any, Literal
 
 from peft import LoraConfig
 
 from nara_diffusion.cores.registry import BUILT_IN, check_core_type
 from nara_diffusion.noise.level import is_number
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
-from nara_diffusion.utils.field_types import described, fits
 
 _CHOICES: dict[str, tuple[tuple[str | int | None, ...], tuple[str, ...]]] = {
     "bias": (("none", "all", "lora_only"), BUILT_IN),
@@ -50,21 +48,24 @@ _UNSCALED = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices", 
 _UNSET = (None, False, "none", [])
 
 
-_annotations = cache(get_type_hints)
-"""Class → {field: its type}; computing it takes a few milliseconds."""
-
-
 def _is_size(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
 
 
+def _ranks(config: LoraConfig) -> list[int]:
+    return [config.r, *(config.rank_pattern or {}).values()]
+
+
 _SIZE = (_is_size, "a positive integer")
 _SCALE = (lambda value: is_number(value) and value > 0, "a finite number greater than 0")
+_SWITCH = (lambda value: value is None or isinstance(value, bool), "True or False")
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
         ("r", "noise_embedding_dim", "core_bins", "core_knots", "rank_mask_step"), _SIZE
     ),
     **dict.fromkeys(("core_scale", "fourier_scale", "rank_mask_exponent"), _SCALE),
+    **dict.fromkeys(("fan_in_fan_out", "lora_bias", "use_dora", "use_rslora"), _SWITCH),
+    "rank_mask_min": (lambda rank: rank is None or _is_size(rank), "a positive integer or None"),
     "lora_alpha": (is_number, "a finite number"),
     "lora_dropout": (
         lambda value: is_number(value) and 0 <= value < 1,
@@ -74,6 +75,8 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda dims: isinstance(dims, (list, tuple)) and all(map(_is_size, dims)) and len(dims) > 0,
         "one positive integer for each hidden layer",
     ),
+    "modules_to_save": (lambda names: not isinstance(names, str), "a list"),
+    "noise_convention": (lambda name: name is None or isinstance(name, str), "a string or None"),
     "rank_pattern": (
         lambda ranks: isinstance(ranks, dict) and all(map(_is_size, ranks.values())),
         "{name of a module: its positive integer rank}",
@@ -88,6 +91,84 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 """{field: (whether its value is valid, what to pass)}."""
+_RULES: tuple[tuple[str, Callable[[NaraConfig], object], str], ...] = (
+    (
+        "noise_embedding_dim",
+        lambda c: c.noise_embedding != "fourier" or c.noise_embedding_dim % 2 == 0,
+        "an even number, since each frequency has a sine and a cosine",
+    ),
+    (
+        "core_knots",
+        lambda c: c.core_type != "knots" or c.core_knots > 1,
+        "2 or more, since λ = 0 and λ = 1 have a knot each",
+    ),
+    (
+        "core_sharing",
+        lambda c: c.core_type != "film" or c.core_sharing == "layer",
+        "'layer', since core_type 'film' has one core a layer",
+    ),
+    (
+        "core_bins",
+        lambda c: c.core_type != "bins" or not any(rank % c.core_bins for rank in _ranks(c)),
+        "a divisor of r and of the ranks in rank_pattern, which all bins have together",
+    ),
+    (
+        "rank_mask_min",
+        lambda c: (
+            c.rank_mask_min is None
+            or (c.core_type == "rank_mask" and c.rank_mask_min <= min(_ranks(c)))
+        ),
+        "an integer from 1 to r for core_type='rank_mask', or None, which is half of r",
+    ),
+    (
+        "rank_mask_step",
+        lambda c: (
+            c.core_type != "rank_mask"
+            or not any(rank % c.rank_mask_step for rank in {*_ranks(c), c.rank_mask_min or 0})
+        ),
+        "a divisor of r and of rank_mask_min",
+    ),
+    (
+        "lora_a_init",
+        lambda c: (
+            (c.lora_a_init == "peft" or not c.reads_core)
+            or (c.core_type != "identity" and c.init_lora_weights is True)
+        ),
+        "'peft', or a core_type with a core, and init_lora_weights=True",
+    ),
+    (
+        "lora_a_init",
+        lambda c: (
+            not (c.has_residual and c.reads_core)
+            or (
+                (c.core_type == "rank_mask" and c.rank_mask_step == 2)
+                and not (c.use_dora or c.lora_bias)
+            )
+        ),
+        "it with core_type='rank_mask' and rank_mask_step=2, without use_dora and lora_bias",
+    ),
+    (
+        "init_lora_weights",
+        lambda c: (
+            (not c.reads_core or c.core_type == "identity")
+            or (isinstance(c.init_lora_weights, bool) or c.init_lora_weights == "gaussian")
+            or re.fullmatch(r"pissa(_niter_\d+)?|olora|orthogonal", str(c.init_lora_weights))
+        ),
+        "True, False, 'gaussian', 'pissa', 'pissa_niter_N', 'olora' or 'orthogonal'",
+    ),
+    (
+        "init_lora_weights",
+        lambda c: (
+            (not c.reads_core or c.core_type == "identity")
+            or c.init_lora_weights in (True, False, "gaussian")
+            or (c.core_type in _AT_IDENTITY and c.core_init != "kaiming")
+        ),
+        "True, since it needs C = I at step 0, and this core may start with a different C",
+    ),
+)
+"""(field, whether its value fits the others, what to pass)."""
+_AT_IDENTITY = ("hypernetwork", "constant", "knots")
+"""Core types with C = I at step 0, unless core_init is "kaiming"."""
 
 
 class NaraPeftType(str, Enum):
@@ -201,11 +282,21 @@ class NaraConfig(LoraConfig):
         self._check_fields()
         super().__post_init__()
         self.peft_type = NaraPeftType.NARA  # type: ignore[assignment]
-        self._check_core_numbers()
         if self.strength is not None:
-            self._check_strength(self.strength)
-        if self.reads_core:
-            self._check_lora_options()
+            points: Any = getattr(self.strength, "points", self.strength)
+            try:
+                schedule = StrengthSchedule(points)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"strength is {self.strength!r}, not a StrengthSchedule or its points: {error}"
+                ) from error
+            self.strength = schedule.as_lists()
+            for name in unscaled_fields(self):
+                raise ValueError(
+                    f"strength depends on λ, but can't scale what {name}={getattr(self, name)!r} changes "
+                    "in the model: remove one of the two."
+                )
+        self._check_together()
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
@@ -222,112 +313,39 @@ class NaraConfig(LoraConfig):
         """Return whether every second direction is fixed, so that ΔW = 0 at the start."""
         return self.lora_a_init.startswith("residual")
 
-    def _refuse(self, name: str, reason: str) -> NoReturn:
-        raise ValueError(f"{name} is {getattr(self, name)!r}{reason}")
-
     def _check_fields(self) -> None:
         for name, (choices, readers) in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
-                self._refuse(name, f": choose one of {', '.join(map(repr, choices))}.")
+                raise ValueError(
+                    f"{name} is {value!r}: choose one of {', '.join(map(repr, choices))}."
+                )
             is_read = self.core_type not in BUILT_IN or self.core_type in readers
             if not is_read and value != choices[0]:
-                self._refuse(
-                    name,
-                    f", which core_type {self.core_type!r} doesn't read: leave it at {choices[0]!r}, "
-                    f"or use core_type {' or '.join(map(repr, readers))}.",
+                raise ValueError(
+                    f"{name} is {value!r}, which core_type {self.core_type!r} doesn't read: leave it "
+                    f"at {choices[0]!r}, or use core_type {' or '.join(map(repr, readers))}."
                 )
         for name, (is_valid, expected) in _VALUES.items():
-            if not is_valid(getattr(self, name)):
-                self._refuse(name, f": pass {expected}.")
-        for name, annotation in _annotations(type(self)).items():
-            if not fits(getattr(self, name), annotation):
-                self._refuse(name, f": pass {described(annotation)}.")
+            value = getattr(self, name)
+            if not is_valid(value):
+                raise ValueError(f"{name} is {value!r}: pass {expected}.")
         self.core_hidden_dims = tuple(self.core_hidden_dims)  # JSON gives a list
 
-    def _check_core_numbers(self) -> None:
-        if self.noise_embedding == "fourier" and self.noise_embedding_dim % 2:
-            self._refuse(
-                "noise_embedding_dim",
-                ": pass an even number, since each frequency has a sine and a cosine.",
-            )
-        if self.core_type == "knots" and self.core_knots < 2:
-            self._refuse("core_knots", ": pass 2 or more, since λ = 0 and λ = 1 have a knot each.")
-        if self.core_type == "film" and self.core_sharing != "layer":
-            self._refuse(
-                "core_sharing", ", but core_type 'film' has one core a layer: pass 'layer'."
-            )
-        ranks = {self.r, *(self.rank_pattern or {}).values()}
-        if self.rank_mask_min is not None:
-            is_rank = _is_size(self.rank_mask_min) and self.rank_mask_min <= min(ranks)
-            if self.core_type != "rank_mask" or not is_rank:
-                self._refuse(
-                    "rank_mask_min",
-                    f", with core_type={self.core_type!r} and r={min(ranks)}: it is for "
-                    "core_type='rank_mask', an integer from 1 to r, or None for half of r.",
+    def _check_together(self) -> None:
+        for name, fits, expected in _RULES:
+            if not fits(self):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, with core_type={self.core_type!r} and "
+                    f"r={self.r}: pass {expected}."
                 )
-        if self.core_type == "rank_mask":
-            step = self.rank_mask_step
-            if any(rank % step for rank in {*ranks, self.rank_mask_min or step}):
-                self._refuse("rank_mask_step", ": pass a divisor of r and of rank_mask_min.")
-        uneven = [rank for rank in sorted(ranks) if rank % self.core_bins]
-        if self.core_type == "bins" and uneven:
-            raise ValueError(
-                f"r ({uneven[0]}) is the total rank of all bins and must be a multiple of core_bins "
-                f"({self.core_bins})."
-            )
-
-    def _check_strength(self, given: StrengthSchedule | list[list[float]]) -> None:
-        try:
-            schedule = given if isinstance(given, StrengthSchedule) else StrengthSchedule(given)
-        except ValueError as error:
-            self._refuse("strength", f": {error}")
-        self.strength = schedule.as_lists()
-        for name in unscaled_fields(self):
-            raise ValueError(
-                f"strength depends on λ, but can't scale what {name}={getattr(self, name)!r} changes in "
-                "the model: remove one of the two."
-            )
-
-    def _check_lora_options(self) -> None:
-        for name in _REFUSED:
+        for name in _REFUSED if self.reads_core else ():
             value = getattr(self, name, None)
             if value or isinstance(value, dict):  # for PEFT, an empty dict sets it too
                 raise ValueError(
                     f"NaRA does not support {name}, since PEFT then computes the update without C(λ): "
                     "remove it, or use core_type='identity' without a strength."
                 )
-        start = self.init_lora_weights
-        is_identity = self.core_type == "identity"
-        if self.lora_a_init != "peft" and (is_identity or start is not True):
-            self._refuse(
-                "lora_a_init",
-                f", with core_type={self.core_type!r} and init_lora_weights={start!r}: it needs a "
-                "core, and init_lora_weights=True.",
-            )
-        if self.has_residual and (
-            self.core_type != "rank_mask"
-            or self.rank_mask_step != 2
-            or self.use_dora
-            or self.lora_bias
-        ):
-            self._refuse(
-                "lora_a_init",
-                ": pass core_type='rank_mask' and rank_mask_step=2, without use_dora and lora_bias.",
-            )
-        if isinstance(start, bool) or start == "gaussian" or is_identity:
-            return
-        if not re.fullmatch(r"pissa(_niter_\d+)?|olora|orthogonal", str(start)):
-            raise ValueError(
-                f"NaRA does not support init_lora_weights={start!r}: use True, False, 'gaussian', "
-                "'pissa', 'pissa_niter_N', 'olora' or 'orthogonal'."
-            )
-        starts_at_identity = self.core_type in ("hypernetwork", "constant", "knots")
-        if not starts_at_identity or self.core_init == "kaiming":
-            raise ValueError(
-                f"init_lora_weights={start!r} needs C = I at step 0, but core_type={self.core_type!r} "
-                f"with core_init={self.core_init!r} may start with a different C: use True."
-            )
 
 
 def is_idle(name: str, value: object) -> bool:

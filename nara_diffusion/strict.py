@@ -118,15 +118,12 @@ def check_loaded(
     in_file = _by_plain_name(tensors)
     lost = [key for key, tensor in in_file.items() if not _has_values(loaded.get(key), tensor)]
     surplus = [key for key in loaded if key not in in_file]
-    kind = type(model).__name__
-    difference = f"{kind} has {len(surplus)} tensors that {origin} does not have: {listed(surplus)}"
-    if lost:
-        difference = f"{len(lost)} of the {len(in_file)} tensors of {origin} did not load into {kind}: {listed(lost)}"
     if lost or surplus:
         raise ValueError(
-            f"{difference}. The installed PEFT, Diffusers and Transformers expect other names, or another "
-            "configuration, for this model: save the adapter again with these versions, or load it "
-            "into the model that it was trained on."
+            f"{len(lost)} of the {len(in_file)} tensors of {origin} did not load into {type(model).__name__}, and "
+            f"{len(surplus)} others are not in the file: {listed([*lost, *surplus])}. The installed PEFT, Diffusers "
+            "and Transformers expect other names, or another configuration, for this model: save the "
+            "adapter again with these versions, or load it into the model that it was trained on."
         )
 
 
@@ -184,5 +181,5 @@ def _has_values(loaded: Tensor | None, saved: Tensor) -> bool:
     if loaded is None or loaded.shape != saved.shape:
         return False
     expected = saved.to(loaded.device, loaded.dtype)
-    is_on_disk = loaded.is_meta  # because of offloading
-    return is_on_disk or torch.allclose(loaded, expected, rtol=0, atol=0, equal_nan=True)
+    # a tensor on "meta" is offloaded to disk
+    return loaded.is_meta or torch.allclose(loaded, expected, rtol=0, atol=0, equal_nan=True)

@@ -21,7 +21,7 @@ from contextlib import contextmanager, nullcontext
 from copy import copy
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import diffusers.loaders.lora_base as lora_base
 from diffusers.utils.hub_utils import PushToHubMixin
@@ -36,7 +36,6 @@ from nara_diffusion.loaders.components import (
     TEXT_ENCODER,
     adapters_of,
     nara_adapters_of,
-    tuner_layers,
     uncompiled,
 )
 from nara_diffusion.loaders.file import naming
@@ -44,7 +43,6 @@ from nara_diffusion.loaders.insertion import LOADED_FLAG
 from nara_diffusion.loaders.tensor_files import check_peft_weights, is_nara, is_nara_for_peft
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.tuner.adding import restored_on_error
-from nara_diffusion.tuner.holder import holder_of
 from nara_diffusion.tuner.model import NaraModel
 from nara_diffusion.tuner.strength import check_strength, give_strength, strength_of
 
@@ -178,11 +176,6 @@ def _load_into_transformers(
         vars(self)[LOADED_FLAG] = True
     if config.inference_mode:
         self.eval()
-        for layer in tuner_layers(self):
-            cast(nn.Module, layer).requires_grad_(False)
-        holder = holder_of(self)
-        if holder is not None:
-            holder.follow_factors()
     # Transformers' report of a load that used all tensors
     empty: dict[str, Any] = {field.name: set() for field in dataclasses.fields(LoadStateDictInfo)}
     return LoadStateDictInfo(**empty | {"error_msgs": [], "conversion_errors": {}})

@@ -294,7 +294,7 @@ class ImageFlags(
     (docs/strength.md).
 
     The output folder then has: pytorch_nara_weights.safetensors (for pipe.load_nara_weights; for the
-    files of other methods see nara_diffusion/dreambooth/denoiser_files.py), README.md (the model card,
+    files of other methods see nara_diffusion/dreambooth/denoiser.py), README.md (the model card,
     which says how to load them), samples.png (before and after), the samples themselves,
     noise_level_curve.png, results.json, metrics.jsonl, config.yaml, samples-by-step.png, and
     checkpoint-N folders to resume from.

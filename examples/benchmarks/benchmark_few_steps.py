@@ -24,10 +24,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, ClassVar
+from typing import Any
 from unittest.mock import patch
 
 import diffusers
@@ -40,20 +40,12 @@ from quality.report.data import change, interval, table
 from quality.step_table import StepTable
 from torch import Tensor
 
-from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
-from nara_diffusion.dreambooth.denoiser_files import write_adapter, write_checkpoint
-from nara_diffusion.dreambooth.distill import (
-    end_error,
-    evaluation_of,
-    load_distillation,
-    student_losses,
-    student_samples,
-)
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, adapter_loaded, write_adapter, write_checkpoint
+from nara_diffusion.dreambooth.distill import student_task
 from nara_diffusion.dreambooth.families import Family
-from nara_diffusion.dreambooth.fidelity import Evaluation
+from nara_diffusion.dreambooth.few_steps import sample_latents
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.samples import write_grid
-from nara_diffusion.dreambooth.student import StudentLoss
 from nara_diffusion.training import loop
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.live_storages import LiveStorages, tensors_of
@@ -126,34 +118,19 @@ def own_rates(rates: Mapping[str, float]) -> Iterator[None]:
 
 
 class Trial:
-    """A run that measures its student only. Runs of one seed share the teacher's samples."""
-
-    teachers: ClassVar[dict[tuple, Evaluation]] = {}
+    """A run that measures its student only."""
 
     def __init__(self, args: DreamBoothArguments, run: Run) -> None:
         self.args, self.run = args, run
-        self.distillation = load_distillation(args, run)
+        self.task = student_task(args, run)
+        self.evaluation = self.task.evaluation
+        self.losses: tuple[Any, Any] = (self.task.loss, self.evaluation.loss)  # in training, and held out
         self.samples: Sequence[Image.Image] = ()
         self.trainable = 0
 
-    @cached_property
-    def losses(self) -> tuple[StudentLoss, StudentLoss]:
-        """The loss on training trajectories, and on held-out ones."""
-        return student_losses(self.distillation)
-
-    @cached_property
-    def evaluation(self) -> Evaluation:
-        """The evaluation of the student."""
-        key = (self.args.pretrained_model_name_or_path, self.args.seed)
-        held_out = self.losses[1]
-        if key not in self.teachers:
-            self.teachers[key] = evaluation_of(self.distillation, held_out)
-        return replace(self.teachers[key], run=self.run, pipe=self.distillation.student, loss=held_out)
-
     def model(self) -> torch.nn.Module:
         """The model to train."""
-        distillation = self.distillation
-        return AdaptedDenoiser(distillation.pipe, distillation.config, family=distillation.family)
+        return AdaptedDenoiser(self.task.pipe, self.task.config, family=self.task.family)
 
     def train(self) -> None:
         """Train from the start to the last step, and write the adapter."""
@@ -162,10 +139,10 @@ class Trial:
     def fit(self) -> torch.nn.Module:
         """Train from the start to the last step, and return the model."""
         loss, run = self.losses[0], self.run
-        run.plan(len(loss.prompts) * len(loss.few_steps.timesteps))
+        run.plan(self.task.count)
         evaluation, model = self.evaluation, self.model()
         self.trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        parts = loop.prepare_training(run, model, student_samples(loss, self.args.seed), list)
+        parts = loop.prepare_training(run, model, self.task.samples, list)
         run.open({})
         loop.train(run, parts, replace(loss, model=parts.model), partial(evaluation.validate, parts.model))
         return parts.model
@@ -177,15 +154,22 @@ class Trial:
     def figures(self, folder: Path | None) -> dict[str, Any]:
         """The figures with the adapter in `folder`, or of the pipeline as it is."""
         measurement = self.evaluation.measure(folder, "after")
-        end = end_error(self.evaluation, self.losses[1], folder)
+        with adapter_loaded(self.evaluation.pipe, folder):
+            end = self.end(self.evaluation.settings.call)
         self.samples = measurement.images
         figures = {"score": measurement.validation_loss, "by_step": measurement.curve, "end": end}
         return figures | {"similarity": measurement.similarity, "alignment": measurement.text_alignment}
 
+    def end(self, call: Mapping[str, Any]) -> float:
+        """The mean squared distance of the pipeline's final latents from the teacher's held-out ones."""
+        held_out, pipe = self.losses[1], self.evaluation.pipe
+        paths = sample_latents(pipe, held_out.prompts, held_out.trajectories[:, 0], call)
+        return (paths[:, -1] - held_out.trajectories[:, -1]).square().mean().item()
+
     def untrained(self, pictures: Path | None) -> Iterator[dict[str, Any]]:
         """The base's figures with each sampler, number of calls and guidance."""
-        held_out, evaluation = self.losses[1], self.evaluation
-        pipe: Any = self.distillation.student
+        evaluation = self.evaluation
+        pipe: Any = evaluation.pipe
         sampler = pipe.scheduler
         keep(pictures, TEACHER, evaluation.references)
         for name, (calls, choices) in itertools.product(PLAN["samplers"], PLAN["calls"].items()):
@@ -198,9 +182,7 @@ class Trial:
                 measurement = replace(evaluation, settings=settings).measure(None, "base")
                 guided = ", guidance" if guidance > 1 else ""
                 keep(pictures, f"{name}, {steps} steps{guided}", measurement.images)
-                call = settings.call | {"output_type": "latent"}
-                ends = pipe(prompt=list(held_out.prompts), latents=held_out.trajectories[:, 0].clone(), **call).images
-                figures = {"end": (ends - held_out.trajectories[:, -1]).square().mean().item()}
+                figures = {"end": self.end(settings.call)}
                 figures |= {"similarity": measurement.similarity, "alignment": measurement.text_alignment}
                 yield {"arm": name, "calls": calls, "guidance": guidance, **figures}
         pipe.scheduler = sampler
@@ -211,7 +193,7 @@ class AllWeights(Trial):
 
     def model(self) -> torch.nn.Module:
         """The base's denoiser."""
-        return Whole(self.distillation.denoiser.requires_grad_(True), self.distillation.family)
+        return Whole(self.losses[0].model.requires_grad_(True), self.task.family)
 
     def train(self) -> None:
         """Train from the start to the last step."""
@@ -227,11 +209,11 @@ class WithTable(Trial):
 
     def __init__(self, layers: Sequence[str], rate: float, *of_trial: Any) -> None:
         super().__init__(*of_trial)
-        distillation = self.distillation
+        loss, _ = self.losses
         self.rate = rate
-        self.table = StepTable(distillation.denoiser, layers, distillation.few_steps.timesteps)
-        self.table.join(distillation.denoiser)
-        self.table.join(getattr(distillation.student, distillation.family.denoiser))
+        self.table = StepTable(loss.model, layers, loss.timesteps)
+        self.table.join(loss.model)
+        self.table.join(getattr(self.evaluation.pipe, self.task.family.denoiser))
 
     def train(self) -> None:
         with self.table.trained(self.rate):
@@ -330,8 +312,7 @@ def step_of(trial: Trial) -> tuple[Callable[[], None], list[Tensor]]:
     """An optimizer step of a run's model, on its first batch; the tensors of the model and the optimizer."""
     loss, _ = trial.losses
     model = trial.model().train()
-    samples = student_samples(loss, trial.args.seed)
-    batch = [samples[position] for position in range(trial.args.train_batch_size)]
+    batch = [trial.task.samples[position] for position in range(trial.args.train_batch_size)]
     optimizer, loss = loop.build_optimizer(model, trial.args), replace(loss, model=model)
 
     def step() -> None:

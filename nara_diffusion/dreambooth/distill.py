@@ -1,43 +1,47 @@
 """The task of teaching a model to sample in K steps without guidance: `--distill_to K`.
 
 The teacher is the base model with guidance and many steps. The student is the same model with an
-adapter, and learns to reach in one step the point that the teacher reaches in several (`few_steps`,
-`student`). Distillation needs prompts, but no images.
+adapter, and learns to reach in one step the point that the teacher reaches in several
+(`few_steps`). Distillation needs prompts, but no images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from PIL.Image import Image
 from torch import Tensor
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.training.adapters import adapter_config, check_target_modules
 from nara_diffusion.training.run import Run
+from nara_diffusion.tuner.usage import FewStepSampling
 from nara_diffusion.utils.data_order import ShuffledStream
 from nara_diffusion.utils.digests import digest_texts
 
 from .caches import PromptCache
-from .denoiser_files import adapter_loaded
 from .draws import seeded_normal
 from .encoders import load_encoders
-from .families import Family
-from .few_steps import FewSteps, check_family, few_steps_of
+from .few_steps import (
+    StudentLoss,
+    landings,
+    make_trajectories,
+    sample_latents,
+    student_sampler,
+    teacher_sampler,
+)
 from .fidelity import Evaluation, Measurement
 from .image_arguments import DreamBoothArguments, run_family
 from .image_report import figures, student_card
 from .objectives import build_objective
-from .pipelines import load_base, sharing_pipeline
+from .pipelines import family_of, load_base, sharing_pipeline
 from .samples import SampleSettings, sample_call, sample_images
-from .student import StudentLoss
 from .task import Task
-from .trajectories import make_trajectories, read_prompts, sample_latents
 
 FIGURES = {
     "validation_loss": "error of a step, share of the base's",
@@ -46,190 +50,148 @@ FIGURES = {
 }
 
 
-@dataclass(frozen=True)
-class Distillation:
-    """The base model without an adapter, its teacher and its student's steps."""
-
-    args: DreamBoothArguments
-    run: Run
-    prompts: Sequence[str]  # of each trajectory
-    encoders: dict[str, Any]  # those of an `Evaluation`
-    pipe: Any  # to be trained
-    family: Family
-    few_steps: FewSteps
-    config: PeftConfig
-    teacher: Any  # the pipeline of the teacher
-    teacher_call: dict[str, Any]  # the arguments of its call
-    student: Any  # the pipeline for the student's samples
-    student_call: dict[str, Any]
-
-    @property
-    def denoiser(self) -> Any:
-        """The denoiser to be trained."""
-        return getattr(self.pipe, self.family.denoiser)
-
-
-def load_distillation(args: DreamBoothArguments, run: Run) -> Distillation:
-    """Load prompts, base model and teacher.
+def student_task(args: DreamBoothArguments, run: Run) -> Task:
+    """Load prompts, base model and teacher, and return the task of the student.
 
     Raises:
         ValueError: an argument doesn't fit the model, or the model can't be distilled.
     """
     assert args.distill_to is not None
-    check_family(run_family(args))  # before the model is loaded
-    prompts = [prompt for prompt in (args.instance_prompt, args.class_prompt) if prompt]
+    run_family(args)  # before the model is loaded
+    texts = [prompt for prompt in (args.instance_prompt, args.class_prompt) if prompt]
     if args.prompts_file is not None:
-        prompts = read_prompts(args.prompts_file)
+        texts = read_prompts(args.prompts_file)
+    prompts = [texts[i % len(texts)] for i in range(args.trajectories)]
     encoders = load_encoders(args, run.accelerator.device)
 
+    # base and adapter
     pipe: Any = load_base(args, run).to(run.accelerator.device)
-    family = run_family(args, pipe)
-    teacher, student = (sharing_pipeline(pipe, run.dtype) for _ in range(2))
-    few_steps = few_steps_of(
-        pipe.scheduler, args.distill_to, args.num_inference_steps, family.is_flow
-    )
-    teacher.scheduler, student.scheduler = few_steps.teacher_scheduler, few_steps.scheduler
-    convention = build_objective(pipe.scheduler).source.convention
-    config: Any = adapter_config(args, noise_convention=convention, noise_level_per="sample")
-    if isinstance(config, NaraConfig):
-        config.few_steps = asdict(few_steps.sampling)
+    family, source = run_family(args, pipe), build_objective(pipe.scheduler).source
+    student: Any = sharing_pipeline(pipe, run.dtype)
+    student.scheduler, sampling = student_sampler(pipe.scheduler, args.distill_to, family.is_flow)
     denoiser = getattr(pipe, family.denoiser)
+    config: Any = adapter_config(args, noise_convention=source.convention, noise_level_per="sample")
+    if isinstance(config, NaraConfig):
+        config.few_steps = asdict(sampling)
     check_target_modules(denoiser, getattr(config, "target_modules", None))
-    call = sample_call(args, family)
-    return Distillation(
-        args,
-        run,
-        [prompts[i % len(prompts)] for i in range(args.trajectories)],
-        encoders,
-        pipe,
-        family,
-        few_steps,
-        config,
-        teacher,
-        {**call, **few_steps.teacher_call},
-        student,
-        {**call, "num_inference_steps": args.distill_to, "guidance_scale": 1.0},
-    )
 
-
-def student_losses(distillation: Distillation) -> tuple[StudentLoss, StudentLoss]:
-    """Return the loss on training trajectories, and on held-out trajectories.
-
-    The teacher makes the trajectories, unless a file has them.
-    """
-    args, run, prompts = distillation.args, distillation.run, distillation.prompts
-    trajectories = _trajectories(distillation)
-    count = max(1, args.trajectories // 10)
-    time_ids = [[args.resolution, args.resolution, 0, 0, args.resolution, args.resolution]]
-    held_out = StudentLoss(
-        distillation.denoiser,
-        trajectories[-count:],
-        prompts[-count:],
-        distillation.few_steps,
-        torch.ones(len(distillation.few_steps.timesteps)),
-        build_objective(distillation.pipe.scheduler).source,
-        PromptCache(distillation.pipe, distillation.family),
-        torch.tensor(time_ids, device=run.accelerator.device),
-        args.sample_batch_size,
-    )
-    base_errors = held_out.curve(distillation.pipe, run.accelerator).mean(1)
-    held_out = replace(held_out, base_errors=base_errors)
-    loss = replace(held_out, trajectories=trajectories[:-count], prompts=prompts[:-count])
-    return loss, held_out
-
-
-def _trajectories(distillation: Distillation) -> Tensor:
-    """Return the teacher's trajectories (n, K + 1, c, h, w), from a file if it has them."""
-    args, run, prompts = distillation.args, distillation.run, distillation.prompts
-    few_steps, call = distillation.few_steps, distillation.teacher_call
-    side = args.resolution // distillation.pipe.vae_scale_factor
-    shape = (distillation.denoiser.config.in_channels, side, side)
-
-    def sample(indices: Sequence[int]) -> Tensor:
-        noise = seeded_normal(shape, seed=args.seed, stream="trajectory", indices=indices)
-        path = sample_latents(distillation.teacher, [prompts[i] for i in indices], noise, call)
-        return path[:, :: few_steps.parts].contiguous()
-
-    settings = (args.seed, call, few_steps.timesteps.tolist(), run.dtype)
-    texts = [*prompts, *map(str, settings), *run.digests.values()]
-    digest = digest_texts(texts)
-    run.record_data_digest("training data", [digest])
-    folder = Path(args.trajectories_dir or run.folder / "trajectories").expanduser()
-    path = folder / f"{digest[:16]}.safetensors"
-    return make_trajectories(sample, len(prompts), args.sample_batch_size, path, run.accelerator)
-
-
-def evaluation_of(distillation: Distillation, held_out: StudentLoss) -> Evaluation:
-    """Return the evaluation, with a sample of the teacher for each of the student's."""
-    args, run = distillation.args, distillation.run
+    # loss and evaluation
     settings = SampleSettings(
-        args.prompts or list(dict.fromkeys(distillation.prompts))[:4],
+        args.prompts or list(dict.fromkeys(prompts))[:4],
         args.num_validation_images,
         args.seed,
         args.sample_batch_size,
-        distillation.student_call,
+        {
+            **sample_call(args, family),
+            "num_inference_steps": args.distill_to,
+            "guidance_scale": 1.0,
+        },
     )
-    slow = replace(settings, call=distillation.teacher_call)
-    return Evaluation(
-        run,
-        distillation.student,
-        settings,
-        held_out,
-        sample_images(distillation.teacher, slow, run.accelerator, desc="teacher"),
-        **distillation.encoders,
-        has_teacher=True,
+    trajectories, references = teacher_samples(args, run, student, settings, prompts)
+    side = args.resolution
+    loss, held_out = StudentLoss(
+        denoiser,
+        trajectories,
+        prompts,
+        *landings(student.scheduler, args.distill_to),
+        torch.ones(args.distill_to),
+        source,
+        PromptCache(pipe, family),
+        torch.tensor([[side, side, 0, 0, side, side]], device=run.accelerator.device),
+        args.sample_batch_size,
+    ).split(pipe, run.accelerator)
+    count = len(loss.prompts)
+    evaluation = Evaluation(
+        run, student, settings, held_out, references, **encoders, has_teacher=True
     )
-
-
-def student_samples(loss: StudentLoss, seed: int) -> ShuffledStream:
-    """Return the samples of training, in their order."""
-    return ShuffledStream([{"trajectory": i} for i in range(len(loss.prompts))], seed)
-
-
-def student_task(distillation: Distillation) -> Task:
-    """Return the task of the student."""
-    args = distillation.args
-    loss, held_out = student_losses(distillation)
-    evaluation = evaluation_of(distillation, held_out)
-    steps, count = len(loss.few_steps.timesteps), len(loss.prompts)
     return Task(
-        distillation.pipe,
-        distillation.family,
-        distillation.config,
+        pipe,
+        family,
+        config,
         loss,
-        student_samples(loss, args.seed),
+        ShuffledStream([{"trajectory": i} for i in range(count)], args.seed),
         list,
-        count * steps,
+        count * args.distill_to,
         evaluation,
         facts={
-            "student": f"{steps} steps without guidance, one call each",
+            "student": f"{args.distill_to} steps without guidance, one call each",
             "teacher": f"{args.num_inference_steps} steps, guidance {args.guidance_scale:g}",
             "trained on": f"{count} trajectories of the teacher",
             "validation loss": f"on {len(held_out.prompts)} trajectories held out",
         },
-        report=partial(_report, evaluation, held_out),
+        report=partial(_report, evaluation, sampling),
     )
 
 
+def teacher_samples(
+    args: DreamBoothArguments,
+    run: Run,
+    pipe: Any,
+    settings: SampleSettings,
+    prompts: Sequence[str],
+) -> tuple[Tensor, list[Image]]:
+    """Return the teacher's trajectories (n, K + 1, c, h, w), from a file if it has them, and images.
+
+    Args:
+        pipe: a pipeline with the student's scheduler.
+        settings: those of the student's images.
+        prompts: the prompt of each trajectory.
+    """
+    scheduler, steps = pipe.scheduler, settings.call["num_inference_steps"]
+    parts = args.num_inference_steps // steps
+    timesteps, _ = landings(scheduler, steps)
+    pipe.scheduler, options = teacher_sampler(scheduler, steps, parts)
+    call = {
+        **settings.call,
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        **options,
+    }
+    side = args.resolution // pipe.vae_scale_factor
+    shape = (getattr(pipe, family_of(pipe).denoiser).config.in_channels, side, side)
+
+    def sample(indices: Sequence[int]) -> Tensor:
+        noise = seeded_normal(shape, seed=args.seed, stream="trajectory", indices=indices)
+        path = sample_latents(pipe, [prompts[i] for i in indices], noise, call)
+        return path[:, ::parts].contiguous()
+
+    digested = (args.seed, call, timesteps.tolist(), run.dtype)
+    digest = digest_texts([*prompts, *map(str, digested), *run.digests.values()])
+    run.record_data_digest("training data", [digest])
+    folder = Path(args.trajectories_dir or run.folder / "trajectories").expanduser()
+    path = folder / f"{digest[:16]}.safetensors"
+    trajectories = make_trajectories(
+        sample, len(prompts), args.sample_batch_size, path, run.accelerator
+    )
+    images = sample_images(pipe, replace(settings, call=call), run.accelerator, desc="teacher")
+    pipe.scheduler = scheduler
+    return trajectories, images
+
+
 def _report(
-    evaluation: Evaluation, held_out: StudentLoss, before: Measurement, after: Measurement
+    evaluation: Evaluation, sampling: FewStepSampling, before: Measurement, after: Measurement
 ) -> dict[str, Any]:
-    ends = [end_error(evaluation, held_out, folder) for folder in (None, evaluation.run.folder)]
-    rows = figures(before, after, FIGURES)
-    rows.append(["distance of the end from the teacher's", *(f"{end:.3f}" for end in ends)])
-    sampling = held_out.few_steps.sampling
     return {
         "names": (*FIGURES, "curve"),
-        "figures": rows,
+        "figures": figures(before, after, FIGURES),
         "describe": partial(student_card, evaluation, after, sampling),
         "distill_to": sampling.num_inference_steps,
-        "end_error_before": ends[0],
-        "end_error_after": ends[1],
     }
 
 
-def end_error(evaluation: Evaluation, held_out: StudentLoss, folder: Path | None) -> float:
-    """Return the `end_error` with the adapter in `folder`; None means the base."""
-    call = evaluation.settings.call
-    with adapter_loaded(evaluation.pipe, folder):
-        return held_out.end_error(evaluation.pipe, call, evaluation.run.accelerator)
+def read_prompts(path: str) -> list[str]:
+    """Return the prompts in a text file, one per line. Empty lines are skipped.
+
+    Raises:
+        ValueError: the file can't be read as text or has no prompt.
+    """
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"--prompts_file {path} can't be read ({error}): name a text file."
+        ) from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"--prompts_file {path} contains no prompts: write one per line.")
+    return prompts

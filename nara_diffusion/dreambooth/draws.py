@@ -15,8 +15,7 @@ a different role, so the two get independent noise.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -122,35 +121,6 @@ def draw_indices(
     )
     index = torch.from_numpy(u * len(levels)).long()
     return levels[index.clamp(max=len(levels) - 1)]
-
-
-@dataclass(frozen=True)
-class ExpertDraw:
-    """Draw one of several denoisers for all samples of a forward.
-
-        P(d) = k_d / Σ k
-
-    I_d (k_d,) lists the noise levels of denoiser d, as `drawable_levels` does. Each noise level is
-    drawn as often as without experts. A draw depends only on the number of the forward, so all
-    processes get the same one.
-    """
-
-    levels: Mapping[str, Tensor]  # {denoiser: I_d}
-    seed: int
-    samples: int  # of a forward, over all processes
-    group_size: int = 1  # forwards among which draws are spread evenly
-
-    def __call__(self, position: int) -> str:
-        """Return the name of the denoiser for the forward that has the sample at `position`."""
-        u = stratified_uniform(
-            [position // self.samples],
-            self.group_size,
-            shift=partial(numpy_generator, self.seed, "expert shift"),
-            value=partial(numpy_generator, self.seed, "expert"),
-        )
-        ends = np.cumsum([len(levels) for levels in self.levels.values()])
-        number = np.searchsorted(ends, u.item() * ends[-1], side="right")
-        return list(self.levels)[number]
 
 
 def draw_noise(

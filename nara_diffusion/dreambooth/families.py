@@ -1,5 +1,7 @@
 """A family of image models: how it encodes a prompt, calls its denoiser and samples.
 
+The families of Stable Diffusion are here: 1, 2, XL and 3.
+
     prompts → encode → embeddings, a tuple of (b, …)
     x_λ (b, c, h, w), timestep (b,), embeddings → predict → prediction (b, c, h, w)
 
@@ -12,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ Placed = tuple[Tensor | list[int], ...]
 HIGH, LOW = "transformer", "transformer_2"
 """The denoisers of Wan 2.2 for much and for little noise."""
 TRANSFORMER_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+ATTENTION_TARGETS = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,12 @@ class Family:
     divisor: Callable[[Any], int] = lambda pipe: pipe.vae_scale_factor * 2
     denoiser: str = "transformer"  # the name of the component
     text_encoders: tuple[str, ...] = ()  # the components that can be trained too
-    cut_short: tuple[str, ...] = ()  # text encoders with an unused last layer
     targets: tuple[str, ...] = TRANSFORMER_TARGETS  # the default of target_modules
     # arguments of a run that differ from the script's defaults
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    can_be_distilled: bool = False  # whether it has plain guidance at the sampler's own timesteps
     is_flow: bool = True  # whether model and scheduler are a rectified flow
-    # return the family with the settings of a pipeline; raise ValueError if it can't be trained
+    # return the family with the settings of a pipeline
     fit: Callable[[Any, Family], Family] = lambda pipe, family: family
     # (arguments, number of images) → arguments of the pipeline's call
     sampling: Callable[[dict[str, Any], int], dict[str, Any]] = lambda call, count: call
@@ -116,10 +121,6 @@ class Family:
         """
         return tuple(self.encoder(pipe, list(prompts), self.max_sequence_length))
 
-    def pixels_of_sources(self, pipe: DiffusionPipeline) -> Callable[[Image], Tensor] | None:
-        """Return `source_pixels` for a pipeline."""
-        return None if self.source_pixels is None else partial(self.source_pixels, pipe)
-
     def predict(
         self,
         denoiser: nn.Module,
@@ -148,8 +149,8 @@ def placed(embeddings: Placed, device: torch.device) -> Placed:
         if isinstance(part, list):
             parts.append(part)
         elif part.is_floating_point():
-            is_here = part.device.type == "cpu"  # copies to the CPU must block
-            parts.append(part.to(device, non_blocking=is_here))
+            # copies to the CPU must block
+            parts.append(part.to(device, non_blocking=part.device.type == "cpu"))
         else:
             parts.append(part.sum(1).tolist())  # the padding is on the right
     return tuple(parts)
@@ -165,3 +166,81 @@ def _computing_dtype(denoiser: nn.Module) -> torch.dtype:
         if not any(part in name for part in in_float32):
             return parameter.dtype
     return torch.float32
+
+
+def _unet_divisor(pipe: DiffusionPipeline) -> int:
+    """Return the ratio of an image's side to that of the UNet's smallest feature map."""
+    return pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+
+
+SD = Family(
+    name="stable-diffusion",
+    title="Stable Diffusion 1 and 2",
+    pipelines=("StableDiffusionPipeline",),
+    # states (b, 77, d)
+    encoder=lambda pipe, prompts, length: pipe.encode_prompt(
+        prompts, pipe.text_encoder.device, 1, False
+    )[:1],
+    inputs=lambda call: {
+        "sample": call.sample,
+        "timestep": call.timestep,
+        "encoder_hidden_states": call.embeddings[0],
+    },
+    divisor=_unet_divisor,
+    denoiser="unet",
+    text_encoders=("text_encoder",),
+    defaults={"resolution": 512, "guidance_scale": 7.5},
+    can_be_distilled=True,
+    is_flow=False,
+)
+
+
+def _sdxl_inputs(call: Call) -> dict[str, Any]:
+    states, pooled = call.embeddings
+    # bf16 can't represent all integers above 256, such as sizes and crop positions
+    conditions = {"text_embeds": pooled, "time_ids": call.time_ids.float()}
+    return {**SD.inputs(call), "encoder_hidden_states": states, "added_cond_kwargs": conditions}
+
+
+SDXL = Family(
+    name="stable-diffusion-xl",
+    title="Stable Diffusion XL",
+    pipelines=("StableDiffusionXLPipeline",),
+    # states of two CLIPs (b, 77, d_1 + d_2), and the pooled state of the second (b, p)
+    encoder=lambda pipe, prompts, length: pipe.encode_prompt(
+        prompts, device=pipe.text_encoder.device, do_classifier_free_guidance=False
+    )[::2],
+    inputs=_sdxl_inputs,
+    divisor=_unet_divisor,
+    denoiser="unet",
+    text_encoders=("text_encoder", "text_encoder_2"),
+    can_be_distilled=True,
+    is_flow=False,
+)
+
+
+SD3 = Family(
+    name="stable-diffusion-3",
+    title="Stable Diffusion 3 and 3.5",
+    pipelines=("StableDiffusion3Pipeline",),
+    # states of two CLIPs and T5, which may be missing, and CLIP's pooled states
+    encoder=lambda pipe, prompts, length: pipe.encode_prompt(
+        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
+    )[::2],
+    inputs=lambda call: {
+        "hidden_states": call.sample,
+        "timestep": call.timestep,
+        "encoder_hidden_states": call.embeddings[0],
+        "pooled_projections": call.embeddings[1],
+    },
+    divisor=lambda pipe: pipe.vae_scale_factor * pipe.transformer.config.patch_size,
+    targets=ATTENTION_TARGETS,
+    defaults={
+        "resolution": 1024,
+        "guidance_scale": 7.0,
+        "num_inference_steps": 28,
+        "weighting_scheme": "logit_normal",
+    },
+    can_be_distilled=True,
+    max_sequence_length=256,
+)

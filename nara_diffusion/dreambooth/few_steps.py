@@ -1,83 +1,53 @@
-"""Few-step sampling: the student's and the teacher's steps, and the student's targets.
+"""Few-step sampling: the steps of student and teacher, the teacher's latents, the student's loss.
 
 A step of DDIM (arXiv 2010.02502, η = 0), or of Euler's method on a rectified flow, is linear in the
 latents z and the prediction y: z' = c z + d y. Solving for y gives the prediction that leads to a
-given z'. This is the target of a student that takes the whole step at once:
+given z'. A trajectory z (K + 1, c, h, w) has the teacher's latents at the start and after each of K
+of the student's steps, in which the teacher takes several steps with guidance. From z_k, the
+student predicts y_k in one call, without guidance:
 
-    y = (z' − c z) / d
+    target   a z_k + b z_(k+1),    (a, b) = (−c / d, 1 / d)
+    loss     mean over samples of (1 / e_k) · mean (y_k − target)²
+
+e_k is the error of the base model at step k, so that all steps have the same weight.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nara_diffusion.noise.timesteps import TimestepNoise
 from nara_diffusion.tuner.usage import FewStepSampling
+from nara_diffusion.utils.files import atomic_write
 
-from .families import Family
+from .caches import PromptCache
+from .families import placed
+from .samples import made_in_batches
+from .training_step import DreamBoothLoss
 
-FAMILIES = ("stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3")
-"""The families that use plain classifier-free guidance and the sampler's own timesteps."""
 DDIM: dict[str, Any] = {"timestep_spacing": "trailing", "clip_sample": False}
 """The settings of DDIM. Trailing timesteps start at pure noise, and the timesteps of K steps are
 among those of any multiple of K steps."""
 
 
-def check_family(family: Family) -> None:
-    """Raise ValueError for a family that can't be distilled."""
-    if family.name not in FAMILIES:
-        raise ValueError(
-            "--distill_to supports Stable Diffusion 1, 2, XL and 3. This model is "
-            f"{family.title}, which chooses its own timesteps or guidance: leave --distill_to out."
-        )
+def student_sampler(scheduler: Any, steps: int, is_flow: bool) -> tuple[Any, FewStepSampling]:
+    """Return the deterministic sampler of K steps, and its description for the adapter's file.
 
-
-@dataclass(frozen=True)
-class FewSteps:
-    """K steps of a student, and those of its teacher between them."""
-
-    sampling: FewStepSampling  # the student's, as its file and its model card say it
-    scheduler: Any  # of the student
-    timesteps: Tensor  # (K,)
-    landings: Tensor  # (K, 2), of `landings`
-    teacher_scheduler: Any
-    teacher_call: dict[str, Any]  # further arguments of the teacher's call
-    parts: int  # the teacher's steps for each of the student's
-
-
-def few_steps_of(scheduler: Any, steps: int, teacher_steps: int, is_flow: bool) -> FewSteps:
-    """Return the `steps` of a student of the model with `scheduler`.
-
-    Args:
-        teacher_steps: the teacher's steps, a multiple of `steps`.
-        is_flow: whether the model is a rectified flow.
-    """
-    sampler, code = student_sampler(scheduler, steps, is_flow)
-    timesteps, factors = landings(sampler, steps)
-    parts = teacher_steps // steps
-    sampling = FewStepSampling(
-        num_inference_steps=steps,
-        timesteps=timesteps.tolist(),
-        scheduler=code,
-        timestep_spacing=sampler.config.get("timestep_spacing"),
-        shift_terminal=sampler.config.get("shift_terminal"),
-    )
-    teacher = teacher_sampler(sampler, steps, parts)
-    return FewSteps(sampling, sampler, timesteps, factors, *teacher, parts)
-
-
-def student_sampler(scheduler: Any, steps: int, is_flow: bool) -> tuple[Any, str]:
-    """Return the deterministic sampler of K steps, and the code that sets it in a pipeline.
-
-    The code is empty if the model's own scheduler is that sampler. By default, the last of K steps
+    The code of the description is empty if the model's own scheduler is that sampler. By default, the last of K steps
     of Euler's method starts at σ of about 0.001 and changes nothing. With `shift_terminal` it
     starts at 1/K, shifted as the scheduler shifts every σ.
     """
@@ -91,7 +61,14 @@ def student_sampler(scheduler: Any, steps: int, is_flow: bool) -> tuple[Any, str
     sampler = kind.from_config(scheduler.config, **options)
     settings = "".join(f", {name}={value!r}" for name, value in options.items())
     line = f"pipe.scheduler = {kind.__name__}.from_config(pipe.scheduler.config{settings})"
-    return sampler, line if options else ""
+    sampler.set_timesteps(steps)
+    return sampler, FewStepSampling(
+        num_inference_steps=steps,
+        timesteps=sampler.timesteps.tolist(),
+        scheduler=line if options else "",
+        timestep_spacing=sampler.config.get("timestep_spacing"),
+        shift_terminal=sampler.config.get("shift_terminal"),
+    )
 
 
 def teacher_sampler(sampler: Any, steps: int, parts: int) -> tuple[Any, dict[str, Any]]:
@@ -117,3 +94,120 @@ def landings(sampler: Any, steps: int) -> tuple[Tensor, Tensor]:
         c, d = sampler.step(y, timestep, z).prev_sample.tolist()
         factors.append([-c / d, 1 / d])
     return sampler.timesteps, torch.tensor(factors)
+
+
+def sample_latents(
+    pipe: Any, prompts: Sequence[str], noise: Tensor, call: Mapping[str, Any]
+) -> Tensor:
+    """Return the latents (b, steps + 1, c, h, w) of a pipeline's steps, float32 on the CPU.
+
+    Args:
+        noise: the latents (b, c, h, w) at the start.
+        call: the arguments of the pipeline's call.
+    """
+    path = [noise.to(pipe.device, pipe.dtype)]
+
+    def keep(pipe: Any, step: int, timestep: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        path.append(state["latents"])
+        return state
+
+    call = {**call, "output_type": "latent", "callback_on_step_end": keep}
+    pipe(prompt=list(prompts), latents=path[0], **call)
+    return torch.stack(path, dim=1).float().cpu()
+
+
+def make_trajectories(
+    sample: Callable[[Sequence[int]], Tensor],
+    count: int,
+    batch_size: int,
+    path: Path,
+    accelerator: Accelerator,
+) -> Tensor:
+    """Return `count` trajectories (n, K + 1, c, h, w), float32 on the CPU.
+
+    If `path` exists, they are read from it. Otherwise all processes share the work of computing
+    them, and write them to `path`.
+
+    Args:
+        sample: a function that takes indices and returns the trajectories (b, K + 1, c, h, w).
+    """
+    if not path.is_file():
+        trajectories = made_in_batches(sample, count, batch_size, accelerator, "teacher")
+        if accelerator.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as partial_path:
+                save_file({"trajectories": torch.stack(trajectories)}, partial_path)
+        accelerator.wait_for_everyone()
+    return load_file(path)["trajectories"]
+
+
+@dataclass(frozen=True)
+class StudentLoss:
+    """The loss of the student on trajectories, and its errors there."""
+
+    model: Callable[..., Tensor]  # takes what an `AdaptedDenoiser` takes
+    trajectories: Tensor  # (n, K + 1, c, h, w), float32 on the CPU
+    prompts: Sequence[str]  # of each trajectory
+    timesteps: Tensor  # (K,)
+    landings: Tensor  # (K, 2), of `landings`
+    base_errors: Tensor  # e (K,)
+    source: TimestepNoise  # λ of a timestep
+    embeddings: PromptCache
+    time_ids: Tensor  # (1, 6), on the device of `model`
+    batch_size: int  # of measurements
+
+    def __call__(self, batch: Sequence[Mapping[str, int]]) -> DreamBoothLoss:
+        """Return the loss of samples {"trajectory", "position"}; the step is position mod K."""
+        numbers = torch.tensor([sample["trajectory"] for sample in batch])
+        steps = torch.tensor([sample["position"] for sample in batch]) % len(self.timesteps)
+        z, end = self.trajectories[numbers, steps], self.trajectories[numbers, steps + 1]
+        a, b = self.landings[steps].T[:, :, None, None, None]
+        timestep = self.timesteps[steps]
+        there = partial(Tensor.to, device=self.time_ids.device, non_blocking=True)
+        prompts = [self.prompts[sample["trajectory"]] for sample in batch]
+        embeddings = placed(self.embeddings.get(prompts), self.time_ids.device)
+        time_ids = self.time_ids.expand(len(batch), -1)
+        prediction = self.model(there(z), there(timestep), time_ids, embeddings=embeddings)
+        errors = (prediction.float() - there(a * z + b * end)).square().flatten(1).mean(1)
+        losses = errors / there(self.base_errors[steps])
+        return DreamBoothLoss(losses.mean(), losses, self.source.noise_level(timestep))
+
+    def split(self, pipe: Any, accelerator: Accelerator) -> tuple[StudentLoss, StudentLoss]:
+        """Return the loss on training trajectories, and on a tenth held out, with `base_errors`.
+
+        Args:
+            pipe: the pipeline of the base.
+        """
+        count = max(1, len(self.prompts) // 10)
+        held_out = replace(
+            self, trajectories=self.trajectories[-count:], prompts=self.prompts[-count:]
+        )
+        base_errors = held_out.curve(pipe, accelerator).mean(1)
+        training = replace(
+            self,
+            trajectories=self.trajectories[:-count],
+            prompts=self.prompts[:-count],
+            base_errors=base_errors,
+        )
+        return training, replace(held_out, base_errors=base_errors)
+
+    @property
+    def noise_levels(self) -> Tensor:
+        """λ (K,)."""
+        return self.source.noise_level(self.timesteps)
+
+    @torch.no_grad()
+    def curve(self, pipe: Any, accelerator: Accelerator) -> Tensor:
+        """Return the errors (K, n) of `pipe`, shares of the base's, on every process."""
+        family, steps = self.embeddings.family, len(self.timesteps)
+        denoiser = getattr(pipe, family.denoiser)
+        measured = replace(self, model=partial(family.predict, denoiser))
+
+        def make(indices: Sequence[int]) -> list[float]:
+            batch = [{"trajectory": i // steps, "position": i} for i in indices]
+            return measured(batch).per_sample.tolist()
+
+        errors = made_in_batches(
+            make, len(self.prompts) * steps, self.batch_size, accelerator, "errors"
+        )
+        return torch.tensor(errors).view(-1, steps).T

@@ -23,10 +23,10 @@ from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.loss_curves import validation_means
 from nara_diffusion.training.run import Run
 
-from .denoiser_files import adapter_loaded, write_adapter
+from .denoiser import adapter_loaded, write_adapter
 from .encoders import Encoder, Images, image_similarity, paired_similarity, text_alignment
+from .few_steps import StudentLoss
 from .samples import SampleSettings, sample_images, write_grid
-from .student import StudentLoss
 from .validation_loss import ValidationLoss
 
 logger = logging.getLogger(__name__)

@@ -1,25 +1,35 @@
-"""The families that are rectified flows with a transformer.
+"""The families that are rectified flows with a transformer, also those that edit images.
 
 In their pipelines, σ is the timestep divided by 1000 for any scheduler configuration. The functions
-of the pipelines turn latents into tokens and back, as in Diffusers' training scripts.
+of the pipelines turn latents into tokens and back, as in Diffusers' training scripts. Images to
+edit (sources) are further tokens; the sample's λ holds for all tokens, as in the pipelines:
+
+    tokens (b, l + l_1 + …) = those of x_λ, then those of each source,    loss on the first l
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from diffusers.pipelines.flux import pipeline_flux_kontext as kontext
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
 from PIL.Image import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .families import TRANSFORMER_TARGETS, Call, Embeddings, Family
+from .families import ATTENTION_TARGETS, TRANSFORMER_TARGETS, Call, Embeddings, Family
 
 N = 1000
+AREA = 1024**2
+"""The area in pixels that the models were trained at."""
+SMALL = 700**2
+"""The area below which a run doesn't enlarge sources to a size that FLUX.1 Kontext prefers."""
 
 
 def _guidance(call: Call) -> Tensor | None:
@@ -52,44 +62,7 @@ def _unpacked(tokens: Tensor, call: Call) -> Tensor:
     return FluxPipeline._unpack_latents(tokens, height, width, 1)
 
 
-ATTENTION_TARGETS = (
-    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-)  # fmt: skip
-
-
-FEED_FORWARD_TARGETS = (
-    "ff.net.0.proj",
-    "ff.net.2",
-    "ff_context.net.0.proj",
-    "ff_context.net.2",
-)
-
-
-SD3 = Family(
-    name="stable-diffusion-3",
-    title="Stable Diffusion 3 and 3.5",
-    pipelines=("StableDiffusion3Pipeline",),
-    # states of two CLIPs and T5, which may be missing, and CLIP's pooled states
-    encoder=lambda pipe, prompts, length: pipe.encode_prompt(
-        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
-    )[::2],
-    inputs=lambda call: {
-        "hidden_states": call.sample,
-        "timestep": call.timestep,
-        "encoder_hidden_states": call.embeddings[0],
-        "pooled_projections": call.embeddings[1],
-    },
-    divisor=lambda pipe: pipe.vae_scale_factor * pipe.transformer.config.patch_size,
-    targets=ATTENTION_TARGETS,
-    defaults={
-        "resolution": 1024,
-        "guidance_scale": 7.0,
-        "num_inference_steps": 28,
-        "weighting_scheme": "logit_normal",
-    },
-    max_sequence_length=256,
-)
+FEED_FORWARD_TARGETS = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
 
 def _flux_inputs(call: Call) -> dict[str, Any]:
@@ -124,6 +97,38 @@ FLUX = Family(
     fit=_fit_guidance,
     max_sequence_length=512,
     guidance=3.5,
+)
+
+
+def kontext_source(pipe: DiffusionPipeline, image: Image) -> Tensor:
+    """Return the pixels of an image to edit, at the size that the model prefers for its proportions."""
+    processor, multiple = pipe.image_processor, pipe.vae_scale_factor * 2
+    height, width = processor.get_default_height_width(image)
+    if image.width * image.height >= SMALL:
+        proportion = width / height
+        width, height = min(
+            kontext.PREFERRED_KONTEXT_RESOLUTIONS,
+            key=lambda size: (abs(proportion - size[0] / size[1]), size),
+        )
+    height, width = height // multiple * multiple, width // multiple * multiple
+    return processor.preprocess(processor.resize(image, height, width), height, width)
+
+
+def sampling_kontext(call: dict[str, Any], count: int) -> dict[str, Any]:
+    """Return the arguments of the pipeline's call, which otherwise resizes images to `AREA`."""
+    area = call["height"] * call["width"]
+    options: dict[str, Any] = {} if area == AREA else {"max_area": area}
+    return call | options | ({"_auto_resize": False} if area < SMALL else {})
+
+
+FLUX_KONTEXT = replace(
+    FLUX,
+    title="FLUX.1 Kontext",
+    pipelines=("FluxKontextPipeline",),
+    sampling=sampling_kontext,
+    most_sources=1,
+    needs_source=True,
+    source_pixels=kontext_source,
 )
 
 
@@ -254,6 +259,42 @@ QWEN_IMAGE = Family(
 )
 
 
+def qwen_source(pipe: DiffusionPipeline, image: Image) -> Tensor:
+    """Return the pixels of an image to edit, of the area `AREA`."""
+    width, height = edit_plus.calculate_dimensions(AREA, image.width / image.height)
+    return pipe.image_processor.preprocess(image, height, width)
+
+
+def encode_qwen_edit(
+    pipe: DiffusionPipeline, prompt: str, images: list[Image], *, area: int
+) -> Embeddings:
+    """Return the states and mask of a prompt and its images, which the encoder sees at an area."""
+    resized = []
+    for image in images:
+        width, height = edit_plus.calculate_dimensions(area, image.width / image.height)
+        resized.append(pipe.image_processor.resize(image, height, width))
+    return masked_states(*pipe.encode_prompt([prompt], image=resized))
+
+
+QWEN_IMAGE_EDIT = replace(
+    QWEN_IMAGE,
+    title="Qwen-Image-Edit",
+    pipelines=("QwenImageEditPipeline",),
+    most_sources=1,
+    needs_source=True,
+    source_pixels=qwen_source,
+    source_encoder=partial(encode_qwen_edit, area=AREA),
+    max_sequence_length=None,
+)
+QWEN_IMAGE_EDIT_PLUS = replace(
+    QWEN_IMAGE_EDIT,
+    title="Qwen-Image-Edit with several images",
+    pipelines=("QwenImageEditPlusPipeline",),
+    most_sources=3,
+    source_encoder=partial(encode_qwen_edit, area=edit_plus.CONDITION_IMAGE_SIZE),
+)
+
+
 def _wan_inputs(call: Call) -> dict[str, Any]:
     """Return the inputs of a one-frame video; Wan 2.2's 5B takes one timestep per token."""
     timestep, (height, width) = call.timestep, call.sample.shape[2:]
@@ -268,8 +309,6 @@ def _wan_inputs(call: Call) -> dict[str, Any]:
 
 
 def _fit_wan(pipe: DiffusionPipeline, family: Family) -> Family:
-    if pipe.transformer is None:
-        raise ValueError("it has no transformer for high noise, which samples begin with.")
     ratio, boundary = pipe.config["boundary_ratio"], None
     if ratio is not None and pipe.transformer_2 is not None:
         boundary = ratio * pipe.scheduler.config.num_train_timesteps

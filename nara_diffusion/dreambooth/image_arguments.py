@@ -107,8 +107,9 @@ def run_family(args: DreamBoothArguments, pipe: DiffusionPipeline | None = None)
     else:
         family = family_of(pipe)
     reasons = {}
+    if not family.can_be_distilled:
+        reasons["distill_to"] = "chooses its own timesteps or guidance"
     if family.boundary is not None:
-        reasons["distill_to"] = "has two transformers, which a student can't replace yet"
         reasons["load_in_8bit"] = "has two transformers, and 8-bit weights can't leave the device"
         reasons["block_swap"] = "has two transformers, and only one is on the device"
         if args.expert in ("high", "low"):

@@ -32,8 +32,8 @@ from .families import Family, Placed
 from .image_arguments import DreamBoothArguments, folder_arguments, run_family
 from .image_records import ImageRecord
 from .pipelines import family_named, model_index, modules_of, quantised_parts, training_sizes
+from .placement import chosen_blocks, swappable
 from .source_images import sources_in_metadata
-from .swaps import chosen_blocks, swappable
 from .training_step import training_step
 
 _WIDTHS = ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim", "text_dim")

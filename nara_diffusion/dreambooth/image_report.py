@@ -13,7 +13,7 @@ from nara_diffusion.training.report import core_import, needs_schedule, reads_no
 from nara_diffusion.tuner.usage import FewStepSampling
 from nara_diffusion.utils.wording import counted
 
-from .denoiser_files import EXPERT_LORAS
+from .denoiser import EXPERT_LORAS
 from .families import LOW, Family
 from .fidelity import STRIP, Evaluation, Measurement
 from .image_arguments import DreamBoothArguments, run_family
@@ -97,8 +97,7 @@ def student_card(
     base, steps = evaluation.run.args.pretrained_model_name_or_path, sampling.num_inference_steps
     ending = (
         f"Over {counted(len(after.images), 'sample')}, each compared with the teacher's of the same prompt and seed. "
-        "The error of a step starts from the teacher's own latents and is a share of the base's without guidance; the "
-        "distance is that of the sampled latents from the teacher's, as a mean square."
+        "The error of a step starts from the teacher's own latents and is a share of the base's without guidance."
     )
     return {
         "measured_on": "the teacher's held-out trajectories",

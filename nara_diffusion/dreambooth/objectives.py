@@ -22,7 +22,7 @@ w = min(p², γ q²) / (α q − β p)².
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -37,12 +37,6 @@ from nara_diffusion.noise.timesteps import (
 )
 
 _KINDS = ("epsilon", "v_prediction", "sample", FLOW)
-
-
-class Scheduler(Protocol):
-    """A scheduler of Diffusers, such as `pipe.scheduler`."""
-
-    config: Any  # a mapping of its settings, which are also attributes
 
 
 @dataclass(frozen=True)
@@ -105,7 +99,7 @@ def rows(values: Tensor, indices: Tensor, like: Tensor) -> Tensor:
 
 
 def build_objective(
-    scheduler: Scheduler,
+    scheduler: Any,
     *,
     snr_gamma: float | None = None,
     shift: float | None = None,
@@ -138,17 +132,13 @@ def build_objective(
         )
     if snr_gamma is None:
         return objective
-    return replace(objective, weight=_min_snr_weight(objective, snr_gamma))
-
-
-def _min_snr_weight(objective: Objective, gamma: float) -> Tensor:
-    """Return w (N,) float32. At SNR 0, ε says nothing about x, and its weight is the limit, 1."""
     p, q = objective.p, objective.q
-    weight = torch.minimum(p**2, gamma * q**2) / (objective.alpha * q - objective.beta * p) ** 2
-    return weight.nan_to_num(1.0).float()
+    weight = torch.minimum(p**2, snr_gamma * q**2) / (objective.alpha * q - objective.beta * p) ** 2
+    # at SNR 0, ε says nothing about x, and its weight is the limit, 1
+    return replace(objective, weight=weight.nan_to_num(1.0).float())
 
 
-def _discrete(scheduler: Scheduler, kind: str) -> Objective:
+def _discrete(scheduler: Any, kind: str) -> Objective:
     training: Any = DDPMScheduler.from_config(scheduler.config)
     alphas = training.alphas_cumprod.double()  # ᾱ (N,)
     p, q = alphas.sqrt(), (1 - alphas).sqrt()

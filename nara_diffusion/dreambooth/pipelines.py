@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,10 +31,17 @@ from nara_diffusion.utils.repositories import (
     refuse_file,
 )
 
-from .edit_families import FLUX_KONTEXT, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS
-from .families import LOW, Family
-from .flow_families import FLUX, FLUX2, QWEN_IMAGE, SD3, WAN, Z_IMAGE
-from .unet_families import SD, SDXL
+from .families import LOW, SD, SD3, SDXL, Family
+from .flow_families import (
+    FLUX,
+    FLUX2,
+    FLUX_KONTEXT,
+    QWEN_IMAGE,
+    QWEN_IMAGE_EDIT,
+    QWEN_IMAGE_EDIT_PLUS,
+    WAN,
+    Z_IMAGE,
+)
 
 FAMILIES = (
     SD, SDXL, SD3, FLUX, FLUX_KONTEXT, FLUX2, Z_IMAGE, QWEN_IMAGE, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS, WAN,
@@ -55,7 +61,7 @@ def family_of(pipe: DiffusionPipeline) -> Family:
     """Return the family of a pipeline, with its settings.
 
     Raises:
-        ValueError: the pipeline belongs to no family, or the family can't train it.
+        ValueError: the pipeline belongs to no family.
     """
     family = family_named(type(pipe).__name__)
     return family.fit(pipe, family)
@@ -78,12 +84,9 @@ def model_index(name: str, *, revision: str | None = None) -> dict[str, Any]:
     Raises:
         ValueError: there is no such file, or the Hub can't be reached.
     """
-    converted = (
-        f"StableDiffusionXLPipeline.from_single_file('{name}').save_pretrained('{Path(name).stem}')"
-    )
     remedy = (
-        f"Convert it by {converted}, or its own class, where the Hub can be reached, "
-        "and name that folder."
+        f"Convert it by StableDiffusionXLPipeline.from_single_file('{name}').save_pretrained('{Path(name).stem}'), "
+        "or its own class, where the Hub can be reached, and name that folder."
     )
     with naming_source(name, "model_index.json", "a model of Diffusers", remedy):
         read: Callable[..., Any] = DiffusionPipeline.load_config
@@ -111,8 +114,8 @@ def load_pipeline(
         device: the device to quantise on.
 
     Raises:
-        ValueError: the pipeline, the autoencoder or the variant doesn't exist, or the family can't
-            be trained.
+        ValueError: the pipeline, the autoencoder or the variant doesn't exist, or its scheduler
+            can't train it.
     """
     index = model_index(name, revision=revision)
     if vae_name is not None:
@@ -128,14 +131,14 @@ def load_pipeline(
         vae = getattr(diffusers, index["vae"][1]).from_pretrained(
             vae_name or name, dtype=torch.float32, **vae_source
         )
-        kind: type[DiffusionPipeline] = getattr(diffusers, index["_class_name"])
         parts: dict[str, Any] = {"vae": vae}
         for part in quantised_parts(index) if bits else ():  # one at a time on the device
             parts[part] = quantised_model(
                 index[part], name, bits, dtype, device, subfolder=part, **hub
             )
-        pipe = kind.from_pretrained(name, **parts, dtype=dtype, **hub, **absent)
-        family.fit(pipe, family)
+        pipe = getattr(diffusers, index["_class_name"]).from_pretrained(
+            name, **parts, dtype=dtype, **hub, **absent
+        )
         is_flow = prediction_type(pipe.scheduler) == FLOW
         if not (is_flow if family.is_flow else hasattr(pipe.scheduler, "scale_model_input")):
             raise ValueError(
@@ -199,18 +202,15 @@ def _not_loaded(
     name: str, vae_name: str | None, variant: str | None, family: Family, error: Exception
 ) -> ValueError:
     """Return the error for a model, or an autoencoder, that can't be loaded."""
-    source, reason, remedies = f"The model {name}", str(error), ""
+    source, remedies = f"The model {name}", ""
     if vae_name:
         source += f" with the autoencoder {vae_name}"
         remedies = " --pretrained_vae_model_name_or_path none takes the model's own autoencoder."
-    if variant is None:
-        stems = [file.stem for file in Path(name).glob("*/*.safetensors")]
-        # model.fp16, or model.fp16-00001-of-00002
-        variants = {stem.partition(".")[2].partition("-")[0] for stem in stems} - {""}
-        for present in sorted(variants):
-            remedies += f" --variant {present} takes the files of that variant."
-    if is_out_of_reach(error):
-        reason = "the Hub can't be reached. Check your connection, or name folders."
+    # model.fp16.safetensors, or model.fp16-00001-of-00002.safetensors
+    files = [] if variant else Path(name).glob("*/*.*.safetensors")
+    for present in sorted({file.name.split(".")[1].partition("-")[0] for file in files}):
+        remedies += f" --variant {present} takes the files of that variant."
+    reason = "the Hub can't be reached." if is_out_of_reach(error) else str(error)
     return ValueError(f"{source} can't be loaded as {family.title}: {reason}{remedies}")
 
 
@@ -222,10 +222,14 @@ def modules_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
 def load_base(args: Any, run: Run) -> DiffusionPipeline:
     """Load the pipeline that a run with `args` trains, and record the digests of its files."""
     name, vae_name = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
-    files = {"revision": args.revision, "variant": args.variant}
-    device = run.accelerator.device
     pipe = load_pipeline(
-        name, dtype=run.dtype, vae_name=vae_name, bits=args.bits, device=device, **files
+        name,
+        dtype=run.dtype,
+        vae_name=vae_name,
+        revision=args.revision,
+        variant=args.variant,
+        bits=args.bits,
+        device=run.accelerator.device,
     )
     root = local_folder(name, revision=args.revision)
     folders = {part: root / part for part in (*modules_of(pipe), "scheduler")}
@@ -252,12 +256,13 @@ def sharing_pipeline(pipe: DiffusionPipeline, dtype: torch.dtype) -> DiffusionPi
     modules = {name: copy.deepcopy(module, memo) for name, module in models.items()}
     if pipe.vae.dtype != dtype:
         modules["vae"] = copy.deepcopy(pipe.vae).to(dtype)
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    components = {**pipe.components, **modules, "scheduler": scheduler}
+    components = {
+        **pipe.components,
+        **modules,
+        "scheduler": type(pipe.scheduler).from_config(pipe.scheduler.config),
+    }
     accepted = inspect.signature(type(pipe).__init__).parameters.keys() - pipe.components.keys()
     options = {name: pipe.config[name] for name in accepted if name in pipe.config}
-    if "add_watermarker" in accepted:
-        options["add_watermarker"] = getattr(pipe, "watermark", None) is not None
     other = type(pipe)(**components, **options)
     other.set_progress_bar_config(disable=True)
     return other
@@ -277,14 +282,10 @@ def training_sizes(args: Any, family: Family, pipe: Any) -> list[tuple[int, int]
         sizes = generate_aspect_ratio_buckets(args.resolution, multiple)
     else:
         sizes = parse_buckets_string(args.aspect_ratio_buckets)
-    # Stable Diffusion 3: the maximum of patches on a side
-    places = getattr(pipe, family.denoiser).config.get("pos_embed_max_size")
-    limit = math.inf if places is None else places * divisor
     for height, width in sizes:
-        if height % divisor or width % divisor or max(height, width) > limit:
-            at_most = "" if places is None else f", and at most {limit}"
+        if height % divisor or width % divisor:
             raise ValueError(
                 f"a training size of {height} x {width} pixels doesn't fit this model: both sides must be multiples "
-                f"of {divisor}{at_most}. Change --resolution or --aspect_ratio_buckets."
+                f"of {divisor}. Change --resolution or --aspect_ratio_buckets."
             )
     return sizes

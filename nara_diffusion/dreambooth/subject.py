@@ -26,10 +26,9 @@ from .image_records import ImageRecord, class_records, records_from_folder, trai
 from .image_report import best_by_both, figures, forgetting, subject_card
 from .masks import with_masks
 from .pipelines import load_base, sharing_pipeline, training_sizes
-from .placement import take_turns
+from .placement import place_denoisers, take_turns
 from .samples import SampleSettings, sample_call
 from .source_images import records_of_pairs
-from .swaps import BlockSwap, ExpertSwap
 from .task import Task
 from .training_step import TrainingStep, training_step
 from .validation_loss import ValidationLoss
@@ -314,16 +313,7 @@ def place_models(subject: Subject, sampling: DiffusionPipeline) -> None:
         for sample in samples + subject.measured_on.plain_samples():
             subject.step.prompts.fill([*dropped, sample.prompt], sample)
         subject.step.prompts.fill(image.prompt for image in subject.dataset.class_images)
-    if family.boundary is not None:
-        if device.type != "cpu":
-            ExpertSwap(subject.pipe, family, device).attach(sampling)
-        return
-    denoiser = getattr(subject.pipe, family.denoiser)
-    if args.block_swap:
-        swap = BlockSwap(denoiser.to("cpu"), args.block_swap, device)
-        for pipe in (subject.pipe, sampling):
-            swap.attach(getattr(pipe, family.denoiser))
-    denoiser.to(device)
+    place_denoisers((subject.pipe, sampling), family, args.block_swap, device)
 
 
 def _report(

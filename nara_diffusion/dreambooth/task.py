@@ -11,8 +11,8 @@ from peft import PeftConfig
 from torch.utils.data import Dataset
 
 from .families import Family
+from .few_steps import StudentLoss
 from .fidelity import Evaluation, Measurement
-from .student import StudentLoss
 from .training_step import TrainingStep
 
 

@@ -24,9 +24,8 @@ from nara_diffusion.utils.wording import counted
 from nara_flags.images import ImageFlags
 from nara_flags.parser import read_flags
 
-from .denoiser import AdaptedDenoiser
-from .denoiser_files import read_checkpoint, write_adapter, write_checkpoint
-from .distill import load_distillation, student_task
+from .denoiser import AdaptedDenoiser, read_checkpoint, write_adapter, write_checkpoint
+from .distill import student_task
 from .image_arguments import DreamBoothArguments
 from .image_plan import planned_image_step
 from .image_report import schedule_line, write_samples
@@ -50,11 +49,9 @@ def main(args: DreamBoothArguments) -> dict[str, Any]:
                 "sample. Launch with --multi_gpu. If memory is short, add --gradient_checkpointing and "
                 "--mixed_precision bf16."
             )
-        if args.distill_to is None:
-            task = subject_task(load_subject(args, run))
-        else:
-            task = student_task(load_distillation(args, run))
-        return teach(task, args, run)
+        if args.distill_to is not None:
+            return teach(student_task(args, run), args, run)
+        return teach(subject_task(load_subject(args, run)), args, run)
 
 
 def teach(task: Task, args: DreamBoothArguments, run: Run) -> dict[str, Any]:
@@ -83,7 +80,8 @@ def teach(task: Task, args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     trainable = sum(parameter.numel() for parameter in model.trained.values())
 
     # training
-    if len(task.family.trained) > 1:  # in a forward, one of them gets no gradients
+    # in a forward, one of two denoisers gets no gradients, and never the last layer of SDXL's CLIP
+    if len(task.family.trained) > 1 or args.train_text_encoder:
         accelerator: Any = run.accelerator
         accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     parts = prepare_training(run, model, task.samples, task.collate)

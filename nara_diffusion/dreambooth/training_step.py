@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
+from nara_diffusion.noise.drawn_levels import stratified_uniform
 from nara_diffusion.training.arguments import window_of
 
 from .caches import LatentCache, PromptCache
 from .dataset import TrainingSample
-from .draws import ExpertDraw, draw_indices, draw_noise, drawable_levels
+from .draws import draw_indices, draw_noise, drawable_levels, numpy_generator
 from .families import HIGH, Family, placed
 from .image_arguments import DreamBoothArguments
 from .objectives import Corrupted, Objective, build_objective, squared_errors
@@ -47,14 +50,16 @@ class TrainingStep:
     noise_offset: float = 0.0  # κ of `draw_noise`
     prior_loss_weight: float = 1.0
     drawable: Tensor | None = None  # the noise levels to draw from, (k,) of `drawable_levels`
-    experts: ExpertDraw | None = None  # draws the denoiser, and has the levels of each
+    experts: Mapping[str, Tensor] | None = None  # of two denoisers: the levels of each
+    forward_size: int = 1  # samples of a forward, over all processes
 
     def __call__(self, batch: Mapping[str, Any]) -> DreamBoothLoss:
-        samples, drawable, options = batch["samples"], self.drawable, {}
+        samples, options = batch["samples"], {}
+        drawable, group_size = self.drawable, self.group_size
         if self.experts is not None:
-            options["expert"] = self.experts(samples[0].position)
-            drawable = self.experts.levels[options["expert"]]
-        corrupted = self._corrupt(samples, drawable)
+            options["expert"] = self.expert_of(samples[0].position)
+            drawable, group_size = self.experts[options["expert"]], self.forward_size
+        corrupted = self._corrupt(samples, drawable, group_size)
         losses = self.losses(batch, corrupted, **options)
         levels = self.objective.source.noise_level(corrupted.timestep)
         if samples[-1].role == "class":  # each loss has the min-SNR weight of its own sample
@@ -62,6 +67,23 @@ class TrainingStep:
             losses = instance + self.prior_loss_weight * prior
             levels, _ = levels.chunk(2)
         return DreamBoothLoss(losses.mean(), losses, levels)
+
+    def expert_of(self, position: int) -> str:
+        """Return the name of the denoiser for the forward that has the sample at `position`.
+
+        All processes get the same one. A denoiser with k of Σ k levels is drawn with probability
+        k / Σ k, so that each level is drawn as often as with one denoiser.
+        """
+        assert self.experts is not None
+        u = stratified_uniform(
+            [position // self.forward_size],
+            self.group_size // self.forward_size if self.stratified else 1,
+            shift=partial(numpy_generator, self.seed, "expert shift"),
+            value=partial(numpy_generator, self.seed, "expert"),
+        )
+        ends = np.cumsum([len(levels) for levels in self.experts.values()])
+        number = np.searchsorted(ends, u.item() * ends[-1], side="right")
+        return list(self.experts)[number]
 
     def losses(self, batch: Mapping[str, Any], corrupted: Corrupted, **options: Any) -> Tensor:
         """Return the weighted error (b,) of the model's prediction for each sample of a batch.
@@ -80,7 +102,9 @@ class TrainingStep:
         weights = self.latents.weights(samples, corrupted.target)
         return squared_errors(prediction, corrupted, weights)
 
-    def _corrupt(self, samples: Sequence[TrainingSample], drawable: Tensor | None) -> Corrupted:
+    def _corrupt(
+        self, samples: Sequence[TrainingSample], drawable: Tensor | None, group_size: int
+    ) -> Corrupted:
         """Return the samples' corrupted latents, with drawn noise levels and noise.
 
         All rows of a role are consecutive: first all instances, then all class images.
@@ -96,7 +120,7 @@ class TrainingStep:
                 drawable,
                 seed=self.seed,
                 stratified=self.stratified,
-                group_size=self.group_size,
+                group_size=group_size,
                 role=role,
             )
             indices.append(index)
@@ -137,17 +161,14 @@ def training_step(
     )
     experts = None
     if family.boundary is not None:
-        levels = expert_levels(family, drawable, objective.timestep)
-        forwards = group_size // forward_size if args.stratified_timesteps else 1
-        experts = ExpertDraw(levels, args.seed, forward_size, forwards)
-        group_size = forward_size
+        experts = expert_levels(family, drawable, objective.timestep)
     return TrainingStep(
         model=getattr(pipe, family.denoiser),
         objective=objective,
         latents=LatentCache(
             pipe.vae,
             mask_floor=args.mask_floor,
-            source_pixels=family.pixels_of_sources(pipe),
+            source_pixels=family.source_pixels and partial(family.source_pixels, pipe),
         ),
         prompts=None if args.train_text_encoder else PromptCache(pipe, family),
         device=device,
@@ -158,6 +179,7 @@ def training_step(
         prior_loss_weight=args.prior_loss_weight,
         drawable=drawable,
         experts=experts,
+        forward_size=forward_size,
     )
 
 

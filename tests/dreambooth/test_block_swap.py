@@ -5,6 +5,7 @@ A dropped copy is overwritten (NaN, or 255 in packed 4-bit weights), so that an 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.dreambooth import swaps, train
+from nara_diffusion.dreambooth import train
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
+from nara_diffusion.dreambooth.families import SD3
+from nara_diffusion.dreambooth.flow_families import FLUX
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.pipelines import load_pipeline, modules_of, sharing_pipeline
-from nara_diffusion.dreambooth.swaps import BlockSwap, chosen_blocks, swappable
+from nara_diffusion.dreambooth.placement import SWAPS, Swap, chosen_blocks, place_denoisers, swappable
 from tests.acceptance._commands import fresh_accelerate
 from tests.acceptance._runs import image_arguments, image_flags
 from tests.helpers.pipelines.families import FAMILY_PIPELINES
-from tests.helpers.small_pipelines import pixels, small_sdxl, wide_flux
+from tests.helpers.small_pipelines import pixels, small_sd3, small_sdxl, wide_flux
 
 CPU = torch.device("cpu")
 TARGETS = ["attn.to_q", "ff.net.2", "proj_mlp"]
@@ -40,27 +43,28 @@ ADAPTERS = {
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is loaded and run, in order; copies are poisoned as they are dropped."""
     events: list[str] = []
-    load, drop, enter = BlockSwap.load, BlockSwap.drop, BlockSwap.enter
+    load, free, enter = Swap.load, Swap.free, Swap.enter
 
-    def logged_load(swap: BlockSwap, number: int) -> None:
+    def logged_load(swap: Swap, number: int) -> None:
         if number not in swap.copied and 0 <= number < swap.count:
             events.append(f"load {number}")
         load(swap, number)
 
-    def poisoned_drop(swap: BlockSwap, number: int) -> None:
-        if number in swap.copied:
+    def poisoned_free(swap: Swap, numbers: Iterable[int]) -> None:
+        numbers = list(numbers)
+        for number in swap.copied.keys() & numbers:
             for parameter, _ in swap.weights[number]:
                 parameter.data.fill_(torch.nan if parameter.is_floating_point() else 255)
-            events.append(f"drop {number}")
-        drop(swap, number)
+            events.append(f"free {number}")
+        free(swap, numbers)
 
-    def logged_enter(swap: BlockSwap, number: int, *inputs: Any) -> None:
+    def logged_enter(swap: Swap, number: int, *inputs: Any) -> None:
         enter(swap, number, *inputs)
         events.append(f"run {number}")
 
-    monkeypatch.setattr(BlockSwap, "load", logged_load)
-    monkeypatch.setattr(BlockSwap, "drop", poisoned_drop)
-    monkeypatch.setattr(BlockSwap, "enter", logged_enter)
+    monkeypatch.setattr(Swap, "load", logged_load)
+    monkeypatch.setattr(Swap, "free", poisoned_free)
+    monkeypatch.setattr(Swap, "enter", logged_enter)
     return events
 
 
@@ -70,10 +74,9 @@ def frozen(pipe: Any) -> Any:
     return pipe
 
 
-def swapped(pipe: Any, count: int) -> BlockSwap:
-    swap = BlockSwap(pipe.transformer, count, CPU)
-    swap.attach(pipe.transformer)
-    return swap
+def swapped(*pipes: Any, count: int) -> Swap:
+    place_denoisers(pipes, FLUX, count, CPU)
+    return SWAPS[pipes[0].transformer]
 
 
 def trained(pipe: Any, name: str, width: int) -> dict[str, Tensor]:
@@ -109,7 +112,7 @@ SLOW = pytest.mark.slow
 def test_three_steps_equal_those_of_the_whole_model(name: str, count: int) -> None:
     expected = trained(frozen(wide_flux()), name, 64)
     pipe = frozen(wide_flux())
-    swapped(pipe, count)
+    swapped(pipe, count=count)
     assert_same(trained(pipe, name, 64), expected)
 
 
@@ -119,22 +122,33 @@ def test_three_steps_in_4_bits_equal_unswapped_ones(tmp_path: Any, monkeypatch: 
     monkeypatch.setattr(bnb_quantizer.BnB4BitDiffusersQuantizer, "validate_environment", lambda *_, **__: None)
     wide_flux().save_pretrained(tmp_path)
     pipes = [load_pipeline(str(tmp_path), dtype=torch.float32, bits=4, device=CPU) for _ in range(2)]
-    swapped(pipes[1], 5)
+    swapped(pipes[1], count=5)
     assert_same(trained(pipes[1], "nara_dora", 64), trained(pipes[0], "nara_dora", 64))
 
 
 def test_next_block_is_requested_before_this_one_runs(log: list[str]) -> None:
     pipe = frozen(wide_flux())
-    swap = swapped(pipe, 3)
+    swap = swapped(pipe, count=3)
     model = AdaptedDenoiser(pipe, ADAPTERS["lora"](), gradient_checkpointing=True).train()
     log.clear()
     embeddings = (torch.randn(1, 5, 64), torch.randn(1, 16))
     model(torch.randn(1, 4, 8, 8), torch.tensor([200.0]), torch.zeros(1, 6), embeddings=embeddings).sum().backward()
-    forward = ["load 0", "load 1", "run 0", "drop 0", "load 2", "run 1", "drop 1", "run 2", "drop 2"]
-    backward = ["load 2", "load 1", "run 2", "drop 2", "load 0", "run 1", "drop 1", "run 0", "drop 0"]
+    forward = ["load 0", "load 1", "run 0", "free 0", "load 2", "run 1", "free 1", "run 2"]
+    backward = ["load 1", "run 2", "free 2", "load 0", "run 1", "free 1", "run 0"]
     assert log == forward + backward
-    assert not swap.copied
-    assert all(p.numel() == 0 for block in chosen_blocks(pipe.transformer, 3) for p in parameters_of(block))
+    assert list(swap.copied) == [0]  # the next forward begins with it
+    blocks = chosen_blocks(pipe.transformer, 3)
+    assert all(p.numel() == 0 for block in blocks[1:] for p in parameters_of(block))
+
+
+def test_denoisers_of_both_pipelines_move_with_their_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sharing pipeline has the other's parameters, and buffers of its own, such as positions."""
+    pipe = frozen(small_sd3())
+    sampling: Any = sharing_pipeline(pipe, torch.float32)
+    moved: list[Any] = []
+    monkeypatch.setattr(nn.Module, "to", lambda module, device: moved.append((module, device)))
+    place_denoisers((pipe, sampling), SD3, 0, torch.device("meta"))
+    assert moved == [(pipe.transformer, torch.device("meta")), (sampling.transformer, torch.device("meta"))]
 
 
 def parameters_of(block: nn.Module) -> list[nn.Parameter]:
@@ -145,7 +159,7 @@ def test_samples_of_a_sharing_pipeline_are_the_same() -> None:
     expected = pixels(frozen(wide_flux()))
     pipe = frozen(wide_flux())
     sampling = sharing_pipeline(pipe, torch.float32)
-    swapped(pipe, 4).attach(sampling.transformer)
+    swapped(pipe, sampling, count=4)
     assert torch.equal(pixels(sampling), expected)
     assert torch.equal(pixels(pipe), expected)
 
@@ -201,7 +215,7 @@ def test_streams_copy_what_blocks_run_with() -> None:
     for count in (0, 4):
         pipe = frozen(wide_flux())
         if count:
-            swaps.BlockSwap(pipe.transformer, count, device).attach(pipe.transformer)
+            place_denoisers((pipe,), FLUX, count, device)
         pipe.to(device)
         results.append(pixels(pipe))
     torch.testing.assert_close(*results, rtol=0, atol=1e-4)

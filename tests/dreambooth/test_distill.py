@@ -15,9 +15,10 @@ from PIL import Image
 from safetensors import safe_open
 
 from nara_diffusion import to_lora
-from nara_diffusion.dreambooth import few_steps
+from nara_diffusion.dreambooth import distill, few_steps
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.loaders.file import AdapterFile
+from nara_diffusion.tuner.usage import FewStepSampling
 from tests.acceptance._commands import results, run, tensors
 from tests.acceptance._runs import COMMON
 from tests.helpers.small_pipelines import BETAS, pixels, small_sd3, small_sdxl
@@ -66,7 +67,6 @@ def test_run_learns_and_writes_its_files(ended: Path) -> None:
     figures = results(ended)
     assert figures["curve_before"] == pytest.approx([1, 1], rel=1e-5)
     assert figures["validation_loss_after"] < figures["validation_loss_before"]
-    assert figures["end_error_after"] < figures["end_error_before"]
     card = (ended / "README.md").read_text()
     assert LINE in card
     assert "num_inference_steps=2" in card
@@ -100,13 +100,12 @@ def test_samples_are_those_of_the_card_s_sampler(
 
 
 def test_killed_run_resumes_without_teacher_to_same_bits(
-    sdxl: dict[str, Any], ended: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    sdxl: dict[str, Any], ended: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(few_steps, "save_file", None)  # nothing is made again
     shutil.copytree(ended, tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "checkpoint-6")
-    caplog.set_level("INFO")
     run("dreambooth_sdxl.py", **sdxl, output_dir=tmp_path / "out", resume_from_checkpoint="latest")
-    assert "trajectories took" not in caplog.text
     torch.testing.assert_close(tensors(tmp_path / "out"), tensors(ended), rtol=0, atol=0)
 
 
@@ -179,7 +178,7 @@ def test_other_levels_make_other_trajectories(tmp_path: Path, monkeypatch: pytes
     flags |= {"trajectories": 10, "trajectories_dir": str(tmp_path / "kept")}
     run("dreambooth.py", **flags, output_dir=tmp_path / "0")
     earlier = FlowMatchEulerDiscreteScheduler()  # the levels of an earlier version
-    monkeypatch.setattr(few_steps, "student_sampler", lambda *_: (earlier, ""))
+    monkeypatch.setattr(distill, "student_sampler", lambda *_: (earlier, FewStepSampling(2)))
     run("dreambooth.py", **flags, output_dir=tmp_path / "1")
     assert len(list((tmp_path / "kept").iterdir())) == 2
 
@@ -212,6 +211,5 @@ def test_shipped_run_comes_nearer_to_the_teacher(tmp_path: Path) -> None:
     figures = results(tmp_path / "out")
     assert figures["adapter"] == "dora"
     assert figures["validation_loss_after"] < 0.45
-    assert figures["end_error_after"] < 0.7 * figures["end_error_before"]
     assert figures["similarity_after"] > 0.95 > figures["similarity_before"]
     assert figures["text_alignment_after"] > figures["text_alignment_before"]

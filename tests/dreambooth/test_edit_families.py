@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,7 @@ import nara_command
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.dreambooth.caches import LatentCache, PromptCache
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, TrainingSample, collate_samples
-from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
-from nara_diffusion.dreambooth.denoiser_files import write_adapter
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, write_adapter
 from nara_diffusion.dreambooth.draws import draw_noise
 from nara_diffusion.dreambooth.families import Family, placed
 from nara_diffusion.dreambooth.objectives import build_objective
@@ -75,7 +75,7 @@ def pairs(folder: Path, name: str) -> list[TrainingSample]:
 
 
 def caches(pipe: Any, family: Family) -> tuple[LatentCache, PromptCache]:
-    return LatentCache(pipe.vae, source_pixels=family.pixels_of_sources(pipe)), PromptCache(pipe, family)
+    return LatentCache(pipe.vae, source_pixels=partial(family.source_pixels, pipe)), PromptCache(pipe, family)
 
 
 def grid(pipe: Any, tokens: Tensor) -> Tensor:
@@ -284,9 +284,9 @@ def test_kontext_folds_for_comfyui_by_names_of_flux(tmp_path: Path) -> None:
 
 def test_kontext_prefers_its_sizes_for_large_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compared with the pipeline's own preprocessing, of an image with an area above the smallest one."""
-    from nara_diffusion.dreambooth import edit_families
+    from nara_diffusion.dreambooth import flow_families
 
-    monkeypatch.setattr(edit_families, "SMALL", 60 * 60)
+    monkeypatch.setattr(flow_families, "SMALL", 60 * 60)
     monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(40, 88), (52, 66), (88, 40)])
     pipe = EDIT_PIPELINES["kontext"]()
     family, sample = configured("kontext", pipe), pairs(tmp_path, "kontext")[0]

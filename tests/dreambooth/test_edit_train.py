@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from nara_diffusion.dreambooth import edit_families, train
+from nara_diffusion.dreambooth import flow_families, train
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.pipelines import family_of
 from nara_diffusion.dreambooth.source_images import records_of_pairs
@@ -139,7 +139,7 @@ def test_plan_counts_the_tokens_of_sources(
 
 def test_mirrored_pairs_are_encoded_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Qwen's text encoder reads the sources, and then leaves the device."""
-    monkeypatch.setattr(edit_families, "AREA", 64**2)
+    monkeypatch.setattr(flow_families, "AREA", 64**2)
     flags = image_flags(tmp_path, small_qwen_edit()) | {"random_flip": True, "caption_dropout": 0.5}
     shutil.copytree(flags["instance_data_dir"], tmp_path / "sources")
     args = image_arguments(flags, tmp_path / "out", source_data_dir=tmp_path / "sources")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +20,11 @@ from torch import Tensor
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, collate_samples
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
-from nara_diffusion.dreambooth.draws import ExpertDraw
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, run_family
 from nara_diffusion.dreambooth.image_plan import planned_image_step
 from nara_diffusion.dreambooth.image_records import records_from_folder
 from nara_diffusion.dreambooth.pipelines import family_of, modules_of, sharing_pipeline
-from nara_diffusion.dreambooth.swaps import ExpertSwap
+from nara_diffusion.dreambooth.placement import Swap
 from nara_diffusion.dreambooth.training_step import expert_levels, training_step
 from nara_diffusion.dreambooth.validation_loss import ValidationLoss
 from nara_diffusion.training.live_storages import nbytes
@@ -106,16 +105,18 @@ def test_levels_split_where_the_stock_pipeline_switches() -> None:
     assert numbers == {"transformer": [2, 3, 4], "transformer_2": [0, 1]}
 
 
-@pytest.mark.parametrize("group_size", [1, 3])
-def test_experts_are_drawn_by_their_share_of_levels(group_size: int) -> None:
+@pytest.mark.parametrize("forwards", [1, 3])
+def test_experts_are_drawn_by_their_share_of_levels(forwards: int) -> None:
     levels = {"transformer": torch.arange(333, 1000), "transformer_2": torch.arange(333)}
-    draw = ExpertDraw(levels, seed=5, samples=6, group_size=group_size)
-    forwards = [draw(6 * number) for number in range(900)]
-    assert forwards[:90] == [draw(6 * number + 5) for number in range(90)]  # by any process, for any of its samples
-    assert forwards[:90] != [ExpertDraw(levels, seed=6, samples=6)(6 * number) for number in range(90)]
-    high = np.array(forwards) == "transformer"
+    step = replace(
+        step_of(small_wan_experts()), experts=levels, forward_size=6, seed=5, group_size=6 * forwards, stratified=True
+    )
+    drawn = [step.expert_of(6 * number) for number in range(900)]
+    assert drawn[:90] == [step.expert_of(6 * number + 5) for number in range(90)]  # by any process, for any sample
+    assert drawn[:90] != [replace(step, seed=6).expert_of(6 * number) for number in range(90)]
+    high = np.array(drawn) == "transformer"
     assert high.mean() == pytest.approx(0.667, abs=0.047)  # three standard deviations
-    if group_size == 3:
+    if forwards == 3:
         assert set(high.reshape(-1, 3).sum(1)) <= {1, 2, 3}
         assert high.reshape(-1, 3).sum(1).std() < 0.1  # 0.82 of independent draws
 
@@ -132,11 +133,9 @@ def test_levels_of_both_experts_are_those_of_one(bounds: tuple[float, float]) ->
     pipe.scheduler = one.scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
     step = step_of(pipe, weighting_scheme="logit_normal", **flags)
     drawable = step_of(one, weighting_scheme="logit_normal", **flags).drawable
-    both = torch.cat([step.experts.levels["transformer_2"], step.experts.levels["transformer"]])
+    both = torch.cat([step.experts["transformer_2"], step.experts["transformer"]])
     assert torch.equal(both, drawable)
-    groups = [step_of(pipe, stratified_timesteps=stratified, **flags) for stratified in (False, True)]
-    assert [(each.group_size, each.experts.group_size) for each in groups] == [(2, 1), (2, 2)]
-    sigma = {name: step.objective.noise_levels[index] for name, index in step.experts.levels.items()}
+    sigma = {name: step.objective.noise_levels[index] for name, index in step.experts.items()}
     assert bounds[0] <= sigma["transformer_2"].min() < sigma["transformer_2"].max() < 0.6
     assert 0.6 <= sigma["transformer"].min() < sigma["transformer"].max() <= bounds[1]
 
@@ -173,7 +172,7 @@ def test_forward_changes_only_the_weights_of_its_expert(tmp_path: Path) -> None:
     disturb(model, scale=0.2)
     samples = samples_of(tmp_path)
     optimizer = torch.optim.AdamW(model.trained.values(), lr=1e-2, weight_decay=0.5, fused=True)
-    experts = [step.experts(2 * number) for number in range(12)]
+    experts = [step.expert_of(2 * number) for number in range(12)]
     assert 2 < experts.count("transformer_2") < 10
     with recorded(pipe) as calls:
         for number, expert in enumerate(experts):
@@ -194,7 +193,7 @@ def test_accumulation_over_both_experts_sums_their_gradients(tmp_path: Path) -> 
     model, step = adapted(frozen(small_wan_experts()))
     disturb(model, scale=0.2)
     samples, gradients = samples_of(tmp_path), {}
-    numbers = {step.experts(2 * number): number for number in range(12)}
+    numbers = {step.expert_of(2 * number): number for number in range(12)}
     for name, number in numbers.items():
         forward(step, samples, number).backward()
         own = parameters_of(model, name)
@@ -240,23 +239,28 @@ def test_validation_loss_is_that_of_each_expert(tmp_path: Path) -> None:
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The transformers whose weights are copied, in order; freed copies are poisoned."""
     events: list[str] = []
-    enter, leave = ExpertSwap.enter, ExpertSwap.leave
+    load, free, enter = Swap.load, Swap.free, Swap.enter
 
-    def poisoned_leave(swap: ExpertSwap) -> None:
-        if swap.present is not None:
-            for parameter, _ in swap.weights[swap.present]:
+    def logged_load(swap: Swap, number: int) -> None:
+        if number not in swap.copied:
+            events.append(NAMES[number])
+        load(swap, number)
+
+    def poisoned_free(swap: Swap, numbers: Iterable[int]) -> None:
+        numbers = list(numbers)
+        for number in swap.copied.keys() & numbers:
+            for parameter, _ in swap.weights[number]:
                 parameter.data.fill_(torch.nan)
-        leave(swap)
+        free(swap, numbers)
 
-    def logged_enter(swap: ExpertSwap, denoiser: Any, inputs: Any) -> None:
-        if swap.names[denoiser] != swap.present:
-            events.append(swap.names[denoiser])
-        enter(swap, denoiser, inputs)
-        (away,) = (weights for name, weights in swap.weights.items() if name != swap.present)
-        assert all(parameter.numel() == 0 for parameter, _ in away)
+    def checked_enter(swap: Swap, number: int, *inputs: Any) -> None:
+        enter(swap, number, *inputs)
+        assert list(swap.copied) == [number]
+        assert all(parameter.numel() == 0 for parameter, _ in swap.weights[1 - number])
 
-    monkeypatch.setattr(ExpertSwap, "enter", logged_enter)
-    monkeypatch.setattr(ExpertSwap, "leave", poisoned_leave)
+    monkeypatch.setattr(Swap, "load", logged_load)
+    monkeypatch.setattr(Swap, "free", poisoned_free)
+    monkeypatch.setattr(Swap, "enter", checked_enter)
     return events
 
 
@@ -268,13 +272,15 @@ def test_swapped_experts_train_and_sample_the_same(tmp_path: Path, loads: list[s
         pipe = frozen(small_wan_experts())
         sampling: Any = sharing_pipeline(pipe, torch.float32)
         if is_swapped:
-            ExpertSwap(pipe, family_of(pipe), CPU).attach(sampling)
+            swap = Swap(pipe, family_of(pipe), 0, CPU)
+            swap.attach(pipe)
+            swap.attach(sampling)
         targets = ["to_q", "ffn.net.2"]
         config = NaraConfig(r=2, target_modules=targets, use_dora=True, noise_convention="flow")
         model, step = adapted(pipe, config)
         optimizer = torch.optim.AdamW(model.trained.values(), lr=1e-2)
         loads.clear()
-        experts = [step.experts(2 * number) for number in range(6)]
+        experts = [step.expert_of(2 * number) for number in range(6)]
         for number in range(6):
             forward(step, samples, number).backward()
             optimizer.step()
@@ -408,4 +414,4 @@ def test_expert_of_a_model_with_one_is_refused() -> None:
 def test_expert_without_levels_in_the_window_is_refused() -> None:
     with pytest.raises(ValueError, match=r"transformer_2 has no noise level between .* give --expert high"):
         step_of(small_wan_experts(), min_noise_level=0.7)
-    assert step_of(small_wan_experts(), min_noise_level=0.7, expert="high").experts.levels["transformer"].numel() > 0
+    assert step_of(small_wan_experts(), min_noise_level=0.7, expert="high").experts["transformer"].numel() > 0

@@ -17,19 +17,19 @@ from diffusers import (
 )
 
 from nara_diffusion.dreambooth.caches import PromptCache
+from nara_diffusion.dreambooth.distill import read_prompts
 from nara_diffusion.dreambooth.families import Family
 from nara_diffusion.dreambooth.few_steps import (
-    FewSteps,
-    check_family,
+    StudentLoss,
     landings,
+    make_trajectories,
+    sample_latents,
     student_sampler,
     teacher_sampler,
 )
+from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, run_family
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.pipelines import family_of
-from nara_diffusion.dreambooth.student import StudentLoss
-from nara_diffusion.dreambooth.trajectories import make_trajectories, read_prompts, sample_latents
-from nara_diffusion.tuner.usage import FewStepSampling
 from tests.helpers.small_pipelines import BETAS, small_flux, small_sd, small_sd3, small_sdxl
 
 SCHEDULERS = {
@@ -72,7 +72,8 @@ def test_a_target_is_that_of_ddim_s_formula() -> None:
 def test_no_step_of_a_flow_is_idle(shift: float) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     for steps in (1, 2, 4, 7):
-        sampler, line = student_sampler(scheduler, steps, True)
+        sampler, sampling = student_sampler(scheduler, steps, True)
+        line = sampling.scheduler
         sampler.set_timesteps(steps)
         least = shift / steps / (1 + (shift - 1) / steps)  # 1 / K, shifted
         assert sampler.sigmas[-2].item() == pytest.approx(least)
@@ -174,8 +175,7 @@ def loss_of(pipe: Any, family: Family, paths: torch.Tensor, prompts: list[str], 
     source, cache = build_objective(pipe.scheduler).source, PromptCache(pipe, family)
     ids = torch.tensor([[16, 16, 0, 0, 16, 16]])
     denoiser = getattr(pipe, family.denoiser)
-    steps = FewSteps(FewStepSampling(len(base)), pipe.scheduler, timesteps, factors, None, {}, 1)
-    return StudentLoss(denoiser, paths, prompts, steps, base, source, cache, ids, batch_size=2)
+    return StudentLoss(denoiser, paths, prompts, timesteps, factors, base, source, cache, ids, batch_size=2)
 
 
 def test_loss_is_target_error_over_base_error() -> None:
@@ -186,16 +186,16 @@ def test_loss_is_target_error_over_base_error() -> None:
     cells = [(3, 0), (0, 2), (2, 1)]
     actual = loss([{"trajectory": number, "position": step + 3 * number} for number, step in cells])
     for row, (number, step) in enumerate(cells):
-        a, b = loss.few_steps.landings[step]
+        a, b = loss.landings[step]
         error = (model.value[row] - a * paths[number, step] - b * paths[number, step + 1]).square().mean()
         torch.testing.assert_close(actual.per_sample[row], error / base[step], rtol=1e-4, atol=1e-5)
-        assert model.timestep[row] == loss.few_steps.timesteps[step]
-        assert actual.noise_level[row].item() == pytest.approx(loss.few_steps.timesteps[step].item() / 1000)
+        assert model.timestep[row] == loss.timesteps[step]
+        assert actual.noise_level[row].item() == pytest.approx(loss.timesteps[step].item() / 1000)
     torch.testing.assert_close(actual.loss, actual.per_sample.mean())
 
 
 @pytest.mark.parametrize("make", [small_sdxl, small_sd3])
-def test_errors_are_base_shares_and_end_at_pipeline(make: Any) -> None:
+def test_errors_are_shares_of_the_bases(make: Any) -> None:
     pipe, family, shape = sampling(make())
     prompts, base = ["a toy", "red cube", "on grass"], torch.tensor([0.5, 2.0])
     paths = torch.randn(3, 3, *shape)
@@ -204,15 +204,11 @@ def test_errors_are_base_shares_and_end_at_pipeline(make: Any) -> None:
     denoiser, ids = getattr(pipe, family.denoiser), torch.tensor([[16, 16, 0, 0, 16, 16]] * 3)
     for step in range(2):
         with torch.no_grad():
-            embeddings, timestep = family.encode(pipe, prompts), loss.few_steps.timesteps[step].expand(3)
+            embeddings, timestep = family.encode(pipe, prompts), loss.timesteps[step].expand(3)
             y = family.predict(denoiser, paths[:, step], timestep, ids, embeddings)
-        a, b = loss.few_steps.landings[step]
+        a, b = loss.landings[step]
         expected = (y - a * paths[:, step] - b * paths[:, step + 1]).square().mean((1, 2, 3)) / base[step]
         torch.testing.assert_close(actual[step], expected, rtol=1e-3, atol=1e-4)
-    call = {**CALL, "num_inference_steps": 2, "guidance_scale": 1.0, **family.sample_call}
-    ends = pipe(prompts, latents=paths[:, 0], output_type="latent", **call).images
-    expected = (ends - paths[:, -1]).square().mean().item()
-    assert loss.end_error(pipe, call, accelerator) == pytest.approx(expected, rel=1e-4)
 
 
 def test_prompts_are_lines_and_other_families_are_refused(tmp_path: Any) -> None:
@@ -223,5 +219,6 @@ def test_prompts_are_lines_and_other_families_are_refused(tmp_path: Any) -> None
         read_prompts(str(tmp_path / "empty.txt"))
     with pytest.raises(ValueError, match="can't be read"):
         read_prompts(str(tmp_path / "missing.txt"))
-    with pytest.raises(ValueError, match=r"FLUX\.1, which chooses its own timesteps or guidance"):
-        check_family(family_of(small_flux()))
+    args = DreamBoothArguments(pretrained_model_name_or_path="none", distill_to=2, prompts_file="none")
+    with pytest.raises(ValueError, match=r"--distill_to is 2, but FLUX\.1 chooses its own timesteps or guidance"):
+        run_family(args, small_flux())

@@ -14,7 +14,7 @@ from torch import nn
 
 from nara_diffusion.dreambooth import pipelines, subject, train
 from nara_diffusion.dreambooth.draws import drawable_levels
-from nara_diffusion.dreambooth.flow_families import SD3
+from nara_diffusion.dreambooth.families import SD3
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, run_family
 from nara_diffusion.dreambooth.pipelines import load_base
 from nara_diffusion.dreambooth.training_step import TrainingStep, training_step

@@ -21,15 +21,14 @@ from torch.nn.functional import pixel_unshuffle
 from nara_diffusion.dreambooth import train
 from nara_diffusion.dreambooth.caches import LatentCache
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, TrainingSample, collate_samples
-from nara_diffusion.dreambooth.families import Call
-from nara_diffusion.dreambooth.flow_families import FLUX, FLUX2, QWEN_IMAGE, SD3
+from nara_diffusion.dreambooth.families import SD3, SDXL, Call
+from nara_diffusion.dreambooth.flow_families import FLUX, FLUX2, QWEN_IMAGE
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.image_records import ImageRecord, class_records, records_from_folder
 from nara_diffusion.dreambooth.masks import with_masks
 from nara_diffusion.dreambooth.objectives import Corrupted, build_objective, squared_errors
 from nara_diffusion.dreambooth.subject import digested, load_subject, read_images
 from nara_diffusion.dreambooth.training_step import TrainingStep, training_step
-from nara_diffusion.dreambooth.unet_families import SDXL
 from nara_diffusion.dreambooth.validation_loss import ValidationLoss
 from tests.acceptance._commands import fresh_accelerate, metrics
 from tests.acceptance._runs import ASSETS, image_arguments, image_flags
@@ -216,7 +215,7 @@ def test_step_weights_errors_inside_the_mask(folder: Path, tmp_path: Path, floor
     result = step(batch)
     result.loss.backward()
 
-    targets = step._corrupt(batch["samples"], step.drawable)
+    targets = step._corrupt(batch["samples"], step.drawable, 1)
     errors = (model.prediction.detach().double() - targets.target.double()).square()
     weights = np.ones((4, 13, 9))
     for row, sample in enumerate(batch["samples"][:2]):

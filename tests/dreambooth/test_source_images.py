@@ -13,8 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, source_sizes
-from nara_diffusion.dreambooth.edit_families import FLUX_KONTEXT
-from nara_diffusion.dreambooth.flow_families import FLUX, FLUX2
+from nara_diffusion.dreambooth.flow_families import FLUX, FLUX2, FLUX_KONTEXT
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, folder_arguments
 from nara_diffusion.dreambooth.image_plan import planned_sources
 from nara_diffusion.dreambooth.source_images import records_of_pairs

@@ -143,8 +143,8 @@ def test_residual_convolution_trains_even_directions_only(start: str) -> None:
     ("layer", "changes", "message"),
     [
         (nn.Embedding(7, 5), {}, "'residual_base' are not for embeddings, such as 'layer'"),
-        (nn.Linear(7, 5), {"use_dora": True}, "lora_a_init is 'residual': pass core_type='rank_mask'"),
-        (nn.Linear(7, 5), {"rank_mask_step": 1}, "lora_a_init is 'residual': .*rank_mask_step=2"),
+        (nn.Linear(7, 5), {"use_dora": True}, "lora_a_init is 'residual', .*core_type='rank_mask'"),
+        (nn.Linear(7, 5), {"rank_mask_step": 1}, "lora_a_init is 'residual', .*rank_mask_step=2"),
         (nn.Linear(7, 5), {"core_type": "bins", "core_bins": 2, "rank_mask_min": None}, "lora_a_init is 'residual'"),
     ],
 )

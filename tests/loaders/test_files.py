@@ -221,11 +221,11 @@ def test_peft_load_with_lost_tensors_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
     changed = {key: tensor + ("second.lora_B" in key) for key, tensor in tensors.items()}
-    with pytest.raises(ValueError, match="1 of the 4 tensors of the file did not load into PeftModel: 'second"):
+    with pytest.raises(ValueError, match=r"1 of the 4 tensors of the file did not load .*: 'second"):
         check_loaded(model, "default", changed, "the file")
     assert isinstance(files.load_peft_adapter(TwoLayers(), tmp_path), PeftModel)
     for changed, message in [
-        ({key: tensor for key, tensor in tensors.items() if "first" not in key}, "has 2 tensors that .*: 'first"),
+        ({key: tensor for key, tensor in tensors.items() if "first" not in key}, "and 2 others are not .*: 'first"),
         ({key.replace("first", "block.first"): tensor for key, tensor in tensors.items()}, r"block\.first"),
     ]:
         save_file(changed, file)

@@ -20,7 +20,7 @@ from tiny_training import Training
 from torch import Tensor
 from tqdm import tqdm
 
-from nara_diffusion.dreambooth.edit_families import FLUX_KONTEXT
+from nara_diffusion.dreambooth.flow_families import FLUX_KONTEXT
 
 from .vae import pixels
 

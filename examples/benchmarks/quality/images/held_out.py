@@ -22,10 +22,10 @@ from torch import Tensor
 from nara_diffusion.dreambooth.caches import LatentCache, PromptCache
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.draws import numpy_generator, seeded_normal
+from nara_diffusion.dreambooth.families import SDXL
 from nara_diffusion.dreambooth.image_records import ImageRecord, make_records, records_from_folder
 from nara_diffusion.dreambooth.objectives import Corrupted, Objective, squared_errors
 from nara_diffusion.dreambooth.pipelines import load_pipeline
-from nara_diffusion.dreambooth.unet_families import SDXL
 from quality.running import ASSETS, MAKERS
 
 sys.path.append(str(MAKERS))

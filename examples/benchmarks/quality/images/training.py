@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from nara_diffusion import noise_level
 from nara_diffusion.dreambooth.draws import draw_indices
+from nara_diffusion.dreambooth.families import SDXL
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
-from nara_diffusion.dreambooth.unet_families import SDXL
 from nara_diffusion.training.adapters import adapter_config, check_target_modules
 from quality.images.held_out import BACKBONE, SIZE, SUBJECTS, base, check_subject, instance_prompt
 from quality.running import ASSETS, BASE, RANK, Settings, arguments_of
