@@ -155,7 +155,7 @@ def test_film_where_beta_has_no_place_is_refused() -> None:
     for layer in (nn.Conv2d(3, 5, 1), nn.Embedding(9, 5)):
         with pytest.raises(ValueError, match=r"'layer' \((Conv2d|Embedding)\) with core_type 'film'"):
             film(OneLayer(layer), target_modules=["layer"], rank_pattern={})
-    with pytest.raises(ValueError, match="core_sharing is 'global', but core_type 'film'"):
+    with pytest.raises(ValueError, match="core_sharing is 'global', with core_type='film'"):
         nara_config(core_type="film")
     model = film()
     base = copy.deepcopy(model.state_dict())
