@@ -26,7 +26,7 @@ from nara_diffusion import NaraConfig
 from nara_diffusion.loaders.components import check_storable
 from nara_diffusion.noise.context import find_holders
 from nara_diffusion.training.adapters import CORE_FIELDS, check_target_modules
-from nara_diffusion.training.engine_models import recompute_activations
+from nara_diffusion.training.engines import recompute_activations
 
 from .families import Family, Placed
 from .pipelines import family_of

@@ -1,8 +1,13 @@
-"""The reports of a run: a table, a plot over λ, the model card and results.json."""
+"""The reports of a run: a table, a plot over λ, the model card and results.json; their upload.
+
+The model card, results.json and the uploaded config.yaml may be published, so paths on this machine
+are cut to their last part. The run's own config.yaml keeps the full paths, to resume the run.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -10,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import HfApi, ModelCardData
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import BUILT_IN, needs_noise
@@ -18,12 +23,10 @@ from nara_diffusion.utils.files import atomic_write
 from nara_flags.training import TrainingArguments
 
 from .adapters import adapter_config, module_name, title_of
-from .arguments import schedule_of, window_of
+from .arguments import method_of, schedule_of, window_of
 from .loss_curves import plot_noise_level_curves
-from .methods import method_of
-from .publication import public_values, upload, without_folders
 from .run import Run
-from .run_folder import RESULTS, as_yaml
+from .run_folder import CONFIG, LOCK, RESULTS, as_yaml
 
 CURVE = "noise_level_curve.png"
 _SIDES = ("before", "after")
@@ -249,3 +252,36 @@ def finish(
             )
         sys.stdout.write("\n".join(lines) + "\n")
     return results
+
+
+def without_folders(text: str, args: TrainingArguments) -> str:
+    """Return `text` for publication, with the arguments' absolute paths cut to their last part."""
+    values = [str(value) for value in vars(args).values() if isinstance(value, (str, Path))]
+    places = [value for value in values if value.startswith(("/", "~"))]
+    for place in sorted(places, key=len, reverse=True):
+        path = Path(place)
+        for form in (place, str(path), os.path.expanduser(path)):
+            text = text.replace(form, path.name or place)
+    return text
+
+
+def public_values(values: Mapping[str, Any], args: TrainingArguments) -> dict[str, Any]:
+    """Return `values` for publication, after applying `without_folders` to all texts."""
+    return {
+        name: without_folders(value, args) if isinstance(value, str) else value
+        for name, value in values.items()
+    }
+
+
+def upload(run: Run) -> None:
+    """Upload the run's folder, without checkpoints and trajectories, to `--hub_model_id` if set."""
+    if run.hub_id is None:
+        return
+    HfApi().upload_folder(
+        repo_id=run.hub_id,
+        folder_path=str(run.folder),
+        commit_message="End of training",
+        ignore_patterns=["checkpoint-*/**", "trajectories/**", ".partial-*", LOCK, CONFIG],
+    )
+    content = as_yaml(public_values(vars(run.args), run.args)).encode()
+    HfApi().upload_file(repo_id=run.hub_id, path_in_repo=CONFIG, path_or_fileobj=content)

@@ -22,18 +22,20 @@ from nara_diffusion.utils.digests import digest_base, digest_texts
 from nara_diffusion.utils.files import atomic_write
 from nara_flags.training import TrainingArguments
 
-from .checkpoints import Writer, read_manifest, save_checkpoint
-from .engine_state import load_state
+from .arguments import method_of
+from .checkpoints import Writer, load_state, read_manifest, save_checkpoint
 from .engines import engine_name, start_accelerator
-from .methods import method_of
-from .resuming import changed_arguments, check_random_states, describe_changes, warn_of_pickles
 from .run_folder import (
     CONFIG,
     METRICS,
     as_yaml,
+    changed_arguments,
+    check_random_states,
     claimed_folder,
+    describe_changes,
     drop_later_steps,
     explained_disk_errors,
+    warn_of_pickles,
 )
 
 logger = logging.getLogger(__name__)

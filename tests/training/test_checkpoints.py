@@ -30,7 +30,7 @@ from nara_diffusion.training.checkpoints import (
     write_manifest,
 )
 from nara_diffusion.training.command import InterruptRequest, TrainingDiverged
-from nara_diffusion.training.resuming import check_random_states, check_same_run
+from nara_diffusion.training.run_folder import check_random_states, check_same_run
 from nara_diffusion.utils.digests import digest_base, digest_texts
 from nara_flags.parser import parse_arguments
 from tests.acceptance._commands import names

@@ -94,7 +94,7 @@ class Hub:
 
 def test_uploaded_files_name_no_folders_of_this_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub()
-    for module in ("run", "publication"):
+    for module in ("run", "report"):
         monkeypatch.setattr(f"nara_diffusion.training.{module}.HfApi", lambda: hub)
     options: dict[str, Any] = {"max_train_steps": 1, "checkpointing_steps": None, "curve_points": 1}
     args = text_arguments(tmp_path, **options, hub_model_id="someone/words")
