@@ -34,7 +34,6 @@ from .run_folder import (
     claimed_folder,
     describe_changes,
     drop_later_steps,
-    explained_disk_errors,
     warn_of_pickles,
 )
 
@@ -271,10 +270,7 @@ def start_run(args: Args, name: str, write: Writer) -> Iterator[Run[Args]]:
                 f"--report_to {tracker}: this tracker isn't installed (installed: {', '.join(sorted(installed))})."
             )
     accelerator = start_accelerator(args)
-    with (
-        claimed_folder(args, name, accelerator) as (folder, checkpoint),
-        explained_disk_errors(folder),
-    ):
+    with claimed_folder(args, name, accelerator) as (folder, checkpoint):
         resumed = {} if checkpoint is None else read_manifest(checkpoint)
         run = Run(accelerator, args, name, write, checkpoint, folder, resumed)
         if args.hub_model_id is not None and run.is_main:

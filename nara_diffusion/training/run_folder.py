@@ -11,7 +11,6 @@ It is `--output_dir`, the folder of the resumed run, or the next `outputs/NAME-N
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import shutil
@@ -38,7 +37,6 @@ from .checkpoints import (
     find_checkpoints,
     latest_undamaged,
     read_manifest,
-    resume_hint,
 )
 from .engines import engine_name
 
@@ -46,8 +44,6 @@ logger = logging.getLogger(__name__)
 
 OUTPUTS = Path("outputs")
 LOCK, CONFIG, METRICS, RESULTS = ".lock", "config.yaml", "metrics.jsonl", "results.json"
-
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextmanager
@@ -80,21 +76,6 @@ def claimed_folder(
         if refusal:
             raise ValueError(refusal)
         yield folder, checkpoint
-
-
-@contextmanager
-def explained_disk_errors(folder: Path) -> Iterator[None]:
-    """Add the file and the checkpoint to resume from to errors of a full or read-only disk."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        file = error.filename or f"a file in {folder}"
-        raise OSError(
-            f"{file} can't be written ({error.strerror}). Free some space, or choose another folder. "
-            f"{resume_hint(folder)}"
-        ) from error
 
 
 def _lock(args: TrainingArguments, name: str, undo: ExitStack) -> Path:
