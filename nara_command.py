@@ -23,9 +23,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-OWN = {"inspect": "commands", "plot": "commands", "fold": "fold", "convert": "commands"}
-"""The commands whose flags are defined here: {command: module of `nara_diffusion.cli` with a function of its name}."""
-COMMANDS = {name: f"nara_diffusion.cli.{module}" for name, module in OWN.items()} | {
+OWN = ("inspect", "plot", "fold", "convert")
+"""The commands whose flags are defined here; each is a function of `nara_diffusion.cli.commands`."""
+COMMANDS = dict.fromkeys(OWN, "nara_diffusion.cli.commands") | {
     "eval": "nara_diffusion.lm_eval.__main__",
 }
 """{command: its module}, which is imported when the command runs. Help is the docstring of the function or module."""

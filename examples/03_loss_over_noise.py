@@ -18,7 +18,7 @@ from shipped_task import GEN_LENGTH, fine_tune, load_rows, load_shipped_model, m
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dllm import exact_match, noise_level_curve
-from nara_diffusion.training.loss_curves import plot_noise_level_curves
+from nara_diffusion.training.report import plot_noise_level_curves
 
 NOISE_LEVELS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 

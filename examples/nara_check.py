@@ -60,7 +60,7 @@ from nara_diffusion.dreambooth.subject import Subject, load_subject
 from nara_diffusion.dreambooth.training_step import DreamBoothLoss, TrainingStep
 from nara_diffusion.training import adapter_weights
 from nara_diffusion.training.adapters import add_adapter
-from nara_diffusion.training.methods import method_of
+from nara_diffusion.training.arguments import method_of
 from nara_diffusion.training.run import start_run
 from nara_flags.parser import parse_arguments
 

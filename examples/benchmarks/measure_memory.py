@@ -20,8 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nara_diffusion import NaraConfig
 from nara_diffusion.dllm import masked_diffusion_loss
 from nara_diffusion.dllm.text_arguments import Arguments
-from nara_diffusion.training.live_storages import LiveStorages, nbytes, tensors_of
-from nara_diffusion.training.planned_step import PlannedStep, measure
+from nara_diffusion.training.planned_step import LiveStorages, PlannedStep, measure, nbytes, tensors_of
 
 SIZES = {
     "tiny": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 1000},

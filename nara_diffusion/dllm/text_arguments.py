@@ -12,10 +12,10 @@ from nara_diffusion.training.adapters import check_adapter
 from nara_diffusion.training.arguments import (
     CONFIGS,
     check_arguments,
+    method_of,
     shipped_settings,
     window_of,
 )
-from nara_diffusion.training.methods import method_of
 from nara_flags.text import TextFlags
 
 from .decoding import Sampling

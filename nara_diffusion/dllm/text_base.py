@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nara_diffusion.training.engine_models import loading_in
-from nara_diffusion.training.engines import check_whole
+from nara_diffusion.training.engines import check_whole, loading_in
 from nara_diffusion.training.run import Run
 from nara_diffusion.utils.quantised import prepare_quantised
 from nara_diffusion.utils.repositories import local_folder

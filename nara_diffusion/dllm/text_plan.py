@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from nara_diffusion.training.adapters import build_adapter
-from nara_diffusion.training.engine_models import recompute_activations
-from nara_diffusion.training.methods import method_of
+from nara_diffusion.training.arguments import method_of
+from nara_diffusion.training.engines import recompute_activations
 from nara_diffusion.training.planned_step import PlannedStep, dtype_of
 from nara_diffusion.utils.quantised import INT8, NF4, check_roundable
 

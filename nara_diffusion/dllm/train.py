@@ -16,16 +16,15 @@ from transformers import PreTrainedModel
 
 from nara_diffusion.training.adapter_weights import (
     load_checkpoint,
+    start_from,
     write_adapter,
     write_checkpoint,
 )
 from nara_diffusion.training.adapters import build_adapter, start_facts, title_of, window_facts
 from nara_diffusion.training.arguments import schedule_of, window_of
-from nara_diffusion.training.checkpoints import save_adapter
+from nara_diffusion.training.checkpoints import save_adapter, write_trained
 from nara_diffusion.training.command import run_command
-from nara_diffusion.training.engine_models import load_whole, recompute_activations
-from nara_diffusion.training.engine_state import write_trained
-from nara_diffusion.training.init_adapter import start_from
+from nara_diffusion.training.engines import load_whole, recompute_activations
 from nara_diffusion.training.loop import prepare_training, train
 from nara_diffusion.training.plan import show_plan
 from nara_diffusion.training.report import finish

@@ -48,7 +48,7 @@ from nara_diffusion.noise.context import find_holders
 from nara_diffusion.strict import check_loaded, check_tensors
 from nara_diffusion.training.adapter_weights import TRAINABLE
 from nara_diffusion.training.adapters import CORE_FIELDS, check_target_modules
-from nara_diffusion.training.engine_models import recompute_activations
+from nara_diffusion.training.engines import recompute_activations
 
 from .families import HIGH, LOW, Family, Placed
 from .pipelines import family_of

@@ -20,7 +20,7 @@ from PIL.Image import Image
 
 from nara_diffusion.training.arguments import window_of
 from nara_diffusion.training.checkpoints import save_adapter
-from nara_diffusion.training.loss_curves import validation_means
+from nara_diffusion.training.report import validation_means
 from nara_diffusion.training.run import Run
 
 from .denoiser import adapter_loaded, write_adapter

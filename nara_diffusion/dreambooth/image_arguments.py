@@ -8,8 +8,7 @@ from typing import Any
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from nara_diffusion.training.adapters import check_adapter
-from nara_diffusion.training.arguments import check_arguments
-from nara_diffusion.training.methods import method_of
+from nara_diffusion.training.arguments import check_arguments, method_of
 from nara_flags.hints import OTHERS
 from nara_flags.images import ImageFlags
 from nara_flags.options import converted, kinds_of

@@ -7,8 +7,7 @@ from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from nara_diffusion.training.arguments import schedule_of
-from nara_diffusion.training.methods import method_of
+from nara_diffusion.training.arguments import method_of, schedule_of
 from nara_diffusion.training.report import core_import, needs_schedule, reads_noise
 from nara_diffusion.tuner.usage import FewStepSampling
 from nara_diffusion.utils.wording import counted

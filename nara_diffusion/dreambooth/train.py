@@ -11,11 +11,11 @@ from typing import Any
 
 from accelerate import DistributedDataParallelKwargs
 
+from nara_diffusion.training.adapter_weights import start_from
 from nara_diffusion.training.adapters import title_of, window_facts
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.command import run_command
 from nara_diffusion.training.engines import SHARDED
-from nara_diffusion.training.init_adapter import start_from
 from nara_diffusion.training.loop import prepare_training, train
 from nara_diffusion.training.plan import show_plan
 from nara_diffusion.training.report import finish

@@ -21,8 +21,7 @@ from nara_diffusion.noise.sources import MASKED_SHARE
 from nara_flags.parser import hint
 from nara_flags.training import AdapterArguments, TrainingArguments
 
-from .arguments import schedule_of, window_of
-from .methods import Method, method_of
+from .arguments import Method, method_of, schedule_of, window_of
 
 ALL_LINEAR = "all-linear"
 CORE_FIELDS = NaraConfig.__dataclass_fields__.keys() - LoraConfig.__dataclass_fields__.keys()

@@ -24,11 +24,18 @@ from tqdm.auto import tqdm
 
 from nara_diffusion.utils.data_order import stream_loader
 
-from .averaging import WeightAverage, average_weights, averaged
 from .checkpoints import resume_hint
 from .command import InterruptRequest, TrainingDiverged
-from .engine_models import prepare
-from .optimization import build_lr_scheduler, build_optimizer, freeze_core, may_fuse
+from .engines import prepare
+from .optimization import (
+    WeightAverage,
+    average_weights,
+    averaged,
+    build_lr_scheduler,
+    build_optimizer,
+    freeze_core,
+    may_fuse,
+)
 from .run import Run
 
 logger = logging.getLogger(__name__)

@@ -1,12 +1,22 @@
-"""The optimizer, with separate learning rates for A and B, the core and text encoders; the schedule."""
+"""The optimizer, with rates of their own for A and B, the core and text encoders; the schedule; the average.
+
+`--ema_decay` D keeps an exponential moving average s of the trained weights θ, by Diffusers' `EMAModel`:
+
+    s ← s + (1 − d) (θ − s),    d = min(D, n / (9 + n)) in step n + 1, and 0 in the first
+
+so d is at most .917 after 100 steps. A checkpoint has both: θ, to train on from, and s in ema.bin.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
@@ -102,3 +112,36 @@ def freeze_core(optimizer: torch.optim.Optimizer) -> None:
         if group.get("name") == "core":
             for parameter in group["params"]:
                 parameter.grad = None
+
+
+class WeightAverage(NamedTuple):
+    """The average of trained weights, in their order and dtype."""
+
+    ema: EMAModel
+    weights: list[nn.Parameter]
+
+
+def average_weights(
+    accelerator: Accelerator, model: nn.Module, decay: float | None
+) -> WeightAverage | None:
+    """Return an average of the trained weights, which checkpoints will have; None without `decay`."""
+    if decay is None:
+        return None
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    average = WeightAverage(EMAModel(weights, decay), weights)
+    accelerator.register_for_checkpointing(average.ema)
+    return average
+
+
+@contextmanager
+def averaged(average: WeightAverage | None) -> Iterator[None]:
+    """The trained weights are their average inside the context, if there is one."""
+    if average is None:
+        yield
+        return
+    average.ema.store(average.weights)
+    average.ema.copy_to(average.weights)
+    try:
+        yield
+    finally:
+        average.ema.restore(average.weights)

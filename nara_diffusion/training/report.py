@@ -1,8 +1,13 @@
-"""The reports of a run: a table, a plot over λ, the model card and results.json."""
+"""The reports of a run: a table, the loss over λ, the model card and results.json; their upload.
+
+The model card, results.json and the uploaded config.yaml may be published, so paths on this machine
+are cut to their last part. The run's own config.yaml keeps the full paths, to resume the run.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -10,20 +15,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import HfApi, ModelCardData
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
+from torch import Tensor
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import BUILT_IN, needs_noise
+from nara_diffusion.noise.drawn_levels import EVERYTHING, NoiseWindow
 from nara_diffusion.utils.files import atomic_write
 from nara_flags.training import TrainingArguments
 
 from .adapters import adapter_config, module_name, title_of
-from .arguments import schedule_of, window_of
-from .loss_curves import plot_noise_level_curves
-from .methods import method_of
-from .publication import public_values, upload, without_folders
+from .arguments import method_of, schedule_of, window_of
 from .run import Run
-from .run_folder import RESULTS, as_yaml
+from .run_folder import CONFIG, LOCK, RESULTS, as_yaml
 
 CURVE = "noise_level_curve.png"
 _SIDES = ("before", "after")
@@ -249,3 +255,95 @@ def finish(
             )
         sys.stdout.write("\n".join(lines) + "\n")
     return results
+
+
+def without_folders(text: str, args: TrainingArguments) -> str:
+    """Return `text` for publication, with the arguments' absolute paths cut to their last part."""
+    values = [str(value) for value in vars(args).values() if isinstance(value, (str, Path))]
+    places = [value for value in values if value.startswith(("/", "~"))]
+    for place in sorted(places, key=len, reverse=True):
+        path = Path(place)
+        for form in (place, str(path), os.path.expanduser(path)):
+            text = text.replace(form, path.name or place)
+    return text
+
+
+def public_values(values: Mapping[str, Any], args: TrainingArguments) -> dict[str, Any]:
+    """Return `values` for publication, after applying `without_folders` to all texts."""
+    return {
+        name: without_folders(value, args) if isinstance(value, str) else value
+        for name, value in values.items()
+    }
+
+
+def upload(run: Run) -> None:
+    """Upload the run's folder, without checkpoints and trajectories, to `--hub_model_id` if set."""
+    if run.hub_id is None:
+        return
+    HfApi().upload_folder(
+        repo_id=run.hub_id,
+        folder_path=str(run.folder),
+        commit_message="End of training",
+        ignore_patterns=["checkpoint-*/**", "trajectories/**", ".partial-*", LOCK, CONFIG],
+    )
+    content = as_yaml(public_values(vars(run.args), run.args)).encode()
+    HfApi().upload_file(repo_id=run.hub_id, path_in_repo=CONFIG, path_or_fileobj=content)
+
+
+def validation_means(losses: Tensor, noise_levels: Tensor, window: NoiseWindow) -> dict[str, float]:
+    """Return {"validation_loss": mean} of losses (b,) at λ (b,).
+
+    With a window, also return "validation_loss_inside" and "validation_loss_outside", the means
+    inside and outside the window.
+    """
+    parts = {"validation_loss": losses}
+    if not window.is_everything:
+        inside = window.contains(noise_levels)
+        parts |= {
+            "validation_loss_inside": losses[inside],
+            "validation_loss_outside": losses[~inside],
+        }
+    return {name: part.double().mean().item() for name, part in parts.items() if len(part)}
+
+
+def plot_noise_level_curves(
+    path: Path,
+    noise_levels: Sequence[float],
+    base: Sequence[float],
+    adapted: Sequence[float],
+    title: str,
+    unit: str,
+    window: NoiseWindow = EVERYTHING,
+) -> None:
+    """Plot the losses over λ into a PNG file, as in Figure 1 of the paper.
+
+    The left plot shows both losses. The right plot shows the adapter's gain, base − adapted.
+
+    Args:
+        noise_levels: λ of each point, in [0, 1].
+        base, adapted: the loss of each model at each point, in `unit`.
+        window: the trained window, which is shaded.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(noise_levels, base, marker="o", color="tab:gray", label="base model")
+    left.plot(noise_levels, adapted, marker="o", color="tab:blue", label="with the adapter")
+    left.set(
+        xlabel="noise level λ (1 = pure noise)",
+        ylabel=f"loss ({unit})",
+        xlim=(0, 1.02),
+        yscale="log",
+    )
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter(LogFormatter())
+    right.axhline(0, color="tab:gray", linewidth=1)
+    gains = [loss - adapted_loss for loss, adapted_loss in zip(base, adapted, strict=True)]
+    right.plot(noise_levels, gains, marker="o", color="tab:green")
+    right.set(xlabel="noise level λ (1 = pure noise)", ylabel=f"gain ({unit})", xlim=(0, 1.02))
+    right.set_title("base model − adapted model", fontsize="medium")
+    for axes in () if window.is_everything else (left, right):
+        axes.axvspan(window.low, window.high, color="tab:blue", alpha=0.1, label="trained")
+    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
+    figure.suptitle(title)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=120)

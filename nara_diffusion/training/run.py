@@ -22,18 +22,19 @@ from nara_diffusion.utils.digests import digest_base, digest_texts
 from nara_diffusion.utils.files import atomic_write
 from nara_flags.training import TrainingArguments
 
-from .checkpoints import Writer, read_manifest, save_checkpoint
-from .engine_state import load_state
+from .arguments import method_of
+from .checkpoints import Writer, load_state, read_manifest, save_checkpoint
 from .engines import engine_name, start_accelerator
-from .methods import method_of
-from .resuming import changed_arguments, check_random_states, describe_changes, warn_of_pickles
 from .run_folder import (
     CONFIG,
     METRICS,
     as_yaml,
+    changed_arguments,
+    check_random_states,
     claimed_folder,
+    describe_changes,
     drop_later_steps,
-    explained_disk_errors,
+    warn_of_pickles,
 )
 
 logger = logging.getLogger(__name__)
@@ -269,10 +270,7 @@ def start_run(args: Args, name: str, write: Writer) -> Iterator[Run[Args]]:
                 f"--report_to {tracker}: this tracker isn't installed (installed: {', '.join(sorted(installed))})."
             )
     accelerator = start_accelerator(args)
-    with (
-        claimed_folder(args, name, accelerator) as (folder, checkpoint),
-        explained_disk_errors(folder),
-    ):
+    with claimed_folder(args, name, accelerator) as (folder, checkpoint):
         resumed = {} if checkpoint is None else read_manifest(checkpoint)
         run = Run(accelerator, args, name, write, checkpoint, folder, resumed)
         if args.hub_model_id is not None and run.is_main:

@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.training.engine_models import recompute_activations
+from nara_diffusion.training.engines import recompute_activations
 
 RANK = 16
 

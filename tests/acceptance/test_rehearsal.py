@@ -19,7 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nara_diffusion.layers import row_norm
-from nara_diffusion.training.live_storages import LiveStorages, tensors_of, to_fake
+from nara_diffusion.training.planned_step import LiveStorages, tensors_of, to_fake
 from tests.acceptance._rehearsed import RANK, Rehearsed
 from tests.acceptance._true_size import MODELS
 

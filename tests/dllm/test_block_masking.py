@@ -35,7 +35,7 @@ from nara_diffusion.dllm.masking import MaskedBatch
 from nara_diffusion.dllm.preference_loss import preference_loss
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dllm.text_report import Evaluation
-from nara_diffusion.training.engine_models import recompute_activations
+from nara_diffusion.training.engines import recompute_activations
 from tests.acceptance._text import nara
 from tests.helpers.mixtures import LLADA2, MASK, SDAR_MOE, block_seen, write_checkpoint
 

@@ -17,8 +17,8 @@ from nara_diffusion.dreambooth import train as images
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.image_plan import pipeline_on_meta, planned_image_step, rounded_weights
 from nara_diffusion.dreambooth.pipelines import load_pipeline, modules_of
-from nara_diffusion.training.live_storages import nbytes, tensors_of
 from nara_diffusion.training.plan import cheaper
+from nara_diffusion.training.planned_step import nbytes, tensors_of
 from tests.acceptance._runs import image_arguments, image_flags
 from tests.helpers.pipelines.families import FAMILY_PIPELINES
 from tests.helpers.plans import counted_run, save_configurations

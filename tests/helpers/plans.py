@@ -7,8 +7,7 @@ from accelerate.state import AcceleratorState
 from nara_diffusion.dllm import train as text
 from nara_diffusion.dreambooth import train as images
 from nara_diffusion.dreambooth.pipelines import modules_of
-from nara_diffusion.training.live_storages import tensors_of
-from nara_diffusion.training.planned_step import StepCounter
+from nara_diffusion.training.planned_step import StepCounter, tensors_of
 from nara_diffusion.training.run import start_run
 from nara_flags.parser import parse_arguments
 

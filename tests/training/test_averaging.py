@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nara_diffusion.dllm import train as dllm
 from nara_diffusion.dreambooth import train as images
-from nara_diffusion.training.averaging import average_weights, averaged
+from nara_diffusion.training.optimization import average_weights, averaged
 from tests.acceptance._commands import metrics, results
 from tests.acceptance._runs import IMAGES, TEXT, image_arguments, image_flags, text_arguments
 from tests.helpers.small_pipelines import small_sd3

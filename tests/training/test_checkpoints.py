@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import shutil
 import signal
@@ -30,12 +29,11 @@ from nara_diffusion.training.checkpoints import (
     write_manifest,
 )
 from nara_diffusion.training.command import InterruptRequest, TrainingDiverged
-from nara_diffusion.training.resuming import check_random_states, check_same_run
+from nara_diffusion.training.run_folder import check_random_states, check_same_run
 from nara_diffusion.utils.digests import digest_base, digest_texts
 from nara_flags.parser import parse_arguments
 from tests.acceptance._commands import names
-from tests.acceptance._commands import run as command
-from tests.acceptance._runs import TEXT, text_arguments, text_flags
+from tests.acceptance._runs import TEXT, text_arguments
 
 SHORT: dict[str, Any] = {"max_train_steps": 4, "checkpointing_steps": 1, "test_samples": 1, "curve_points": 1}
 
@@ -127,27 +125,6 @@ def test_full_disk_leaves_earlier_checkpoints_only(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="The adapter could not be written"):
         save_adapter(Accelerator(), model, tmp_path / "run", write)
     assert TEXT not in names(tmp_path / "run")
-
-
-@pytest.mark.parametrize("file", ["samples.jsonl", "results.json"])
-def test_full_disk_after_training_names_folder_and_checkpoint(
-    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    replace = os.replace
-
-    def full(source: Path, target: Path) -> None:
-        if Path(target).name == file:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", full)
-    flags = text_flags(tmp_path) | {"max_train_steps": 1, "checkpointing_steps": 1, "test_samples": 1}
-    with pytest.raises(SystemExit) as stop:
-        command("dllm.py", **flags, output_dir=tmp_path / "run")
-    run = tmp_path / "run"
-    message = rf"error: a file in {run} can't be written \(No space .*--resume_from_checkpoint {run / 'checkpoint-1'}"
-    assert re.fullmatch(message, str(stop.value))
-    assert {TEXT, "checkpoint-1"} <= names(run)
 
 
 @pytest.mark.parametrize("steps", [2, 4])

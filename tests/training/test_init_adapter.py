@@ -13,7 +13,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from nara_diffusion import noise_level
-from nara_diffusion.training.init_adapter import start_from
+from nara_diffusion.training.adapter_weights import start_from
 from tests.helpers.adapted import TwoLayers, disturb, lora_config, nara_config
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from nara_diffusion.training.live_storages import LiveStorages, nbytes, tensors_of, to_fake
+from nara_diffusion.training.planned_step import LiveStorages, nbytes, tensors_of, to_fake
 
 
 def test_live_and_peak_follow_each_storages_life():

@@ -15,8 +15,7 @@ from PIL import Image
 from nara_diffusion.dllm import train as dllm
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.noise.drawn_levels import NoiseWindow
-from nara_diffusion.training.loss_curves import plot_noise_level_curves
-from nara_diffusion.training.report import write_card
+from nara_diffusion.training.report import plot_noise_level_curves, write_card
 from tests.acceptance._runs import ASSETS, text_arguments
 
 
@@ -94,7 +93,7 @@ class Hub:
 
 def test_uploaded_files_name_no_folders_of_this_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub()
-    for module in ("run", "publication"):
+    for module in ("run", "report"):
         monkeypatch.setattr(f"nara_diffusion.training.{module}.HfApi", lambda: hub)
     options: dict[str, Any] = {"max_train_steps": 1, "checkpointing_steps": None, "curve_points": 1}
     args = text_arguments(tmp_path, **options, hub_model_id="someone/words")

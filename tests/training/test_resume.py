@@ -25,11 +25,11 @@ from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.train import main
 from nara_diffusion.loaders.file import AdapterFile
+from nara_diffusion.training.adapter_weights import start_from
 from nara_diffusion.training.adapters import adapter_config
 from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.checkpoints import read_manifest, write_manifest
-from nara_diffusion.training.init_adapter import start_from
-from nara_diffusion.training.resuming import MAY_CHANGE, changed_arguments
+from nara_diffusion.training.run_folder import MAY_CHANGE, changed_arguments
 from tests.acceptance._commands import assert_same_bits, metrics, names
 from tests.acceptance._runs import IMAGES, TEXT, image_arguments, image_flags, text_arguments
 from tests.helpers.small_pipelines import small_sdxl

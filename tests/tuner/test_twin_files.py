@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nara_diffusion import NaraConfig, from_lora, noise_level
 from nara_diffusion.loaders.hotswap import check_swappable, part_of, prepare_swap
-from nara_diffusion.training.init_adapter import start_from
+from nara_diffusion.training.adapter_weights import start_from
 from tests.helpers.adapted import disturb
 from tests.helpers.rounding import assert_far, assert_near
 from tests.helpers.tiny_gemma import CANVAS, VOCABULARY, tiny_gemma

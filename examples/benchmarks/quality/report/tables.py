@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from nara_diffusion.training.methods import NAMED
+from nara_diffusion.training.arguments import NAMED
 from quality.report.data import NOTHING, Arm, Grid, Record, Value, change, difference, percent, spread, table
 from quality.running import METHODS as MUST
 from quality.running import is_noise_aware
