@@ -25,8 +25,8 @@ from transformers import DynamicCache
 
 from nara_diffusion.noise.context import find_holders
 
-from .models.block_causal import CACHE
 from .models.forward_rows import conditioned
+from .models.model_classes import CACHE
 from .sampling_state import GenerationStep, State
 
 

@@ -29,8 +29,8 @@ from nara_diffusion.noise.blocks import attention_argument
 from .decoding import Sampling
 from .masked_sampler import WholeText
 from .models.backbone import Backbone
-from .models.block_causal import CACHE
 from .models.forward_rows import conditioned
+from .models.model_classes import CACHE
 from .sampling_state import State
 
 

@@ -29,8 +29,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from .canvas_corruption import CanvasBatch, corrupt_canvases
 from .loss import by_chunks, token_cross_entropy
 from .models.backbone import Backbone
-from .models.block_causal import CACHE
 from .models.forward_rows import conditioned
+from .models.model_classes import CACHE
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nara_diffusion.dllm import generate, masked_diffusion_loss
 from nara_diffusion.dllm.models.backbone import Backbone
-from nara_diffusion.dllm.models.shifted_logits import ShiftedQwen2ForCausalLM
+from nara_diffusion.dllm.models.model_classes import ShiftedQwen2ForCausalLM
 from tests.acceptance._text import backbone, nara
 
 VOCABULARY = 40

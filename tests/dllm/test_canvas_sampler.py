@@ -18,7 +18,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.dllm import generate
-from nara_diffusion.dllm.models.block_causal import CACHE
+from nara_diffusion.dllm.models.model_classes import CACHE
 from nara_diffusion.dllm.sampler import answer_prompts
 from tests.helpers.adapted import disturb
 from tests.helpers.rounding import assert_far, assert_near

@@ -17,7 +17,7 @@ from nara_flags.text import TextFlags
 from ..block_filling import fill_blocks
 from ..decoding import CONFIDENT, Sampling
 from ..models.backbone import Backbone
-from ..models.model_traits import BLOCK_MODEL
+from ..models.model_classes import BLOCK_MODEL
 from ..sampling_state import Generation, Request, State
 from .masked_kind import MASKED, mask_options, plan
 from .text_kind import PlannedForward

@@ -22,7 +22,7 @@ from ..canvas_sampler import fill_canvases
 from ..decoding import Sampling
 from ..loss import noise_level_curve
 from ..models.backbone import Backbone
-from ..models.model_traits import CANVAS_MODEL
+from ..models.model_classes import CANVAS_MODEL
 from ..prompt_places import prompt_positions
 from ..sampling_state import Generation, Request
 from ..text_lengths import check_canvas

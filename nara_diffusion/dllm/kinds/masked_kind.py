@@ -20,7 +20,7 @@ from ..loss import batch_loss, masked_diffusion_loss, noise_level_curve
 from ..masked_sampler import WholeText
 from ..masking import mask_answers
 from ..models.backbone import Backbone
-from ..models.model_traits import MASKED_MODEL
+from ..models.model_classes import MASKED_MODEL
 from ..sampling_state import Generation, Request, State
 from .text_kind import PlannedForward, TextKind
 

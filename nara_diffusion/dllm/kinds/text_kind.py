@@ -16,7 +16,7 @@ from ..canvas_loss import BlockDiffusionLoss
 from ..decoding import Sampling
 from ..loss import MaskedDiffusionLoss
 from ..models.backbone import Backbone
-from ..models.model_traits import ModelTraits
+from ..models.model_classes import ModelTraits
 from ..preference_loss import PreferenceLoss
 from ..sampling_state import Generation, Request
 

@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from .model_traits import traits_of
-from .shifted_logits import ShiftedQwen2ForCausalLM
+from .model_classes import ShiftedQwen2ForCausalLM, traits_of
 
 # Configuration fields of transformers that change logits after the head.
 _LOGIT_FIELDS = (

@@ -48,7 +48,6 @@ from nara_diffusion.utils.quantised import check_roundable, quantization
 from nara_diffusion.utils.repositories import naming_source
 
 from . import config_fields
-from .block_causal import LLaDA2ForCausalLM
 from .llada_format import KEY_MAPPING, checkpoint_name, llama_fields
 from .mixture_formats import (
     LLaDA2MoeConfig,
@@ -56,6 +55,7 @@ from .mixture_formats import (
     qwen3_moe_fields,
     register_conversions,
 )
+from .model_classes import LLaDA2ForCausalLM
 from .qwen_formats import FORMATS, qwen_class_and_fields
 from .tokenizer_loading import find_mask_token, load_tokenizer, set_special_tokens
 

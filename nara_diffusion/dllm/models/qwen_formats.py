@@ -23,13 +23,13 @@ from transformers import (
 )
 
 from . import config_fields
-from .block_causal import (
+from .model_classes import (
     BlockQwen2ForCausalLM,
     BlockQwen3ForCausalLM,
     BlockQwen3MoeForCausalLM,
     ShiftedBlockQwen2ForCausalLM,
+    ShiftedQwen2ForCausalLM,
 )
-from .shifted_logits import ShiftedQwen2ForCausalLM
 
 
 @dataclass(frozen=True)

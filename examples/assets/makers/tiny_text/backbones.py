@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
 from nara_diffusion.dllm.models.llada_format import checkpoint_name
-from nara_diffusion.dllm.models.shifted_logits import ShiftedQwen2ForCausalLM
+from nara_diffusion.dllm.models.model_classes import ShiftedQwen2ForCausalLM
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
