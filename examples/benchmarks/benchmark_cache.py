@@ -37,7 +37,7 @@ from transformers import (
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dllm import generate
-from nara_diffusion.dllm.models.mixture_formats import LLaDA2MoeConfig
+from nara_diffusion.dllm.models.checkpoint_formats import LLaDA2MoeConfig
 from nara_diffusion.dllm.models.model_classes import LLaDA2ForCausalLM
 from nara_diffusion.noise.sources import BLOCK_SHARE
 
