@@ -25,12 +25,14 @@ from transformers import DynamicCache
 
 from nara_diffusion.noise.context import find_holders
 
+from .decoding import Sampling
+from .masked_sampler import Generation, GenerationStep, State, WholeText
+from .models.backbone import Backbone
 from .models.forward_rows import conditioned
 from .models.model_classes import CACHE
-from .sampling_state import GenerationStep, State
 
 
-class BlockText:
+class BlockText(WholeText):
     """Read a text up to its active block. λ is the masked share of the answer in that block.
 
     Args:
@@ -57,13 +59,6 @@ class BlockText:
         size = state.are_answers(positions).sum(1).clamp(min=1)
         return state.masked_at(positions).sum(1).float() / size
 
-    def sizes(self, state: State) -> set[int]:
-        in_first = {
-            self.block_length - start % self.block_length for start in state.starts.tolist()
-        }
-        in_last = {self.block_length - size for size in in_first} - {0}
-        return {self.block_length} | in_first | in_last
-
     def logits(self, state: State, rows: Tensor, positions: Tensor, level: Tensor) -> Tensor:
         end = self.start + self.block_length
         clean = (self.start - self.cached) // self.block_length  # blocks
@@ -88,22 +83,30 @@ class BlockText:
 
 
 def fill_blocks(
-    state: State, on_step_end: Callable[[GenerationStep], None] | None, use_cache: bool
-) -> None:
-    """Fill all masks of `state`, block by block.
+    backbone: Backbone,
+    sampling: Sampling,
+    *,
+    use_cache: bool | None,
+    on_step_end: Callable[[GenerationStep], None] | None,
+    **texts: Any,
+) -> Generation:
+    """Answer prompts, block by block; see `generate`. `texts` are arguments of `State`.
 
     Raises:
         ValueError: there is a cache, and an adapter was trained with one λ for each sample.
     """
-    if use_cache:
-        _check_parts(state.backbone.model)
-    block_length, width = state.sampling.block, state.sequences.shape[1]
-    to_whole_blocks = (0, -width % block_length)
+    if use_cache is not False:
+        _check_parts(backbone.model)
+    state = State(backbone, sampling, **texts)
+    width = state.sequences.shape[1]
+    to_whole_blocks = (0, -width % sampling.block)
     real = state.attention_mask
     real = torch.ones_like(state.sequences) if real is None else real
     state.sequences = F.pad(state.sequences, to_whole_blocks)
-    state.fill(BlockText(F.pad(real, to_whole_blocks), block_length, use_cache), on_step_end)
+    reader = BlockText(F.pad(real, to_whole_blocks), sampling.block, use_cache is not False)
+    state.fill(reader, on_step_end)
     state.sequences = state.sequences[:, :width]
+    return state.generation()
 
 
 def _check_parts(model: nn.Module) -> None:

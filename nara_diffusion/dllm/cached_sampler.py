@@ -27,11 +27,10 @@ from transformers import DynamicCache
 from nara_diffusion.noise.blocks import attention_argument
 
 from .decoding import Sampling
-from .masked_sampler import WholeText
+from .masked_sampler import State, WholeText
 from .models.backbone import Backbone
 from .models.forward_rows import conditioned
 from .models.model_classes import CACHE
-from .sampling_state import State
 
 
 class TextCache(DynamicCache):
