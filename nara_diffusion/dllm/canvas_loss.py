@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from nara_diffusion.noise.blocks import attention_argument
 
 from .canvas_corruption import CanvasBatch, corrupt_canvases
 from .loss import by_chunks, token_cross_entropy
@@ -146,39 +147,22 @@ def decoder_inputs(model: DiffusionGemmaForBlockDiffusion, batch: CanvasBatch) -
     }
 
 
-def _prefix_masks(
-    model: DiffusionGemmaForBlockDiffusion, batch: CanvasBatch
-) -> dict[str, Tensor | None]:
-    """Return, for each type of layer, the mask of the keys that a canvas sees, (b, 1, c, l + c)."""
+def _prefix_masks(model: DiffusionGemmaForBlockDiffusion, batch: CanvasBatch) -> dict[str, Tensor]:
+    """Return, for each type of layer, the mask of the keys that a canvas sees, (b, 1, c, l + c).
+
+    A canvas sees itself, and a window of tokens before its start.
+    """
     text: Any = model.config.get_text_config()
-    length = batch.input_ids.shape[1]
-    make_mask = ALL_MASK_ATTENTION_FUNCTIONS[text._attn_implementation]
-    windows = {"full_attention": length, "sliding_attention": text.sliding_window - 1}
+    (b, c), length = batch.canvas.shape, batch.input_ids.shape[1]
+    keys = torch.arange(length + c, device=batch.canvas.device)
+    starts = batch.starts[:, None, None, None]
     masks = {}
-    for kind in set(text.layer_types):
-        masks[kind] = make_mask(
-            batch_size=len(batch.canvas),
-            q_length=batch.canvas.shape[1],
-            kv_length=length + batch.canvas.shape[1],
-            q_offset=length,
-            kv_offset=0,
-            mask_function=_prefix_and_canvas(batch.starts, length, windows[kind]),
-            attention_mask=None,
-            allow_is_causal_skip=False,
-            dtype=model.dtype,
-            device=batch.canvas.device,
-        )
+    windows = {"full_attention": length, "sliding_attention": text.sliding_window - 1}
+    for kind, window in windows.items():
+        is_prefix = (keys < starts) & (keys >= starts - window)
+        seen = (is_prefix | (keys >= length)).expand(b, 1, c, -1)
+        masks[kind] = attention_argument(seen, text._attn_implementation, model.dtype)
     return masks
-
-
-def _prefix_and_canvas(starts: Tensor, length: int, window: int) -> Any:
-    """Return the mask function: a canvas sees itself, and `window` tokens before its start."""
-
-    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        start = starts[row]
-        return (key >= length) | ((key < start) & (key >= start - window))
-
-    return sees
 
 
 def _next_token_loss(

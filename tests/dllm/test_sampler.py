@@ -170,7 +170,7 @@ def test_generate_refuses_impossible_settings_by_name(pair: Any) -> None:
     for options, message in [
         ({"block_length": 3}, "block_length 3 has to divide"),
         ({"block_length": 4, "steps": 3}, "steps is 3 and there are 2 blocks"),
-        ({"remasking": "entropie"}, "remasking is 'entropie', expected one of 'low_confidence', .*'entropy'"),
+        ({"remasking": "entropie"}, "remasking is 'entropie', expected one of .'low_confidence', .*'entropy'"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"top_p": 0.0}, "top_p is 0.0, expected more than 0"),
         ({"gen_length": 62}, "positions"),
