@@ -20,10 +20,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
-
-from nara_diffusion.noise.context import find_holders
 
 from .decoding import Sampling
 from .masked_sampler import Generation, GenerationStep, State, WholeText
@@ -90,13 +88,7 @@ def fill_blocks(
     on_step_end: Callable[[GenerationStep], None] | None,
     **texts: Any,
 ) -> Generation:
-    """Answer prompts, block by block; see `generate`. `texts` are arguments of `State`.
-
-    Raises:
-        ValueError: there is a cache, and an adapter was trained with one λ for each sample.
-    """
-    if use_cache is not False:
-        _check_parts(backbone.model)
+    """Answer prompts, block by block; see `generate`. `texts` are arguments of `State`."""
     state = State(backbone, sampling, **texts)
     width = state.sequences.shape[1]
     to_whole_blocks = (0, -width % sampling.block)
@@ -107,15 +99,3 @@ def fill_blocks(
     state.fill(reader, on_step_end)
     state.sequences = state.sequences[:, :width]
     return state.generation()
-
-
-def _check_parts(model: nn.Module) -> None:
-    """Raise ValueError for an active adapter that has only seen one λ for all blocks of a sample."""
-    for holder in find_holders(model):
-        for name in holder.noisy(holder.active_names()):
-            if getattr(holder.finder.configs[name], "noise_level_per", None) == "sample":
-                raise ValueError(
-                    f"Adapter '{name}' was trained with one λ for each sample (its noise_level_per is "
-                    "'sample'), and cached blocks stay at λ = 0: pass use_cache=False to generate, or "
-                    "train it with λ for each block (train_scripts/dllm.py)."
-                )

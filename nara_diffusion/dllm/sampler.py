@@ -69,10 +69,10 @@ def generate(
 
     Raises:
         ValueError: an argument is invalid, a prompt contains the mask token, it is empty and the
-            model predicts the next token (Dream), the canvas is longer
-            than the model's positions, there is a cache but no attention by blocks or no λ for
-            each block in training, the adapter was trained with a λ that isn't the masked share
-            (for LLaDA2, that of each block), or DiffusionGemma's sampler doesn't support a setting.
+            model predicts the next token (Dream), the canvas is longer than the model's positions,
+            there is a cache but no attention by blocks, the adapter was trained with a λ that isn't
+            the masked share (for LLaDA2, that of each block), or DiffusionGemma's sampler doesn't
+            support a setting.
     """
     is_tensor = isinstance(input_ids, torch.Tensor)
     if not is_tensor or input_ids.ndim != 2 or input_ids.is_floating_point():
