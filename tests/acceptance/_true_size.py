@@ -14,8 +14,7 @@ from transformers import DynamicCache
 
 from nara_diffusion import noise_level
 from nara_diffusion.dllm import masked_diffusion_loss
-from nara_diffusion.dllm.canvas_corruption import CanvasBatch, corrupt_canvases
-from nara_diffusion.dllm.canvas_loss import canvas_loss
+from nara_diffusion.dllm.canvas_loss import CanvasBatch, canvas_loss, corrupt_canvases
 from nara_diffusion.dllm.decoding import Sampling
 from nara_diffusion.dllm.masked_sampler import State, WholeText
 from nara_diffusion.dllm.models.backbone import Backbone

@@ -16,8 +16,7 @@ from torch import nn
 from nara_flags.text import TextFlags
 
 from ..batches import AnswerCollator
-from ..canvas_corruption import corrupt_canvases
-from ..canvas_loss import block_diffusion_loss, canvas_loss
+from ..canvas_loss import block_diffusion_loss, canvas_loss, corrupt_canvases
 from ..canvas_sampler import fill_canvases
 from ..decoding import Sampling
 from ..loss import noise_level_curve
