@@ -37,8 +37,8 @@ from transformers import (
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dllm import generate
-from nara_diffusion.dllm.models.block_causal import LLaDA2ForCausalLM
-from nara_diffusion.dllm.models.mixture_formats import LLaDA2MoeConfig
+from nara_diffusion.dllm.models.checkpoint_formats import LLaDA2MoeConfig
+from nara_diffusion.dllm.models.model_classes import LLaDA2ForCausalLM
 from nara_diffusion.noise.sources import BLOCK_SHARE
 
 BLOCK = 32

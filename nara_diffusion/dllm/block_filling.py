@@ -20,17 +20,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
-from nara_diffusion.noise.context import find_holders
-
-from .models.block_causal import CACHE
+from .decoding import Sampling
+from .masked_sampler import Generation, GenerationStep, State, WholeText
+from .models.backbone import Backbone
 from .models.forward_rows import conditioned
-from .sampling_state import GenerationStep, State
+from .models.model_classes import CACHE
 
 
-class BlockText:
+class BlockText(WholeText):
     """Read a text up to its active block. λ is the masked share of the answer in that block.
 
     Args:
@@ -57,13 +57,6 @@ class BlockText:
         size = state.are_answers(positions).sum(1).clamp(min=1)
         return state.masked_at(positions).sum(1).float() / size
 
-    def sizes(self, state: State) -> set[int]:
-        in_first = {
-            self.block_length - start % self.block_length for start in state.starts.tolist()
-        }
-        in_last = {self.block_length - size for size in in_first} - {0}
-        return {self.block_length} | in_first | in_last
-
     def logits(self, state: State, rows: Tensor, positions: Tensor, level: Tensor) -> Tensor:
         end = self.start + self.block_length
         clean = (self.start - self.cached) // self.block_length  # blocks
@@ -88,31 +81,21 @@ class BlockText:
 
 
 def fill_blocks(
-    state: State, on_step_end: Callable[[GenerationStep], None] | None, use_cache: bool
-) -> None:
-    """Fill all masks of `state`, block by block.
-
-    Raises:
-        ValueError: there is a cache, and an adapter was trained with one λ for each sample.
-    """
-    if use_cache:
-        _check_parts(state.backbone.model)
-    block_length, width = state.sampling.block, state.sequences.shape[1]
-    to_whole_blocks = (0, -width % block_length)
+    backbone: Backbone,
+    sampling: Sampling,
+    *,
+    use_cache: bool | None,
+    on_step_end: Callable[[GenerationStep], None] | None,
+    **texts: Any,
+) -> Generation:
+    """Answer prompts, block by block; see `generate`. `texts` are arguments of `State`."""
+    state = State(backbone, sampling, **texts)
+    width = state.sequences.shape[1]
+    to_whole_blocks = (0, -width % sampling.block)
     real = state.attention_mask
     real = torch.ones_like(state.sequences) if real is None else real
     state.sequences = F.pad(state.sequences, to_whole_blocks)
-    state.fill(BlockText(F.pad(real, to_whole_blocks), block_length, use_cache), on_step_end)
+    reader = BlockText(F.pad(real, to_whole_blocks), sampling.block, use_cache is not False)
+    state.fill(reader, on_step_end)
     state.sequences = state.sequences[:, :width]
-
-
-def _check_parts(model: nn.Module) -> None:
-    """Raise ValueError for an active adapter that has only seen one λ for all blocks of a sample."""
-    for holder in find_holders(model):
-        for name in holder.noisy(holder.active_names()):
-            if getattr(holder.finder.configs[name], "noise_level_per", None) == "sample":
-                raise ValueError(
-                    f"Adapter '{name}' was trained with one λ for each sample (its noise_level_per is "
-                    "'sample'), and cached blocks stay at λ = 0: pass use_cache=False to generate, or "
-                    "train it with λ for each block (train_scripts/dllm.py)."
-                )
+    return state.generation()

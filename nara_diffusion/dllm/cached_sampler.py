@@ -27,11 +27,10 @@ from transformers import DynamicCache
 from nara_diffusion.noise.blocks import attention_argument
 
 from .decoding import Sampling
-from .masked_sampler import WholeText
+from .masked_sampler import State, WholeText
 from .models.backbone import Backbone
-from .models.block_causal import CACHE
 from .models.forward_rows import conditioned
-from .sampling_state import State
+from .models.model_classes import CACHE
 
 
 class TextCache(DynamicCache):
@@ -79,16 +78,19 @@ class CachedText(WholeText):
 
     def __init__(self, backbone: Backbone, sampling: Sampling) -> None:
         model = backbone.language_model
-        problem = ""
-        if sampling.block_length is None:
-            problem = "tokens are placed in any order without blocks: give block_length, or leave cache out"
-        elif backbone.virtual_tokens:
-            problem = "the adapter puts virtual tokens before a text: leave cache out"
-        elif model is None or not model.can_generate():
-            kind = type(backbone.model if model is None else model).__name__
-            problem = f"{kind} keeps no keys and values: leave cache out"
-        if problem:
-            raise ValueError(f"cache is {sampling.cache!r}, but {problem}.")
+        kind = type(backbone.model if model is None else model).__name__
+        problems = {
+            "tokens are placed in any order without blocks: give block_length, or leave cache out": (
+                sampling.block_length is None
+            ),
+            "the adapter puts virtual tokens before a text: leave cache out": backbone.virtual_tokens,
+            f"{kind} keeps no keys and values: leave cache out": (
+                model is None or not model.can_generate()
+            ),
+        }
+        for problem, is_present in problems.items():
+            if is_present:
+                raise ValueError(f"cache is {sampling.cache!r}, but {problem}.")
         self.keeps_suffix = sampling.cache == "dual"
         self.cache: TextCache | None = None  # from the second step of a block on
         self.start = 0  # of the block in the answer

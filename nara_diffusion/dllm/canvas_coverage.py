@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 from nara_diffusion.utils.data_order import ShuffledStream
@@ -19,15 +18,12 @@ def trained_canvas(
     batch_size: int,
     gen_length: int,
     block_length: int,
-    has_clean_copies: bool = False,
 ) -> tuple[str, list[str]]:
     """Compare the canvas of generation with the part of it that training covers.
 
     Args:
         stream: the training stream. Only the first samples are read.
         batch_size: the number of samples of a forward.
-        has_clean_copies: whether a forward reads the blocks of the answers beside clean copies of
-            the text (`noise.blocks`).
 
     Returns:
         A line for the run's facts, and warnings. There is a warning if generation goes beyond the
@@ -37,23 +33,12 @@ def trained_canvas(
     prompts = [row["prompt_length"] for row in rows]
     answers = [len(row["input_ids"]) - row["prompt_length"] for row in rows]
     trained: list[int] = []
-    positions = 0  # with all padding
     for first in range(0, len(rows), batch_size):
-        batch = rows[first : first + batch_size]
-        ends = collator.answer_lengths(batch)
-        trained += ends
-        width = max(map(operator.add, prompts[first:], ends))
-        if has_clean_copies:
-            start = min(prompts[first : first + batch_size]) // block_length * block_length
-            width += -width % block_length
-            width += width - start - block_length
-        positions += len(batch) * width
+        trained += collator.answer_lengths(rows[first : first + batch_size])
     padding = f"(trained_padding {collator.trained_padding})"
     fact = (
         f"prompts {_span(prompts)}, answers {_span(answers)}, trained to {_span(trained)} tokens "
-        f"{padding}, {positions / len(rows):.0f} positions a sample, "
-        f"{positions / sum(prompts + answers):.2f} a token; "
-        f"gen_length {gen_length} in {counted(gen_length // block_length, 'block')}"
+        f"{padding}; gen_length {gen_length} in {counted(gen_length // block_length, 'block')}"
     )
     short, long = [], []
     for row, answer, end in zip(rows, answers, trained, strict=True):

@@ -84,47 +84,43 @@ class Sampling:
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        self._check_lengths()
-        for name in ("temperature", "cfg_scale"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}, expected more than 0 and at most 1")
-        if self.remasking not in REMASKING:
-            expected = ", ".join(map(repr, REMASKING))
-            raise ValueError(f"remasking is {self.remasking!r}, expected one of {expected}")
-        if self.cache not in (None, *CACHES):
-            raise ValueError(f"cache is {self.cache!r}, expected 'prefix' or 'dual', or None")
-        if self.cache and self.cfg_scale:
-            raise ValueError(
-                f"cache is {self.cache!r} and cfg_scale is {self.cfg_scale}, but a cache has no keys "
-                "and values of texts with masked prompts: leave one of them out"
-            )
-        self._check_rule()
-
-    def _check_lengths(self) -> None:
-        block, length = self.block, self.gen_length
-        if block < 1 or length < 1 or length % block:
-            raise ValueError(f"block_length {block} has to divide gen_length {length}")
-        blocks = length // block
-        if self.steps is not None and (self.steps < blocks or self.steps % blocks):
-            raise ValueError(
-                f"steps is {self.steps} and there are {blocks} blocks: pass a multiple of "
-                f"{blocks}, e.g. {blocks} or {length}"
-            )
-
-    def _check_rule(self) -> None:
-        """Raise ValueError if there are several rules, or the rule doesn't fit `remasking`."""
-        rules = self.rules
-        if len(rules) > 1:
-            raise ValueError(
-                f"{' and '.join(rules)} each say how many tokens a step places: give one of them"
-            )
+        length, steps, rules = self.gen_length, self.steps, self.rules
+        blocks = length // max(self.block, 1)
+        problems = {
+            f"block_length {self.block} has to divide gen_length {length}": (
+                self.block < 1 or length < 1 or length % self.block
+            ),
+            f"steps is {steps} and there are {blocks} blocks: pass a multiple of {blocks}, e.g. "
+            f"{blocks} or {length}": blocks and steps is not None and (not steps or steps % blocks),
+            f"temperature is {self.temperature}, expected 0 or more": (
+                not 0 <= self.temperature < float("inf")
+            ),
+            f"cfg_scale is {self.cfg_scale}, expected 0 or more": not self.cfg_scale >= 0,
+            f"top_p is {self.top_p}, expected more than 0 and at most 1": (
+                self.top_p is not None and not 0 < self.top_p <= 1
+            ),
+            f"remasking is {self.remasking!r}, expected one of {REMASKING}": (
+                self.remasking not in REMASKING
+            ),
+            f"cache is {self.cache!r}, expected 'prefix' or 'dual', or None": (
+                self.cache not in (None, *CACHES)
+            ),
+            f"cache is {self.cache!r} and cfg_scale is {self.cfg_scale}, but a cache has no keys and "
+            "values of texts with masked prompts: leave one of them out": (
+                self.cache and self.cfg_scale
+            ),
+            f"{' and '.join(rules)} each say how many tokens a step places: give one of them": (
+                len(rules) > 1
+            ),
+        }
+        for problem, is_present in problems.items():
+            if is_present:
+                raise ValueError(problem)
         for rule in rules:
             if self.remasking not in _ORDERS[rule]:
-                expected = " or ".join(_ORDERS[rule])
                 raise ValueError(
-                    f"{rule} goes with remasking {expected}, and it is {self.remasking!r}"
+                    f"{rule} goes with remasking {' or '.join(_ORDERS[rule])}, and it is "
+                    f"{self.remasking!r}"
                 )
 
     @property
@@ -193,7 +189,13 @@ class Sampling:
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         shaped = self._shaped(logits)
-        tokens = self._tokens(shaped, uniform)
+        tokens = shaped.argmax(-1)
+        if self.temperature > 0:
+            # The Gumbel noise is float64. At lower precision it takes too few values, and samples
+            # get visibly worse (arXiv 2409.02908).
+            draws = uniform(*shaped.shape[1:], dtype=torch.float64)
+            draws = draws.clamp(min=torch.finfo(torch.float64).tiny)
+            tokens = (shaped.double() - torch.log(-torch.log(draws))).argmax(-1)
         if len(last):
             logits = logits.index_fill(-1, last, float("-inf"))
             shaped = self._shaped(logits)
@@ -206,16 +208,6 @@ class Sampling:
         score, order = score.sort(dim=1, descending=True, stable=True)
         best = self._best(score, shaped, order, count)
         return tokens, torch.zeros_like(masked).scatter(1, order, best) & masked
-
-    def _tokens(self, shaped: torch.Tensor, uniform: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """Return the predicted tokens (a, k): the likeliest ones, or a sample of q."""
-        if self.temperature == 0:
-            return shaped.argmax(-1)
-        # The Gumbel noise is float64. At lower precision it takes too few values, and samples get
-        # visibly worse (arXiv 2409.02908).
-        draws = uniform(*shaped.shape[1:], dtype=torch.float64)
-        draws = draws.clamp(min=torch.finfo(torch.float64).tiny)
-        return (shaped.double() - torch.log(-torch.log(draws))).argmax(-1)
 
     def _best(
         self, score: torch.Tensor, shaped: torch.Tensor, order: torch.Tensor, count: int

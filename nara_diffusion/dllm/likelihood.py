@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from math import comb
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,14 +24,6 @@ from .loss import masked_cross_entropy
 from .masking import MaskedBatch
 from .models.backbone import Backbone, evaluating, without_ddp
 from .tokenizer import mask_in_a_text
-
-
-class _Task(NamedTuple):
-    """A mask (l,) of a row, with its weight in the row's estimate."""
-
-    row: int
-    mask: torch.Tensor
-    weight: float
 
 
 def log_likelihood(
@@ -87,37 +78,35 @@ def log_likelihood(
     if holding.any():
         raise ValueError(f"row {int(holding.nonzero()[0])} {mask_in_a_text(mask)}")
     indices = range(len(input_ids)) if sample_indices is None else sample_indices
-    by_length = _tasks(answers, indices, samples, seed)
-    bounds = torch.zeros(len(input_ids), dtype=torch.float64, device=input_ids.device)
+    widths = until_end.sum(1).tolist()  # of prompt and answer
+    device = input_ids.device
+    bounds = torch.zeros(len(input_ids), dtype=torch.float64, device=device)
     mode = nullcontext() if differentiable else evaluating(model)
     with torch.set_grad_enabled(differentiable), mode:
-        for width, tasks in by_length.items():
-            for start in range(0, len(tasks), batch_size):
-                chosen = tasks[start : start + batch_size]
-                rows = torch.tensor([task.row for task in chosen], device=input_ids.device)
-                masked = torch.stack([task.mask for task in chosen])[:, :width]  # (s, width)
+        for width in set(widths):  # no text needs padding
+            masks, weights, sources = [], [], []
+            for row, index in enumerate(indices):
+                if widths[row] == width:
+                    random = np.random.default_rng((seed, index))
+                    of_row, shares = weighted_masks(answers[row, :width], samples, random)
+                    masks += of_row
+                    weights += shares
+                    sources += [row] * len(of_row)
+            for start in range(0, len(masks), batch_size):
+                chosen = slice(start, start + batch_size)
+                rows, masked = (
+                    torch.tensor(sources[chosen], device=device),
+                    torch.stack(masks[chosen]),
+                )
                 targets, answer = input_ids[rows, :width], answers[rows, :width]
                 share = masked.sum(1).float() / answer.sum(1)  # (s,), λ
                 seen = targets.masked_fill(masked, mask)
                 batch = MaskedBatch(seen, targets, masked, answer, share, None)
                 losses = masked_cross_entropy(model, batch, cfg_scale=cfg_scale, mask_token_id=mask)
-                loss = losses.double().sum(1)  # (s,)
-                weights = loss.new_tensor([task.weight for task in chosen])
-                bounds.index_add_(0, rows, -loss * weights / share.double())
+                weight = torch.stack(weights[chosen]).to(device)
+                loss = losses.double().sum(1) / share.double()  # (s,)
+                bounds.index_add_(0, rows, -loss * weight)
     return bounds
-
-
-def _tasks(
-    answers: torch.Tensor, indices: Sequence[int], samples: int, seed: int
-) -> dict[int, list[_Task]]:
-    """Return the masks to run, grouped by the length of the text so that none needs padding."""
-    by_length: dict[int, list[_Task]] = {}
-    for row, (answer, index) in enumerate(zip(answers, indices, strict=True)):
-        masks, weights = weighted_masks(answer, samples, np.random.default_rng((seed, index)))
-        tasks = by_length.setdefault(int(answer.nonzero().max()) + 1, [])
-        for mask, weight in zip(masks, weights.tolist(), strict=True):
-            tasks.append(_Task(row, mask, weight))
-    return by_length
 
 
 def weighted_masks(

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from .batches import AnswerCollator, batches_of
 from .masking import MaskedBatch, mask_answers
 from .models.backbone import Backbone, evaluating, without_ddp
-from .models.forward_rows import ForwardRows, conditioned, guided
+from .models.forward_rows import conditioned, guided, rows_of_guidance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,17 +134,16 @@ def masked_cross_entropy(
             "predicts the first: begin the row with a BOS token, and count it in prompt_lengths"
         )
     level = batch.noise_level if batch.forward_level is None else batch.forward_level
-    rows = ForwardRows(batch.input_ids, batch.attention_mask, level)
+    ids, padding = batch.input_ids, batch.attention_mask
     if cfg_scale > 0:
         is_prompt = batch.answer.cumsum(1) == 0  # (b, l)
-        rows = rows.with_masked_prompts(is_prompt, backbone.mask_token_id(mask_token_id))
-    with conditioned(model, rows.noise_level):
+        mask = backbone.mask_token_id(mask_token_id)
+        ids, padding, level = rows_of_guidance(ids, padding, level, is_prompt, mask)
+    with conditioned(model, level):
         head = None if chunk_size is None else backbone.head
         # an adapted head needs whole rows, each with its λ
         if head is None or chunk_size is None or hasattr(head, "lora_A"):
-            logits = backbone.logits(
-                rows.input_ids, rows.attention_mask, position_ids=batch.position_ids
-            )
+            logits = backbone.logits(ids, padding, position_ids=batch.position_ids)
             logits = guided(_by_prompt(logits, batch), cfg_scale)  # (b, l, v)
             return token_cross_entropy(logits, batch.targets) * batch.masked
 
@@ -152,7 +151,6 @@ def masked_cross_entropy(
             hidden = _by_prompt(hidden, batch)
             return _chunked_losses(head, hidden, batch, chunk_size, cfg_scale)
 
-        ids, padding = rows.input_ids, rows.attention_mask
         return backbone.losses_in_place_of_logits(head, ids, padding, losses_of, batch.position_ids)
 
 

@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .decoding import Sampling
 from .kinds import kind_of
+from .masked_sampler import Generation, GenerationStep
 from .models.backbone import Backbone, evaluating, without_ddp
-from .sampling_state import Generation, GenerationStep, Request
 
 
 @torch.no_grad()
@@ -69,10 +69,10 @@ def generate(
 
     Raises:
         ValueError: an argument is invalid, a prompt contains the mask token, it is empty and the
-            model predicts the next token (Dream), the canvas is longer
-            than the model's positions, there is a cache but no attention by blocks or no λ for
-            each block in training, the adapter was trained with a λ that isn't the masked share
-            (for LLaDA2, that of each block), or DiffusionGemma's sampler doesn't support a setting.
+            model predicts the next token (Dream), the canvas is longer than the model's positions,
+            there is a cache but no attention by blocks, the adapter was trained with a λ that isn't
+            the masked share (for LLaDA2, that of each block), or DiffusionGemma's sampler doesn't
+            support a setting.
     """
     is_tensor = isinstance(input_ids, torch.Tensor)
     if not is_tensor or input_ids.ndim != 2 or input_ids.is_floating_point():
@@ -82,32 +82,26 @@ def generate(
         )
     backbone = Backbone(without_ddp(model))
     kind = kind_of(backbone)
-    configured = _token_list(backbone.configured("eos_token_id"))
-    ends = configured if eos_token_id is None else _token_list(eos_token_id)
+    if eos_token_id is None:
+        eos_token_id = backbone.configured("eos_token_id")
     if pad_token_id is None:
         pad_token_id = backbone.configured("pad_token_id")
-    request = Request(
-        backbone=backbone,
-        sampling=kind.sampling(backbone, Sampling(**settings), chat),
-        input_ids=input_ids,
-        prompt_lengths=prompt_lengths,
-        attention_mask=attention_mask,
-        mask_token_id=mask_token_id,
-        ends=ends,
-        stops=ends if stop_at_eos else [],
-        configured_ends=configured,
-        pad_token_id=pad_token_id,
-        generator=generator,
-        use_cache=use_cache,
-        on_step_end=on_step_end,
-    )
     with evaluating(backbone.model):
-        generation = kind.generate(request)
+        generation = kind.generate(
+            backbone,
+            kind.sampling(backbone, Sampling(**settings), chat),
+            input_ids=input_ids,
+            prompt_lengths=prompt_lengths,
+            attention_mask=attention_mask,
+            mask_token_id=mask_token_id,
+            eos_token_id=eos_token_id,
+            stop_at_eos=stop_at_eos,
+            pad_token_id=pad_token_id,
+            generator=generator,
+            use_cache=use_cache,
+            on_step_end=on_step_end,
+        )
     return generation if return_stats else generation.sequences
-
-
-def _token_list(ids: int | Sequence[int] | None) -> list[int]:
-    return [] if ids is None else torch.as_tensor(ids).reshape(-1).tolist()
 
 
 def answer_prompts(

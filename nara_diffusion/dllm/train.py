@@ -169,7 +169,6 @@ def run_facts(
         args.train_batch_size,
         args.gen_length,
         setup.base.sampling.block,
-        has_clean_copies=setup.base.kind.traits.attends_by_blocks,
     )
     _warn(run, warnings)
     training, validation = data.descriptions

@@ -79,8 +79,7 @@ class CoreChannel:
         rows: the description of how the model's layers see its batch.
 
     Attributes:
-        local: thread-local storage with the attributes `pushed`, a `Pushed` or None, and `plan`,
-            the planned levels inside `CoreHolder.planning`.
+        local: thread-local storage with the attribute `pushed`, a `Pushed` or None.
     """
 
     def __init__(self, holder: CoreSource, rows: ModelRows) -> None:

@@ -16,8 +16,6 @@ layer of an adapter names the cores among its own modules (`adapter_layer_names`
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -39,7 +37,6 @@ from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from .checkpointing import pass_cores, pass_no_cores
 from .finder import LevelFinder
 from .merging import Merging
-from .planned_levels import PlannedLevels
 
 _CORES_OF_LAYER = "nara_cores"
 """The attribute of an adapter's first layer that names its cores: {adapter: cores}."""
@@ -205,13 +202,7 @@ class CoreHolder(nn.Module):
             level = torch.zeros(1)
         elif noisy:
             level, parts = self.finder.level_of_forward(noisy, entry, args, kwargs)
-        plan: PlannedLevels | None = getattr(self.channel.local, "plan", None)
-        deviations = None
-        if plan is not None and level is not None:
-            sources = [(name, self.cores[name], self.schedules.get(name)) for name in names]
-            deviations = plan.deviations(level, sources, partial(self.deviations_of, names))
-        if deviations is None:
-            deviations = self.deviations_of(names, level)
+        deviations = self.deviations_of(names, level)
         device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         if device is not None and device.type != "cpu":  # once for all layers
             for key, D in deviations.items():
@@ -232,16 +223,6 @@ class CoreHolder(nn.Module):
             self.finder.usage.warn_of_sampling(sampled)
         if merged is not None and entry is None:
             self.merging.warn_of_source(merged, self.finder, args, kwargs)
-
-    @contextmanager
-    def planning(self, levels: Tensor) -> Iterator[None]:
-        """Inside, in this thread, compute D(λ) of all these `levels` (n,) at once."""
-        local = self.channel.local
-        former, local.plan = getattr(local, "plan", None), PlannedLevels(levels)
-        try:
-            yield
-        finally:
-            local.plan = former
 
     def context(self) -> Entry | None:
         """Return the innermost open `noise_level(…)` of this model, or None if there is none."""

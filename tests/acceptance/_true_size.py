@@ -14,13 +14,11 @@ from transformers import DynamicCache
 
 from nara_diffusion import noise_level
 from nara_diffusion.dllm import masked_diffusion_loss
-from nara_diffusion.dllm.canvas_corruption import CanvasBatch, corrupt_canvases
-from nara_diffusion.dllm.canvas_loss import canvas_loss
+from nara_diffusion.dllm.canvas_loss import CanvasBatch, canvas_loss, corrupt_canvases
 from nara_diffusion.dllm.decoding import Sampling
-from nara_diffusion.dllm.masked_sampler import WholeText
+from nara_diffusion.dllm.masked_sampler import State, WholeText
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.models.pretrained import backbone_on_meta
-from nara_diffusion.dllm.sampling_state import Request, State
 from tests.acceptance._rehearsed import (
     Denoiser,
     Rehearsed,
@@ -62,9 +60,8 @@ class Text(Rehearsed):
         """Two prompts, guided; the host's read of the rows with a mask left is none of this step."""
         backbone, sampling = Backbone(model), Sampling(gen_length=128, block_length=32, cfg_scale=1.5)
         prompts = torch.ones(2, PROMPT, dtype=torch.long)
-        request: dict[str, Any] = {"mask_token_id": 0, "ends": [0], "stops": [0], "configured_ends": []}
         with unset_fake_temporarily():  # prompts are read on the host, before they are moved
-            state = State(Request(backbone=backbone, sampling=sampling, input_ids=prompts, **request))
+            state = State(backbone, sampling, prompts, mask_token_id=0, eos_token_id=0)
         for name, value in vars(state).items():
             setattr(state, name, value.to(device) if isinstance(value, Tensor) else value)
         reader, places = WholeText(), state.positions[:, :32]

@@ -22,9 +22,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.dllm import generate, load_backbone, masked_diffusion_loss
 from nara_diffusion.dllm.canvas_loss import block_diffusion_loss
-from nara_diffusion.dllm.models.shifted_logits import ShiftedQwen2ForCausalLM
+from nara_diffusion.dllm.masked_sampler import State
+from nara_diffusion.dllm.models.model_classes import ShiftedQwen2ForCausalLM
 from nara_diffusion.dllm.sampler import answer_prompts
-from nara_diffusion.dllm.sampling_state import State
 from nara_diffusion.dreambooth.caches import LatentCache, PromptCache
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, collate_samples
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser

@@ -146,8 +146,12 @@ def test_files_unlike_the_stock_class_are_refused(tmp_path: Path) -> None:
         ({"block_type": "sequential"}, None, "block_type"),
         ({"model_type": "mamba"}, None, "mamba"),
         ({"model_type": "qwen2", "use_sliding_window": True}, None, "use_sliding_window=True isn't supported"),
-        ({"n_layers": 3}, None, r"missing: model\.transformer\.blocks\.2"),
-        ({}, "model.transformer.blocks.0.q_proj.bias", r"model\.transformer\.blocks\.0\.q_proj\.bias"),
+        ({"n_layers": 3}, None, r"missing: model\.layers\.2"),
+        (
+            {},
+            "model.transformer.blocks.0.q_proj.bias",
+            r"not known to the model: model\.layers\.0\.self_attn\.q_proj\.bias",
+        ),
     ]:
         tensors = llada_names(stock_llama().state_dict()) | ({} if more is None else {more: torch.ones(24)})
         folder = write(tmp_path, tensors, LLADA_CONFIG | SPECIAL | change)

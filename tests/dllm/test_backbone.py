@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nara_diffusion.dllm import generate, masked_diffusion_loss
 from nara_diffusion.dllm.models.backbone import Backbone
-from nara_diffusion.dllm.models.shifted_logits import ShiftedQwen2ForCausalLM
+from nara_diffusion.dllm.models.model_classes import ShiftedQwen2ForCausalLM
 from tests.acceptance._text import backbone, nara
 
 VOCABULARY = 40
@@ -111,21 +111,13 @@ def test_models_with_unhookable_head_take_all_logits() -> None:
             torch.testing.assert_close(masked_diffusion_loss(other, **BATCH).loss, expected)
 
 
-def test_models_that_change_their_logits_are_refused() -> None:
-    class Doubled(LlamaForCausalLM):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            output = super().forward(*args, **kwargs)
-            output.logits = torch.cat([output.logits, output.logits], -1)
-            return output
-
+def test_models_that_pack_their_batch_are_refused() -> None:
     class Packed(LlamaForCausalLM):
         def forward(self, input_ids: Any, **kwargs: Any) -> Any:
             hidden = self.model(input_ids).last_hidden_state
             return CausalLMOutputWithPast(logits=self.lm_head(hidden.flatten(0, 1)).unflatten(0, input_ids.shape))
 
     config = backbone(VOCABULARY).config
-    with pytest.raises(ValueError, match=r"Doubled changes what its output head returns.*pass chunk_size=None"):
-        masked_diffusion_loss(Doubled(config), **BATCH)
     with pytest.raises(ValueError, match=r"shape \(42, 24\), expected \(3, 14, width\).* attn_implementation"):
         masked_diffusion_loss(Packed(config), **BATCH)
     with pytest.raises(ValueError, match="attn_implementation"):

@@ -25,8 +25,6 @@ from nara_diffusion.dllm import (
     masked_diffusion_loss,
     noise_level_curve,
 )
-from nara_diffusion.dllm.batches import GlobalBatchStream
-from nara_diffusion.dllm.canvas_coverage import trained_canvas
 from nara_diffusion.dllm.kinds.block_kind import BLOCKS
 from nara_diffusion.dllm.kinds.canvas_kind import CANVAS
 from nara_diffusion.dllm.kinds.masked_kind import MASKED
@@ -349,17 +347,3 @@ def test_likelihood_of_a_whole_text_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, LLADA2)
     with pytest.raises(ValueError, match="block by block"):
         log_likelihood(load_backbone(str(tmp_path))[0], IDS, [5, 2, 8])
-
-
-def test_facts_count_the_positions_of_clean_copies() -> None:
-    prompts, ends = [5, 9, 8, 13, 6], [11, 16, 10, 27, 14]
-    columns = {"input_ids": [[7] * end for end in ends], "prompt_length": prompts, "length": ends}
-    stream = GlobalBatchStream(Dataset.from_dict(columns | {"record": range(5), "instruction": ["a"] * 5}), 0, 2)
-    collator = AnswerCollator(1, "longest", 8)
-    positions = 0
-    for first in range(0, 5, 2):
-        rows = collator([stream[position] for position in range(first, min(first + 2, 5))])
-        lengths = {name: rows[name] for name in ("input_ids", "prompt_lengths", "answer_lengths")}
-        positions += mask_answers(**lengths, mask_token_id=MASK, seed=0, block_length=B).input_ids.numel()
-    fact, _ = trained_canvas(stream, collator, 2, 8, B, has_clean_copies=True)
-    assert f" {positions / 5:.0f} positions a sample, {positions / sum(ends):.2f} a token" in fact

@@ -12,7 +12,7 @@ from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
 from safetensors.torch import load_file
 
 from nara_diffusion.dllm import encode_prompts, load_backbone, prompt_text
-from nara_diffusion.dllm.models.block_causal import LLaDA2ForCausalLM
+from nara_diffusion.dllm.models.model_classes import LLaDA2ForCausalLM
 from nara_diffusion.dllm.sampler import answer_prompts
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dllm.train import main

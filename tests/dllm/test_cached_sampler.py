@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, Qwen2Config, Qwen2ForCausalLM
 
 from nara_diffusion.dllm import generate
-from nara_diffusion.dllm.models.shifted_logits import ShiftedQwen2ForCausalLM
+from nara_diffusion.dllm.models.model_classes import ShiftedQwen2ForCausalLM
 from tests.acceptance._noise_models import Stock
 from tests.acceptance._text import backbone, greedy, nara
 from tests.helpers.adapted import disturb, lora_config

@@ -7,7 +7,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 from nara_diffusion.dllm.models.backbone import Backbone
-from nara_diffusion.dllm.models.forward_rows import ForwardRows
+from nara_diffusion.dllm.models.forward_rows import rows_of_guidance
 from nara_diffusion.dllm.prompt_places import place_prompts
 from nara_diffusion.dllm.text_lengths import check_canvas, checked_lengths
 
@@ -66,13 +66,13 @@ def test_guidance_doubles_rows_and_masks_second_prompts() -> None:
     ids, padding = torch.tensor([[7, 8, MASK], [9, MASK, PAD]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
     level = torch.tensor([0.25, 0.75])
     is_prompt = torch.tensor([[True, True, False], [True, False, False]])
-    rows = ForwardRows(ids, padding, level).with_masked_prompts(is_prompt, MASK)
-    assert rows.input_ids.tolist() == [[7, 8, MASK], [9, MASK, PAD], [MASK] * 3, [MASK, MASK, PAD]]
-    assert rows.attention_mask is not None
-    assert rows.attention_mask.tolist() == padding.tolist() * 2
-    assert rows.noise_level.tolist() == [0.25, 0.75, 0.25, 0.75]
+    rows, real, levels = rows_of_guidance(ids, padding, level, is_prompt, MASK)
+    assert rows.tolist() == [[7, 8, MASK], [9, MASK, PAD], [MASK] * 3, [MASK, MASK, PAD]]
+    assert real is not None
+    assert real.tolist() == padding.tolist() * 2
+    assert levels.tolist() == [0.25, 0.75, 0.25, 0.75]
     assert ids.tolist() == [[7, 8, MASK], [9, MASK, PAD]]  # unchanged
-    assert ForwardRows(ids, None, level).with_masked_prompts(is_prompt, MASK).attention_mask is None
+    assert rows_of_guidance(ids, None, level, is_prompt, MASK)[1] is None
 
 
 def test_canvas_may_fill_exactly_the_models_positions(model: BertForMaskedLM) -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nara_diffusion.dllm.canvas_corruption import CanvasBatch, corrupt_canvases
+from nara_diffusion.dllm.canvas_loss import CanvasBatch, corrupt_canvases
 from nara_diffusion.dllm.mask_draws import draw_noise_levels
 
 CANVAS, VOCABULARY = 5, 1000

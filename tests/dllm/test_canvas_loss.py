@@ -4,10 +4,9 @@ from transformers import DynamicCache
 from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaModel
 
 from nara_diffusion.dllm.batches import AnswerCollator
-from nara_diffusion.dllm.canvas_corruption import corrupt_canvases
-from nara_diffusion.dllm.canvas_loss import block_diffusion_loss, canvas_loss
+from nara_diffusion.dllm.canvas_loss import block_diffusion_loss, canvas_loss, corrupt_canvases
 from nara_diffusion.dllm.loss import noise_level_curve
-from nara_diffusion.dllm.models.block_causal import CACHE
+from nara_diffusion.dllm.models.model_classes import CACHE
 from tests.helpers.rounding import assert_near
 from tests.helpers.tiny_gemma import CANVAS, VOCABULARY, tiny_gemma
 

@@ -18,7 +18,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.dllm import generate
-from nara_diffusion.dllm.models.block_causal import CACHE
+from nara_diffusion.dllm.models.model_classes import CACHE
 from nara_diffusion.dllm.sampler import answer_prompts
 from tests.helpers.adapted import disturb
 from tests.helpers.rounding import assert_far, assert_near
@@ -211,7 +211,7 @@ def test_answer_ends_at_first_end_token_if_allowed() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"use_cache": False}, "use_cache=False can't be given for DiffusionGemma"),
+        ({"use_cache": False}, "use_cache can't be given for DiffusionGemma"),
         ({"mask_token_id": 3, "on_step_end": print}, "mask_token_id and on_step_end can't"),
         ({"gen_length": 21 * CANVAS}, "together 129, but the model has 128 positions"),
         ({"prompt_lengths": [3, 0]}, "a prompt is empty"),

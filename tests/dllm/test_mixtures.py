@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeForCausalLM
 
 from nara_diffusion.dllm import load_backbone
-from nara_diffusion.dllm.models.block_causal import LLaDA2ForCausalLM
+from nara_diffusion.dllm.models.model_classes import LLaDA2ForCausalLM
 from nara_diffusion.dllm.tokenizer import stop_token_ids
 from tests.helpers.mixtures import LLADA2, LLADA_MOE, MASK, VOCABULARY, ByHand, block_seen, write_checkpoint
 

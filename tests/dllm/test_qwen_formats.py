@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 from nara_diffusion.dllm import load_backbone, masked_diffusion_loss
-from nara_diffusion.dllm.models.block_causal import (
+from nara_diffusion.dllm.models.model_classes import (
     BlockQwen2ForCausalLM,
     BlockQwen3ForCausalLM,
     BlockQwen3MoeForCausalLM,

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from peft.functional import delete_adapter, set_adapter
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.dllm.models.block_causal import CACHE
+from nara_diffusion.dllm.models.model_classes import CACHE
 from nara_diffusion.noise.sources import CORRUPTED_SHARE
 from nara_diffusion.tuner.holder import CoreHolder, holder_of
 from tests.helpers.adapted import disturb

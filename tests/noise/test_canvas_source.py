@@ -21,7 +21,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 )
 
 from nara_diffusion import NaraConfig, noise_level
-from nara_diffusion.dllm.models.block_causal import CACHE
+from nara_diffusion.dllm.models.model_classes import CACHE
 from nara_diffusion.tuner.holder import CoreHolder, holder_of
 from tests.helpers.tiny_gemma import CANVAS, VOCABULARY, tiny_gemma
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nara_diffusion.dllm.models.forward_rows import ForwardRows
 from nara_diffusion.noise.rows import ModelRows, core_of_rows, guidance_rows, repeat_rows, row_kind_of
 from nara_diffusion.noise.timesteps import DenoiserNoise
 from tests.helpers.adapted import adapted
@@ -87,20 +86,6 @@ class Stack(nn.Module):
 
 def test_guidance_rows_are_the_samples_twice() -> None:
     assert guidance_rows(torch.tensor([0.2, 0.7])).tolist() == pytest.approx([0.2, 0.7, 0.2, 0.7])
-
-
-@pytest.mark.parametrize("has_padding", [False, True])
-def test_masked_prompts_follow_with_levels_and_padding(has_padding: bool) -> None:
-    ids = torch.tensor([[1, 2, 3, 9], [4, 5, 6, 9]])
-    padding = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]) if has_padding else None
-    is_prompt = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]]).bool()
-    rows = ForwardRows(ids, padding, torch.tensor([0.25, 0.75])).with_masked_prompts(is_prompt, 9)
-    assert rows.input_ids.tolist() == [[1, 2, 3, 9], [4, 5, 6, 9], [9, 9, 3, 9], [9, 5, 6, 9]]
-    assert rows.noise_level.tolist() == [0.25, 0.75, 0.25, 0.75]
-    assert (rows.attention_mask is None) == (padding is None)
-    if padding is not None:
-        assert torch.equal(rows.attention_mask, torch.cat([padding, padding]))
-    assert ids.tolist() == [[1, 2, 3, 9], [4, 5, 6, 9]]  # unchanged
 
 
 # ---------------------------------------------------------------------- what can't be assigned

@@ -11,9 +11,8 @@ from transformers import DynamicCache
 
 import nara_command
 from nara_diffusion import NaraConfig, noise_level, to_lora
-from nara_diffusion.dllm.canvas_corruption import corrupt_canvases
-from nara_diffusion.dllm.canvas_loss import canvas_loss
-from nara_diffusion.dllm.models.block_causal import CACHE
+from nara_diffusion.dllm.canvas_loss import canvas_loss, corrupt_canvases
+from nara_diffusion.dllm.models.model_classes import CACHE
 from nara_diffusion.tuner.holder import holder_of
 from tests.helpers.adapted import relative_error
 from tests.helpers.rounding import assert_far, assert_near

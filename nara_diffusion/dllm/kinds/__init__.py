@@ -1,4 +1,4 @@
-"""The kinds of text models. A new kind is a file here, a row in `KINDS`, and a row of `model_traits`."""
+"""The kinds of text models. A new kind is a file here, a row in `KINDS`, and a row of `model_classes`."""
 
 from __future__ import annotations
 

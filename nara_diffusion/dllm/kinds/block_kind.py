@@ -17,8 +17,7 @@ from nara_flags.text import TextFlags
 from ..block_filling import fill_blocks
 from ..decoding import CONFIDENT, Sampling
 from ..models.backbone import Backbone
-from ..models.model_traits import BLOCK_MODEL
-from ..sampling_state import Generation, Request, State
+from ..models.model_classes import BLOCK_MODEL
 from .masked_kind import MASKED, mask_options, plan
 from .text_kind import PlannedForward
 
@@ -71,19 +70,13 @@ def _sampling(backbone: Backbone, sampling: Sampling, chat: bool) -> Sampling:
     return sampling
 
 
-def _generate(request: Request) -> Generation:
-    state = State(request)
-    fill_blocks(state, request.on_step_end, request.use_cache is not False)
-    return state.generation()
-
-
 BLOCKS = replace(
     MASKED,
     traits=BLOCK_MODEL,
     objective=_objective,
     plan=_plan,
     sampling=_sampling,
-    generate=_generate,
+    generate=fill_blocks,
     share="masked share of the answer in each block",
     configure=_configure,
     configuring_lines=_configuring_lines,

@@ -16,16 +16,12 @@ from torch import nn
 from nara_flags.text import TextFlags
 
 from ..batches import AnswerCollator
-from ..canvas_corruption import corrupt_canvases
-from ..canvas_loss import block_diffusion_loss, canvas_loss
+from ..canvas_loss import block_diffusion_loss, canvas_loss, corrupt_canvases
 from ..canvas_sampler import fill_canvases
 from ..decoding import Sampling
 from ..loss import noise_level_curve
 from ..models.backbone import Backbone
-from ..models.model_traits import CANVAS_MODEL
-from ..prompt_places import prompt_positions
-from ..sampling_state import Generation, Request
-from ..text_lengths import check_canvas
+from ..models.model_classes import CANVAS_MODEL
 from .text_kind import PlannedForward, TextKind
 
 _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -105,33 +101,6 @@ def _sampling(backbone: Backbone, sampling: Sampling, chat: bool) -> Sampling:
     return sampling.in_own_blocks(canvas, refused=_REFUSED_SETTINGS)
 
 
-def _generate(request: Request) -> Generation:
-    refused = []
-    if request.mask_token_id is not None:
-        refused.append("mask_token_id")
-    if request.on_step_end is not None:
-        refused.append("on_step_end")
-    if request.use_cache is False:
-        refused.append("use_cache=False")
-    if refused:
-        raise ValueError(
-            f"{' and '.join(refused)} can't be given for DiffusionGemma: transformers' own generate "
-            "fills its canvases, without masks and always with its cache; leave it out"
-        )
-    model, sampling = request.backbone.model, request.sampling
-    is_prompt = prompt_positions(request.input_ids, request.prompt_lengths, request.attention_mask)
-    check_canvas(model, int(is_prompt.sum(1).max()), sampling.gen_length)
-    return fill_canvases(
-        model,
-        request.input_ids,
-        is_prompt,
-        sampling,
-        request.stops,
-        request.pad_token_id or 0,
-        request.generator,
-    )
-
-
 CANVAS = TextKind(
     traits=CANVAS_MODEL,
     loss=block_diffusion_loss,
@@ -140,7 +109,7 @@ CANVAS = TextKind(
     collator=_collator,
     plan=_plan,
     sampling=_sampling,
-    generate=_generate,
+    generate=fill_canvases,
     unit="nats per token",
     share="share of the canvas that is not accepted",
     merge_warning=(

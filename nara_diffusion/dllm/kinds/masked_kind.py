@@ -17,11 +17,10 @@ from ..batches import AnswerCollator
 from ..cached_sampler import CachedText
 from ..decoding import Sampling
 from ..loss import batch_loss, masked_diffusion_loss, noise_level_curve
-from ..masked_sampler import WholeText
+from ..masked_sampler import Generation, State, WholeText
 from ..masking import mask_answers
 from ..models.backbone import Backbone
-from ..models.model_traits import MASKED_MODEL
-from ..sampling_state import Generation, Request, State
+from ..models.model_classes import MASKED_MODEL
 from .text_kind import PlannedForward, TextKind
 
 CHAT_BLOCKS = {"llama": 32, "qwen3_moe": 32}
@@ -76,16 +75,17 @@ def _sampling(backbone: Backbone, sampling: Sampling, chat: bool) -> Sampling:
     return replace(sampling, block_length=block)
 
 
-def _generate(request: Request) -> Generation:
-    if request.use_cache:
+def _generate(
+    backbone: Backbone, sampling: Sampling, use_cache: bool | None, on_step_end: Any, **texts: Any
+) -> Generation:
+    if use_cache:
         raise ValueError(
             "use_cache=True, but this model also sees the masks of later blocks, so its keys and "
             "values change with each token and with λ: leave use_cache out; cache='dual' keeps some."
         )
-    backbone, sampling = request.backbone, request.sampling
     reader = WholeText() if sampling.cache is None else CachedText(backbone, sampling)
-    state = State(request)
-    state.fill(reader, request.on_step_end)
+    state = State(backbone, sampling, **texts)
+    state.fill(reader, on_step_end)
     return state.generation()
 
 

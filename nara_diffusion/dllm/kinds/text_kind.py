@@ -15,10 +15,10 @@ from ..batches import AnswerCollator
 from ..canvas_loss import BlockDiffusionLoss
 from ..decoding import Sampling
 from ..loss import MaskedDiffusionLoss
+from ..masked_sampler import Generation
 from ..models.backbone import Backbone
-from ..models.model_traits import ModelTraits
+from ..models.model_classes import ModelTraits
 from ..preference_loss import PreferenceLoss
-from ..sampling_state import Generation, Request
 
 TextLoss = MaskedDiffusionLoss | BlockDiffusionLoss | PreferenceLoss
 """The loss of a batch. It has the scalar to differentiate, the loss of each row, and λ: (b,), or (b, k)
@@ -53,7 +53,8 @@ class TextKind:
     # sampling
     # (backbone, settings, whether a chat template made the prompts) → settings with the model's own
     sampling: Callable[[Backbone, Sampling, bool], Sampling]
-    generate: Callable[[Request], Generation]
+    # (backbone, settings, **the other arguments of `generate`) → answers
+    generate: Callable[..., Generation]
 
     # words of the card
     unit: str  # of the losses

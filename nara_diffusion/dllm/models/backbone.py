@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from .model_traits import traits_of
-from .shifted_logits import ShiftedQwen2ForCausalLM
+from .model_classes import ShiftedQwen2ForCausalLM, traits_of
 
 # Configuration fields of transformers that change logits after the head.
 _LOGIT_FIELDS = (
@@ -159,29 +158,15 @@ class Backbone:
         Args:
             losses_of: a function that gets the hidden states (b', l, d) before the `head`, and
                 returns losses (b, n). It is called inside the forward.
-
-        Raises:
-            ValueError: the model changes the output of its head.
         """
         entered: list[Tensor] = []
-        shapes: list[torch.Size] = []
 
         def enter(hidden: Tensor) -> Tensor:
             entered.append(self._of_text(hidden, input_ids))
             return hidden[:, :1]  # the head's own call only runs other hooks: let it cost nothing
 
-        def leave(_: Tensor) -> Tensor:
-            losses = losses_of(entered.pop()).unsqueeze(-1)
-            shapes.append(losses.shape)
-            return losses
-
-        with _hooked(head, enter, leave):
+        with _hooked(head, enter, lambda _: losses_of(entered.pop()).unsqueeze(-1)):
             losses = self._forward(input_ids, attention_mask, position_ids=position_ids)
-        if shapes != [losses.shape]:
-            raise ValueError(
-                f"{type(self.language_model).__name__} changes what its output head returns, so the "
-                "loss can't be computed there: pass chunk_size=None"
-            )
         return losses.squeeze(-1)  # (b, n)
 
     @property

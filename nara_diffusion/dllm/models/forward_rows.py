@@ -2,10 +2,10 @@
 
 λ is the masked share of an answer. This package's losses and samplers set it at each forward:
 
-    rows = ForwardRows(input_ids, attention_mask, noise_level)
     if cfg_scale > 0:
-        rows = rows.with_masked_prompts(is_prompt, mask_token_id)
-    with conditioned(model, rows.noise_level):
+        rows = rows_of_guidance(*rows, is_prompt, mask_token_id)
+    input_ids, attention_mask, noise_level = rows
+    with conditioned(model, noise_level):
         …
 
 Other people's samplers don't. There, λ is read from `input_ids`. A forward's arguments don't say
@@ -21,8 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from nara_diffusion.noise.context import core_holders, find_holders, noise_level
@@ -46,30 +46,24 @@ def guided(logits: Tensor, scale: float) -> Tensor:
     return unconditional + (scale + 1) * (conditional - unconditional)
 
 
-@dataclass(frozen=True)
-class ForwardRows:
-    """The rows of a forward.
+def rows_of_guidance(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    noise_level: Tensor,
+    is_prompt: Tensor,
+    mask_token_id: int,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return the 2b rows of classifier-free guidance: b rows, then the same with masked prompts.
 
-    Attributes:
-        input_ids: (b, l), or (2b, l) with guidance: the rows, then the same with masked prompts.
-        attention_mask: as `input_ids`; None if there is no padding.
-        noise_level: λ of each row, (b,) or (2b,), or of its k blocks, (b, k) or (2b, k).
+    Args:
+        input_ids: (b, l).
+        attention_mask: (b, l); None if there is no padding.
+        noise_level: λ of each row, (b,), or of its k blocks, (b, k).
+        is_prompt: (b, l) bool.
     """
-
-    input_ids: Tensor
-    attention_mask: Tensor | None
-    noise_level: Tensor
-
-    def with_masked_prompts(self, is_prompt: Tensor, mask_token_id: int) -> ForwardRows:
-        """Return the rows of classifier-free guidance. `is_prompt`: (b, l) bool."""
-        input_ids = guidance_rows(self.input_ids)
-        input_ids[len(is_prompt) :].masked_fill_(is_prompt, mask_token_id)
-        padding = self.attention_mask
-        return ForwardRows(
-            input_ids,
-            None if padding is None else guidance_rows(padding),
-            guidance_rows(self.noise_level),
-        )
+    masked = input_ids.masked_fill(is_prompt, mask_token_id)
+    padding = None if attention_mask is None else guidance_rows(attention_mask)
+    return torch.cat([input_ids, masked]), padding, guidance_rows(noise_level)
 
 
 def conditioned(model: nn.Module, level: Tensor) -> AbstractContextManager:

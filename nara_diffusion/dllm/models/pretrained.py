@@ -1,63 +1,46 @@
-"""Load masked language models into stock transformers classes.
+"""Load masked language models into stock transformers classes, with their tokenizers.
 
 | checkpoint                   | class                   | note                              |
 |------------------------------|-------------------------|-----------------------------------|
 | LLaDA, iLLaDA                | LlamaForCausalLM        | tensors renamed while loading     |
-| LLaDA2                       | LLaDA2ForCausalLM       | tensors renamed; `block_causal`   |
+| LLaDA2                       | LLaDA2ForCausalLM       | tensors renamed                   |
 | LLaDA-MoE                    | Qwen3MoeForCausalLM     | attention made bidirectional      |
 | DiffusionGemma               | …ForBlockDiffusion      | unchanged; no mask token          |
-| Dream                        | ShiftedQwen2ForCausalLM | `qwen_formats`                    |
-| SDAR, TraDo, Fast-dLLM v2    | Block…, ShiftedBlock…   | `qwen_formats`, `block_causal`    |
-| A2D, Qwen2, Qwen3, Qwen3-MoE | …ForCausalLM, Block…    | `qwen_formats`                    |
+| Dream                        | ShiftedQwen2ForCausalLM | logits moved by one position      |
+| SDAR, TraDo, Fast-dLLM v2    | Block…, ShiftedBlock…   | attention by blocks               |
+| A2D, Qwen2, Qwen3, Qwen3-MoE | …ForCausalLM, Block…    | by blocks if `block_length` is set |
 | Llama, RND1                  | their …ForCausalLM      | attention made bidirectional      |
 | BERT, RoBERTa, ModernBERT, … | AutoModelForMaskedLM    | unchanged                         |
 
 `config.is_causal = False` makes attention bidirectional in transformers. No code of the checkpoint
 is run. Options of config.json that the stock class can't express are an error, and so are unknown
-ones (`config_fields`).
-
-The formats of LLaDA, and of LLaDA2 and LLaDA-MoE, are in `llada_format` and `mixture_formats`.
+ones (`config_fields`). The families' formats are in `checkpoint_formats`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
-    AutoModelForMaskedLM,
-    DiffusionGemmaForBlockDiffusion,
-    LlamaConfig,
-    LlamaForCausalLM,
+    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import CONFIG_NAME
 
-from nara_diffusion.noise.blocks import LLADA2
 from nara_diffusion.utils.quantised import check_roundable, quantization
 from nara_diffusion.utils.repositories import naming_source
 
-from . import config_fields
-from .block_causal import LLaDA2ForCausalLM
-from .llada_format import KEY_MAPPING, checkpoint_name, llama_fields
-from .mixture_formats import (
-    LLaDA2MoeConfig,
-    llada2_fields,
-    qwen3_moe_fields,
-    register_conversions,
-)
-from .qwen_formats import FORMATS, qwen_class_and_fields
-from .tokenizer_loading import find_mask_token, load_tokenizer, set_special_tokens
+from .checkpoint_formats import GEMMA, class_and_config
 
 HUB_ARGUMENTS = (
     "cache_dir",
@@ -70,13 +53,24 @@ HUB_ARGUMENTS = (
 )
 """Arguments of from_pretrained that say where the files are."""
 
-REFUSED = {
-    "llava_llada": "LLaDA-V reads images",
-    "mmada": "MMaDA reads and makes images",
-    "nemotron_labs_diffusion": "Nemotron-Labs-Diffusion is trained with an autoregressive loss beside its own",
-    "wedlm": "WeDLM has causal attention and fills a window of tokens in a changed order",
+# Mask tokens that no file of a checkpoint names: of LLaDA2 and LLaDA-MoE, SDAR, and Fast-dLLM v2
+_MASKS = ("<|mask|>", "<|MASK|>", "|<MASK>|")
+# {model_type: the stock class for its files}, for checkpoints that may name their own class
+_STOCK_TOKENIZERS: dict[str, type[PreTrainedTokenizerBase]] = {
+    "llada": PreTrainedTokenizerFast,
+    "illada": PreTrainedTokenizerFast,
+    "llada2_moe": PreTrainedTokenizerFast,
+    "lladamoe": PreTrainedTokenizerFast,
+    "dream": Qwen2Tokenizer,
+    "sdar": PreTrainedTokenizerFast,
+    "sdar_moe": PreTrainedTokenizerFast,
+    "fast_dllm_qwen": PreTrainedTokenizerFast,
+    "a2d-qwen2": PreTrainedTokenizerFast,
+    "a2d-qwen3": PreTrainedTokenizerFast,
+    "rnd1": PreTrainedTokenizerFast,
 }
-"""{model_type: the reason why it can't be loaded}"""
+# The class that transformers 5 names if tokenizer.json holds the whole tokenizer
+_WHOLE_IN_ITS_FILE = "TokenizersBackend"
 
 # Heads that encoders are pre-trained with, or fine-tuned with for another task.
 _OTHER_HEADS = re.compile(
@@ -121,21 +115,14 @@ def load_backbone(
     hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
     fields = _config_fields(name, hub)
     if block_length is not None:
-        if fields.get("model_type", "").lower() not in {*FORMATS, LLADA2}:
-            raise ValueError(
-                f"block_length is {block_length}, but {name} isn't of a family that has attention "
-                "by blocks: leave it out (generate and dllm.py take the block_length of sampling)"
-            )
         fields["block_length"] = block_length
-    model_class, config, is_renamed = _class_and_config(name, fields, hub)
+    model_class, config, key_mapping = class_and_config(name, fields, hub)
     tokenizer = load_tokenizer(name, family=fields.get("model_type", ""), **hub)
     mask = None
-    if fields.get("model_type") != "diffusion_gemma":  # that one has random tokens
+    if fields.get("model_type") != GEMMA:  # that one has random tokens
         mask = find_mask_token(
             name, tokenizer, fields, config.vocab_size, mask_token_id, mask_token
         )
-    if is_renamed:
-        kwargs["key_mapping"] = KEY_MAPPING
     if load_in_4bit or load_in_8bit:
         check_roundable(config)
         kwargs["quantization_config"] = quantization(
@@ -143,14 +130,19 @@ def load_backbone(
         )
     try:
         model, loading = model_class.from_pretrained(
-            name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            name,
+            config=config,
+            key_mapping=key_mapping,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **kwargs,
         )
     except SafetensorError as error:
         raise ValueError(
             f"The weights of {name} are cut off or damaged ({error}): download them again."
         ) from None
-    _check_tensors(name, loading, checkpoint_name if is_renamed else str)
-    if is_renamed:
+    _check_tensors(name, loading)
+    if key_mapping:
         del model._weight_conversions  # saved copies have the names of the class
     set_special_tokens(model, tokenizer, mask)
     return model, tokenizer
@@ -161,7 +153,7 @@ def backbone_on_meta(name: str, dtype: torch.dtype, **hub: Any) -> PreTrainedMod
 
     Its mask token is 0. Raises ValueError as `load_backbone` does.
     """
-    model_class, config, _ = _class_and_config(name, _config_fields(name, hub), hub)
+    model_class, config, _ = class_and_config(name, _config_fields(name, hub), hub)
     with torch.device("meta"):
         model = model_class._from_config(config, dtype=dtype)
     model.config.mask_token_id = 0
@@ -177,84 +169,111 @@ def _config_fields(name: str, hub: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _class_and_config(
-    name: str, fields: dict[str, Any], hub: Mapping[str, Any]
-) -> tuple[Any, PreTrainedConfig, bool]:
-    """Return the class, the configuration, and whether the tensors have LLaDA's names."""
-    family = fields.get("model_type", "").lower()
-    if family in REFUSED:
-        raise ValueError(f"{name} isn't supported: {REFUSED[family]}")
-    if family == "diffusion_gemma":
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
-        return DiffusionGemmaForBlockDiffusion, config, False
-    if family in FORMATS:
-        model_class, config_class, fields = qwen_class_and_fields(family, fields)
-        return model_class, _bidirectional(config_class, fields), False
-    if family == LLADA2:
-        register_conversions()
-        return LLaDA2ForCausalLM, _bidirectional(LLaDA2MoeConfig, llada2_fields(fields)), False
-    if "expert_intermediate_size" in fields:  # LLaDA-MoE has LLaDA's model_type
-        return Qwen3MoeForCausalLM, _bidirectional(Qwen3MoeConfig, qwen3_moe_fields(fields)), False
-    if family == "rnd1":
-        config_fields.RND1.check(fields, Qwen3MoeConfig)
-        fields = {key: value for key, value in fields.items() if value is not False}
-        return Qwen3MoeForCausalLM, _bidirectional(Qwen3MoeConfig, fields), False
-    if family in ("llada", "illada", "llama"):
-        if family != "llama":
-            config_fields.LLADA.check(fields, LlamaConfig)
-        fields = llama_fields(fields) if "d_model" in fields else fields
-        return LlamaForCausalLM, _bidirectional(LlamaConfig, fields), family != "llama"
-    if family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not fields.get("is_encoder_decoder"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
-        return AutoModelForMaskedLM, config, False
-    raise ValueError(
-        f"{name} has model_type {family!r}. load_backbone knows LLaDA, iLLaDA, LLaDA-MoE, LLaDA2, "
-        "DiffusionGemma, Dream, SDAR, TraDo, Fast-dLLM v2, A2D, RND1, Llama, Qwen2, Qwen3, Qwen3-MoE and the "
-        "encoders of AutoModelForMaskedLM (BERT, RoBERTa, ModernBERT, …), and runs no code of a checkpoint"
-    )
-
-
-def _bidirectional(
-    config_class: type[PreTrainedConfig], fields: Mapping[str, Any]
-) -> PreTrainedConfig:
-    if fields.get("use_sliding_window"):
-        raise ValueError(
-            "use_sliding_window=True isn't supported: attention has to see the whole sequence in "
-            "both directions"
-        )
-    foreign = (
-        "model_type",
-        "architectures",
-        "auto_map",
-        "transformers_version",
-        "attn_implementation",
-    )
-    config = config_class(**{key: value for key, value in fields.items() if key not in foreign})
-    config.is_causal = False  # read by transformers' masks and attention functions
-    config.use_cache = False
-    # with a padding token, nn.Embedding would give its row no gradient; set_special_tokens sets it
-    # later
-    config.pad_token_id = None
-    return config
-
-
-def _check_tensors(name: str, loading: Mapping[str, Any], original: Callable[[str], str]) -> None:
-    """Raise ValueError if a checkpoint's tensors don't fit the model; transformers only logs it.
-
-    `original` turns a tensor's name in the model into that in the checkpoint.
-    """
+def _check_tensors(name: str, loading: Mapping[str, Any]) -> None:
+    """Raise ValueError if a checkpoint's tensors don't fit the model; transformers only logs it."""
     unknown = [key for key in loading["unexpected_keys"] if not _OTHER_HEADS.search(key)]
-    misshapen = []
-    for key, shape, expected in sorted(loading["mismatched_keys"]):
-        misshapen.append(f"{original(key)} {tuple(shape)} instead of {tuple(expected)}")
     problems = {
-        "missing": sorted(map(original, loading["missing_keys"])),
-        "not known to the model": sorted(map(original, unknown)),
-        "of another shape": misshapen,
+        "missing": loading["missing_keys"],
+        "not known to the model": unknown,
+        "of another shape": [key for key, _, _ in loading["mismatched_keys"]],
     }
     lists = []
     for kind, keys in problems.items():
         if keys:
-            lists.append(f"{len(keys)} {kind}: {', '.join(keys[:8])}")
+            lists.append(f"{len(keys)} {kind}: {', '.join(sorted(keys)[:8])}")
     if lists:
         raise ValueError(f"the tensors of {name} don't fit its configuration; {'; '.join(lists)}")
+
+
+def load_tokenizer(name: str, *, family: str, **hub: Any) -> PreTrainedTokenizerBase:
+    """Load a checkpoint's tokenizer without running its code or asking on the terminal.
+
+    `family` is the checkpoint's model_type.
+
+    Raises:
+        ValueError: the tokenizer is missing or damaged.
+    """
+    try:
+        stock = _STOCK_TOKENIZERS.get(family.lower())
+        if stock is None:
+            named = get_tokenizer_config(name, **hub).get("tokenizer_class")
+            # AutoTokenizer would choose the class by model type, and Qwen2's class splits texts by
+            # its own rules
+            stock = PreTrainedTokenizerFast if named == _WHOLE_IN_ITS_FILE else AutoTokenizer
+        return stock.from_pretrained(name, trust_remote_code=False, **hub)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"The tokenizer of {name} can't be loaded: {reason} Are tokenizer.json and "
+            "tokenizer_config.json there?"
+        ) from error
+
+
+def find_mask_token(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    fields: Mapping[str, Any],
+    vocab_size: int,
+    mask_token_id: int | None,
+    mask_token: str | None,
+) -> int:
+    """Return the id of the mask token: as given, or else from config.json or the tokenizer.
+
+    If none of these names a mask token, one that is usual and in the vocabulary is used.
+
+    Raises:
+        ValueError: there is no mask token, the given name isn't a token, or the id is outside the
+            vocabulary.
+    """
+    mask: Any = mask_token_id
+    if mask_token is not None:
+        mask = tokenizer.get_vocab().get(mask_token)
+        if mask is None:
+            raise ValueError(
+                f"mask_token {mask_token!r} isn't a token of {name}: name one from its vocabulary"
+            )
+    unnamed = [tokenizer.get_vocab().get(usual) for usual in _MASKS]
+    candidates = (mask, fields.get("mask_token_id"), tokenizer.mask_token_id, *unnamed)
+    mask = next((token for token in candidates if token is not None), None)
+    if mask is None:
+        raise ValueError(
+            f"neither config.json nor the tokenizer of {name} names a mask token: call "
+            "load_backbone(…, mask_token='…') or load_backbone(…, mask_token_id=N) with a token "
+            "that no text contains, such as a reserved one"
+        )
+    if not 0 <= int(mask) < vocab_size:
+        raise ValueError(
+            f"mask_token_id {mask} is outside the vocabulary of {name} with {vocab_size} tokens"
+        )
+    return int(mask)
+
+
+def set_special_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mask_token_id: int | None
+) -> None:
+    """Make model and tokenizer agree on the mask (if any), BOS, EOS and padding tokens.
+
+    If there is no padding token, EOS is used. BOS comes from the tokenizer, since the configuration
+    of Dream gives its EOS token as BOS.
+    """
+    config: Any = model.config
+    text: Any = tokenizer.convert_ids_to_tokens
+    if mask_token_id is not None:
+        config.mask_token_id = mask_token_id
+    if tokenizer.bos_token_id is not None:
+        config.bos_token_id = tokenizer.bos_token_id
+    if mask_token_id is not None and tokenizer.mask_token_id != mask_token_id:
+        tokenizer.mask_token = text(mask_token_id)
+    # some configurations have no end token, others a default outside of the vocabulary
+    configured = getattr(config, "eos_token_id", None)
+    if isinstance(configured, list):
+        configured = configured[0] if configured else None
+    ends = (configured, tokenizer.eos_token_id, tokenizer.sep_token_id)
+    end = next((token for token in ends if token is not None and text(token) is not None), None)
+    if end is None or end != configured:
+        config.eos_token_id = end
+    for name in ("eos_token", "pad_token"):
+        if getattr(tokenizer, name) is None and end is not None:
+            setattr(tokenizer, name, text(end))
+    config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.padding_side = "right"

@@ -7,6 +7,7 @@ is a renaming of keys, which `nara_diffusion.dllm.load_backbone` undoes, and a c
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +15,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
-from nara_diffusion.dllm.models.llada_format import checkpoint_name
-from nara_diffusion.dllm.models.shifted_logits import ShiftedQwen2ForCausalLM
+from nara_diffusion.dllm.models.model_classes import ShiftedQwen2ForCausalLM
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
@@ -26,6 +26,22 @@ SIZES: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "use_cache": False,
 }
+
+
+LLADA_NAMES = {
+    r"^model\.embed_tokens\.": "model.transformer.wte.",
+    r"^model\.norm\.": "model.transformer.ln_f.",
+    r"^lm_head\.": "model.transformer.ff_out.",
+    r"^model\.layers\.": "model.transformer.blocks.",
+    r"\.input_layernorm\.": ".attn_norm.",
+    r"\.post_attention_layernorm\.": ".ff_norm.",
+    r"\.self_attn\.o_proj\.": ".attn_out.",
+    r"\.self_attn\.": ".",
+    r"\.mlp\.gate_proj\.": ".ff_proj.",
+    r"\.mlp\.up_proj\.": ".up_proj.",
+    r"\.mlp\.down_proj\.": ".ff_out.",
+}
+"""{tensors of LlamaForCausalLM: tensors of LLaDA}"""
 
 
 class Backbone(NamedTuple):
@@ -107,10 +123,17 @@ def llada_config(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) ->
     }
 
 
+def llada_name(name: str) -> str:
+    """The name in a LLaDA checkpoint of a LlamaForCausalLM tensor."""
+    for ours, theirs in LLADA_NAMES.items():
+        name = re.sub(ours, theirs, name)
+    return name
+
+
 def save_llada_checkpoint(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     """config.json and model.safetensors in LLaDA's format, beside the tokenizer's two files."""
     directory.mkdir(parents=True, exist_ok=True)
-    state = {checkpoint_name(key): value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    state = {llada_name(key): value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(llada_config(model, tokenizer), indent=2) + "\n")
     tokenizer.save_pretrained(directory, save_jinja_files=False)

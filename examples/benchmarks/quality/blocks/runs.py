@@ -23,8 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from nara_diffusion.dllm import load_backbone
-from nara_diffusion.dllm.canvas_corruption import CanvasBatch, corrupt_canvases
-from nara_diffusion.dllm.canvas_loss import block_model, canvas_loss, decoder_inputs
+from nara_diffusion.dllm.canvas_loss import CanvasBatch, block_model, canvas_loss, corrupt_canvases, decoder_inputs
 from nara_diffusion.dllm.exact_match import exact_match
 from nara_diffusion.dllm.loss import token_cross_entropy
 from nara_diffusion.dllm.models.forward_rows import conditioned
