@@ -129,7 +129,7 @@ def test_cache_changes_no_token_of_an_adapted_model(model: Any, rule: str) -> No
     assert not cached.equal(base)
 
 
-def test_adapters_with_one_level_warn_and_keep_their_tokens(model: Any) -> None:
+def test_adapters_with_one_level_warn_and_keep_tokens(model: Any) -> None:
     base = answers(model, True)
     model = nara(model, target_modules=["q_proj", "down_proj"])
     model.add_adapter("still", nara_config(core_type="identity", r=3, target_modules=["v_proj"]))
