@@ -86,7 +86,7 @@ def _templates_of_cards_are_compiled_once() -> Iterator[None]:
         yield
 
 
-def _write_empty(path: Path, *_: Any) -> None:
+def _write_empty(path: Path, *_: Any, **__: Any) -> None:
     with atomic_write(path) as partial:
         partial.touch()
 
