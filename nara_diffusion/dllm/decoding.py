@@ -91,11 +91,13 @@ class Sampling:
                 self.block < 1 or length < 1 or length % self.block
             ),
             f"steps is {steps} and there are {blocks} blocks: pass a multiple of {blocks}, e.g. "
-            f"{blocks} or {length}": blocks and steps is not None and (not steps or steps % blocks),
+            f"{blocks} or {length}": blocks and steps is not None and (steps < 1 or steps % blocks),
             f"temperature is {self.temperature}, expected 0 or more": (
                 not 0 <= self.temperature < float("inf")
             ),
-            f"cfg_scale is {self.cfg_scale}, expected 0 or more": not self.cfg_scale >= 0,
+            f"cfg_scale is {self.cfg_scale}, expected 0 or more": (
+                not 0 <= self.cfg_scale < float("inf")
+            ),
             f"top_p is {self.top_p}, expected more than 0 and at most 1": (
                 self.top_p is not None and not 0 < self.top_p <= 1
             ),

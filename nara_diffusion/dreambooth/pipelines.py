@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -282,10 +283,14 @@ def training_sizes(args: Any, family: Family, pipe: Any) -> list[tuple[int, int]
         sizes = generate_aspect_ratio_buckets(args.resolution, multiple)
     else:
         sizes = parse_buckets_string(args.aspect_ratio_buckets)
+    # Stable Diffusion 3: the maximum of patches on a side
+    places = getattr(pipe, family.denoiser).config.get("pos_embed_max_size")
+    limit = math.inf if places is None else places * divisor
     for height, width in sizes:
-        if height % divisor or width % divisor:
+        if height % divisor or width % divisor or max(height, width) > limit:
+            at_most = "" if places is None else f", and at most {limit}"
             raise ValueError(
                 f"a training size of {height} x {width} pixels doesn't fit this model: both sides must be multiples "
-                f"of {divisor}. Change --resolution or --aspect_ratio_buckets."
+                f"of {divisor}{at_most}. Change --resolution or --aspect_ratio_buckets."
             )
     return sizes

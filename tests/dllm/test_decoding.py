@@ -83,11 +83,13 @@ def test_last_tokens_come_after_all_others() -> None:
     [
         ({"gen_length": 6, "block_length": 4}, "4 .* gen_length 6"),
         ({"gen_length": 6, "block_length": 2, "steps": 4}, "3 blocks"),
+        ({"gen_length": 6, "block_length": 2, "steps": -3}, "3 blocks"),
         ({"steps": 2, "factor": 1.0}, "steps and factor"),
         ({"factor": 1.0, "remasking": "entropy"}, "factor goes with"),
         ({"entropy_bound": 1.0, "remasking": "random"}, "entropy_bound goes with"),
         ({"top_p": 0.0}, "top_p"),
         ({"temperature": float("nan")}, "temperature"),
+        ({"cfg_scale": float("inf")}, "cfg_scale is inf"),
         ({"remasking": "lowest"}, "remasking is 'lowest'"),
     ],
 )

@@ -15,7 +15,7 @@ from nara_diffusion.dreambooth.shipped_images import CONFIGS, family_defaults, s
 from tests.acceptance._commands import ROOT, metrics, results, run, tensors
 from tests.acceptance._runs import ASSETS, image_flags
 from tests.dreambooth.pictures import folder_of
-from tests.helpers.small_pipelines import small_sdxl
+from tests.helpers.small_pipelines import small_sd3, small_sdxl
 
 NAMED = "pretrained_model_name_or_path"
 
@@ -124,6 +124,16 @@ def test_another_model_is_taught_with_dora_by_default() -> None:
     defaults, of_student = family_defaults(model), family_defaults({**model, "distill_to": 4})
     assert of_student.pop("adapter") == "dora"
     assert of_student == {name: value for name, value in defaults.items() if name != "weighting_scheme"}
+
+
+def test_images_beyond_model_positions_are_refused(tmp_path: Path) -> None:
+    pipe = small_sd3()
+    limit = pipe.transformer.config.pos_embed_max_size * pipe.vae_scale_factor * pipe.transformer.config.patch_size
+    flags = image_flags(tmp_path, pipe) | {"resolution": 2 * limit, "max_sequence_length": 5}
+    message = f"a training size of {2 * limit} x {2 * limit} pixels doesn't fit this model: .*, and at most {limit}"
+    with pytest.raises(SystemExit, match=message):
+        run("dreambooth.py", **flags, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_shipped_run_is_settings_without_its_images(tmp_path: Path) -> None:
