@@ -54,6 +54,7 @@ def test_preferences_go_where_imitation_does_not(capsys):
     assert f"preferences: prefers the chosen copy in {preferred:.0%}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_chat_answers_lines_and_drops_oldest_turns(capsys, monkeypatch):
     lines = [
         "upper: planet",

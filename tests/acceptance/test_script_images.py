@@ -110,6 +110,7 @@ def test_card_names_what_was_trained(finished: Path, sdxl: dict[str, Any]) -> No
     assert (config["r"], config["lora_alpha"], config["noise_convention"]) == (3, 5.0, "timestep")
 
 
+@pytest.mark.slow
 def test_dreambooth_run_uses_the_models_family(tmp_path: Path) -> None:
     flags, out = image_flags(tmp_path, small_sd3()), tmp_path / "out"
     run("dreambooth.py", **{**flags, **SHORT, "max_sequence_length": 5}, output_dir=out)

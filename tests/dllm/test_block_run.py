@@ -32,6 +32,7 @@ def pipeline(model: Any, tokenizer: Any) -> Any:
     return pipe
 
 
+@pytest.mark.slow
 def test_run_folder_answers_alike_in_pipeline_and_generate(tmp_path: Path) -> None:
     main(arguments(tmp_path, max_train_steps=4, learning_rate=5e-2, checkpointing_steps=None, test_samples=1))
     folder = tmp_path / "run"
@@ -99,6 +100,7 @@ def test_configured_run_learns_and_answers_in_the_pipeline(tmp_path: Path, monke
     assert not set(answers(pipe, rows[:9])) & {row["answer"] for row in rows[:9]}
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_writes_the_public_format(tmp_path: Path) -> None:
     main(arguments(tmp_path, adapter="full", max_train_steps=2, learning_rate=1e-3, test_samples=1))
     original, trained = load_file(tmp_path / "model/model.safetensors"), load_file(tmp_path / "run/model.safetensors")

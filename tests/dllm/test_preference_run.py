@@ -74,6 +74,7 @@ def test_preference_run_logs_reports_and_resumes_exactly(tmp_path: Path) -> None
     assert_same_bits(out, again)
 
 
+@pytest.mark.slow
 def test_plan_counts_forwards_of_policy_and_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The step of 12 rows of the default objective, and its forward again without the adapter."""
     words = [*text_words(small_llada(tmp_path)), "--max_length", "20", "--trained_padding", "0"]

@@ -109,6 +109,7 @@ def test_killed_run_resumes_without_teacher_to_same_bits(
     torch.testing.assert_close(tensors(tmp_path / "out"), tensors(ended), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_flow_is_taught_too(tmp_path: Path) -> None:
     flags = flags_of(tmp_path, small_sd3()) | SHORT | {"adapter": "nara", "learning_rate": 3e-2}
     flags |= {"target_modules": "all-linear"}

@@ -125,6 +125,7 @@ def test_shipped_edit_model_learns_to_remove_things(tmp_path: Path, monkeypatch:
     assert figures["similarity_after"] > figures["similarity_before"] + 0.2
 
 
+@pytest.mark.slow
 def test_plan_counts_the_tokens_of_sources(
     flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -359,6 +359,7 @@ def test_two_processes_train_the_same_experts_as_one(flags: dict[str, Any], tmp_
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_lora_of_both_is_two_files(flags: dict[str, Any], tmp_path: Path) -> None:
     plain = {"adapter": "lora", "core_learning_rate": None, "adapter_options": {}, "checkpointing_steps": None}
     run("dreambooth.py", **{**flags, **plain, "max_train_steps": 3}, output_dir=tmp_path)
@@ -380,6 +381,7 @@ def test_lora_of_both_is_two_files(flags: dict[str, Any], tmp_path: Path) -> Non
 # ---------------------------------------------------------------------- plan and refusals
 
 
+@pytest.mark.slow
 def test_plan_has_one_expert_on_the_device(flags: dict[str, Any]) -> None:
     changes = {"pretrained_model_name_or_path": str(flags["pretrained_model_name_or_path"]), "resolution": 16}
     args = replace(arguments(plan=1.0, expert="both", adapter="lora", target_modules=["to_q"]), **changes)

@@ -201,6 +201,7 @@ def test_most_frequent_size_counts_repeats(folders) -> None:
 # ---------------------------------------------------------------------- runs
 
 
+@pytest.mark.slow
 def test_run_learns_from_folders_and_notices_changes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     flags = image_flags(tmp_path, small_sdxl()) | {"max_train_steps": None, "num_train_epochs": 1, "curve_points": 1}

@@ -73,6 +73,7 @@ def test_plan_agrees_with_a_quantised_swapped_run(tmp_path: Path, monkeypatch: p
     assert figures["peak"] == pytest.approx(staying + peak, rel=0.05)
 
 
+@pytest.mark.slow
 def test_plan_of_caching_counts_encoders_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -44,6 +44,7 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in metrics(folder) if "loss" in line]
 
 
+@pytest.mark.slow
 def test_run_with_more_steps_and_prompts_keeps_bits(
     sdxl: dict[str, Any], ended: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -90,6 +90,7 @@ def test_shipped_model_takes_the_lengths_of_its_run(tmp_path, monkeypatch):
     assert nara_check.shipped_lengths(str(ASSETS / "dream-tiny")) == {}
 
 
+@pytest.mark.slow
 def test_stopped_check_continues(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(nara_check, "CheckTask", partial(CheckTask, steps=1, samples=10, repeats=3))
     words = [str(small_llada(tmp_path)), str(QUESTIONS), "--rank", "1", "--target_modules", "q_proj"]

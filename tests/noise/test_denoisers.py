@@ -58,6 +58,7 @@ def declared() -> dict[str, tuple[str, dict[float, float], list[str], str]]:
     return meanings
 
 
+@pytest.mark.slow
 def test_diffusers_timed_classes_are_declared_or_known() -> None:
     """If this fails after an update of Diffusers: read what the new class's pipelines pass, and put it on the page."""
     on_page = set(re.findall(r"`(\w+)`", PAGE))

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
@@ -71,6 +72,7 @@ def test_text_run_measures_and_resumes_its_average(tmp_path: Path) -> None:
         torch.testing.assert_close(load_file(resumed / file), load_file(run / file), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_image_run_samples_and_saves_its_average(tmp_path: Path) -> None:
     flags = image_flags(tmp_path, small_sd3()) | TWO
     run = tmp_path / "run"

@@ -112,6 +112,7 @@ def test_run_ending_before_its_checkpoint_is_refused(ended: Path, tmp_path: Path
         train(tmp_path, **LATEST)
 
 
+@pytest.mark.slow
 def test_other_data_start_in_a_fresh_order(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +200,7 @@ def test_logged_loss_is_the_mean_since_the_last(ended: Path, tmp_path: Path) -> 
 # ---------------------------------------------------------------- anew, or from the one before
 
 
+@pytest.mark.slow
 def test_latest_begins_anew_without_a_checkpoint(
     ended: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,6 +325,7 @@ def test_run_begins_where_the_file_ends(
     assert strengths == [[[0.3, 0.0], [0.3, 1.0]]] * 2
 
 
+@pytest.mark.slow
 def test_text_run_begins_where_the_folder_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     short: dict[str, Any] = {"test_samples": 1, "curve_points": 1, "checkpointing_steps": 1}
     first = dllm.main(text_arguments(tmp_path, **short, max_train_steps=2))
