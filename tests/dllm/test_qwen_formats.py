@@ -232,6 +232,7 @@ def test_pipeline_saves_and_loads_a_block_model(tmp_path: Path) -> None:
     assert again("w7 w8 w9", **how).texts == pipe("w7 w8 w9", **how).texts
 
 
+@pytest.mark.slow
 def test_fast_dllm_run_trains_by_blocks_and_loads(tmp_path: Path) -> None:
     flags: dict[str, Any] = block_flags(tmp_path)
     flags |= {"output_dir": tmp_path / "run", "max_train_steps": 2, "test_samples": 1}

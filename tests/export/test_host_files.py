@@ -57,7 +57,7 @@ def with_encoders(pipe: Any, targets: list[str]) -> dict[str, PlainLora]:
     ("make", "options", "words", "said"),
     [
         (partial(small_sd, **ATTENTION_AS_SD15), UNEQUAL, ["--form", "kohya", "--base", "sd15"], ""),
-        (small_sdxl, UNEQUAL, ["--form", "kohya", "--base", "sdxl"], ""),
+        pytest.param(small_sdxl, UNEQUAL, ["--form", "kohya", "--base", "sdxl"], "", marks=pytest.mark.slow),
         (small_sdxl, UNEQUAL | {"use_dora": True}, [], "; not for ComfyUI, which reads no DoRA"),
     ],
     ids=["SD 1.5, kohya", "SDXL of one layer a block, kohya", "SDXL with DoRA, Diffusers"],

@@ -59,6 +59,7 @@ def run(model: LM, names: list[Any], manager: TaskManager, **options: Any) -> di
     return result["results"]
 
 
+@pytest.mark.slow
 def test_every_set_scores_only_the_right_answer(tmp_path: Path) -> None:
     answers = {}
     for name, (_, rows) in SETS.items():

@@ -311,6 +311,7 @@ def check_measured_from_the_start(report: dict[str, Any], folder: Path, given: P
     assert f"- starts from: {given.name}, which `before` includes" in card
 
 
+@pytest.mark.slow
 def test_run_begins_where_the_file_ends(
     images: dict[str, Any], start: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -325,7 +326,6 @@ def test_run_begins_where_the_file_ends(
     assert strengths == [[[0.3, 0.0], [0.3, 1.0]]] * 2
 
 
-@pytest.mark.slow
 def test_text_run_begins_where_the_folder_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     short: dict[str, Any] = {"test_samples": 1, "curve_points": 1, "checkpointing_steps": 1}
     first = dllm.main(text_arguments(tmp_path, **short, max_train_steps=2))
