@@ -147,7 +147,7 @@ def test_no_package_module_is_imported_by_string():
     assert own_modules_imported_by_name(PACKAGE) == []
 
 
-@pytest.mark.parametrize("room", ["cores", "layers/functional.py", "layers/row_norm.py"])
+@pytest.mark.parametrize("room", ["cores", "layers/functional.py"])
 def test_mathematics_imports_torch_alone(room):
     files = [PACKAGE / room] if room.endswith(".py") else sorted((PACKAGE / room).glob("*.py"))
     for path in files:

@@ -29,10 +29,11 @@ from .adapted_layer import CONVOLUTIONS, AdaptedLayer, base_matrix
 from .functional import (
     has_beta,
     linear_in_one,
+    row_norm,
     scaled,
+    times_core,
 )
 from .offloading import is_managed, onloaded
-from .row_norm import row_norm, times_core
 from .variants import NaraVariant, fits_one_function, frozen_base, is_dropout_free
 
 PEFT_DORA = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)

@@ -41,9 +41,9 @@ from .functional import (
     linear_in_one,
     mixed,
     mixed_channels,
+    times_core,
 )
 from .offloading import is_managed, onloaded
-from .row_norm import times_core
 
 _TENSORS = (Tensor, FakeTensor)
 

@@ -39,9 +39,8 @@ from nara_diffusion.strict import PEFT_PREFIX
 from nara_diffusion.utils.files import atomic_write_files
 from nara_diffusion.utils.wording import listed
 
-from .adapter_part import AdapterPart, config_from_fields, config_to_fields
+from .adapter_part import AdapterPart, check_part, config_from_fields, config_to_fields
 from .lycoris import convert_lycoris
-from .part_check import check_part
 from .tc_lora import convert_tc_lora
 from .tensor_files import (
     METADATA_KEY,
@@ -54,8 +53,7 @@ from .tensor_files import (
     save_tensors,
 )
 from .time_aware import LYCORIS, REPOSITORY, TC_LORA, format_of
-from .tlora import OtherFile
-from .tlora_repository import convert_repository
+from .tlora import OtherFile, convert_repository
 
 FORMAT_VERSION = 1
 MODEL = "model"

@@ -15,14 +15,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from . import tc_lora, tlora_repository
+from . import tc_lora, tlora
 
 LYCORIS = "a T-LoRA of LyCORIS"
 REPOSITORY = "a T-LoRA of its authors' code"
 TC_LORA = "a Tc-LoRA"
 _KEYS = {
     LYCORIS: re.compile(r"[^.]+\.(lambda_layer|[pq]_layer\.weight)"),
-    REPOSITORY: tlora_repository.KEY,
+    REPOSITORY: tlora.REPOSITORY_KEY,
     TC_LORA: tc_lora.KEY,
 }
 """{name of a format: the pattern of keys that only this format has}."""

@@ -32,8 +32,15 @@ from .components import (
     unwrapped,
 )
 from .file import AdapterFile, Source, naming
-from .hotswap import REQUEST, check_swappable, prepare_for_hotswap, prepare_swap
-from .insertion import insert, offloading_suspended, remove
+from .insertion import (
+    REQUEST,
+    check_swappable,
+    insert,
+    offloading_suspended,
+    prepare_for_hotswap,
+    prepare_swap,
+    remove,
+)
 from .tensor_files import WEIGHTS_NAME
 from .windows import checked_windows, is_lora, load_lora_inside, parts_inside, restrict
 

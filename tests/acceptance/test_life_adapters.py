@@ -219,7 +219,7 @@ def test_hotswap_that_fails_on_its_way_changes_nothing(monkeypatch: pytest.Monke
     pipe: Any = frozen_sd()
     pipe.load_nara_weights(save_nara(tmp_path / "old", core_type="acceptance affine"), adapter_name="toy")
     new, original = save_nara(tmp_path / "new", seed=2, core_type="acceptance affine", lora_alpha=9), predict(pipe)
-    monkeypatch.setattr("nara_diffusion.loaders.hotswap.rebuild_core", fail)
+    monkeypatch.setattr("nara_diffusion.loaders.insertion.rebuild_core", fail)
     with pytest.raises(ValueError, match="the factory fails"):
         pipe.load_nara_weights(new, adapter_name="toy", hotswap=True)
     assert torch.equal(predict(pipe), original)

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nara_diffusion.layers import row_norm
+from nara_diffusion.layers import functional
 from nara_diffusion.training.planned_step import LiveStorages, tensors_of, to_fake
 from tests.acceptance._rehearsed import RANK, Rehearsed
 from tests.acceptance._true_size import MODELS
@@ -35,7 +35,7 @@ ONCE = 60
 def test_true_size_model_trains_saves_loads_and_samples(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_norm, "SLICE", row_norm.DEVICE_SLICE)  # fake tensors say that they are on the CPU
+    monkeypatch.setattr(functional, "SLICE", functional.DEVICE_SLICE)  # fake tensors say that they are on the CPU
     model = MODELS[name]
     base = model.alone()
     assert sum(p.numel() for p in base.parameters()) / 1e9 == pytest.approx(model.billions, rel=0.01)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nara_diffusion import core_matrix, noise_level
-from nara_diffusion.layers import row_norm as norms
-from nara_diffusion.layers.row_norm import row_norm
+from nara_diffusion.layers import functional as norms
+from nara_diffusion.layers.functional import row_norm
 from tests.acceptance._by_hand import CORES, LEVELS, SMALL, Kinds, tensors_of
 from tests.helpers.adapted import OneLayer, adapted, disturb, nara_config, relative_error
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nara_diffusion import NaraConfig, from_lora, noise_level
-from nara_diffusion.loaders.hotswap import check_swappable, part_of, prepare_swap
+from nara_diffusion.loaders.insertion import check_swappable, part_of, prepare_swap
 from nara_diffusion.training.adapter_weights import start_from
 from tests.helpers.adapted import disturb
 from tests.helpers.rounding import assert_far, assert_near
