@@ -25,8 +25,8 @@ from nara_diffusion import set_strength
 from nara_diffusion.dllm import GenerationStep, encode_prompts, load_backbone, prompt_text, stop_token_ids
 from nara_diffusion.dllm.decoding import CACHES
 from nara_diffusion.dllm.models.backbone import Backbone
+from nara_diffusion.dllm.prompt_places import check_canvas
 from nara_diffusion.dllm.sampler import answer_prompts
-from nara_diffusion.dllm.text_lengths import check_canvas
 
 Turns = list[dict[str, str]]
 """A conversation, {"role": …, "content": …} a turn."""

@@ -53,9 +53,8 @@ from nara_diffusion.dllm.text_arguments import Arguments, adapter_options
 from nara_diffusion.dreambooth.caches import PromptCache
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, collate_samples
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, write_checkpoint
-from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, run_family
+from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, family_defaults, run_family
 from nara_diffusion.dreambooth.pipelines import training_sizes
-from nara_diffusion.dreambooth.shipped_images import family_defaults
 from nara_diffusion.dreambooth.subject import Subject, load_subject
 from nara_diffusion.dreambooth.training_step import DreamBoothLoss, TrainingStep
 from nara_diffusion.training import adapter_weights

@@ -7,8 +7,8 @@ from peft.mapping import (
 )
 
 from .config import NaraConfig, NaraPeftType
-from .cores.custom import register_core
 from .cores.factorization import shared_factors
+from .cores.registry import register_core
 from .export import from_lora, to_lora
 from .loaders.other_trainers import checkpoint_nara_weights
 from .loaders.weights import load_nara_weights, save_nara_weights, unload_nara_weights

@@ -34,8 +34,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nara_diffusion.dllm import GenerationStep, encode_prompts, load_backbone, prompt_text
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.models.pretrained import HUB_ARGUMENTS
+from nara_diffusion.dllm.prompt_places import check_canvas
 from nara_diffusion.dllm.sampler import answer_prompts
-from nara_diffusion.dllm.text_lengths import check_canvas
 from nara_diffusion.dllm.tokenizer import chat_text, decode_answer, stop_token_ids
 from nara_diffusion.loaders.weights import load_nara_weights, save_nara_weights, unload_nara_weights
 

@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
     # these imports take seconds, so help and mistakes come first
     with lasting_imports():
-        from nara_diffusion.dreambooth.shipped_images import CONFIGS, shipped_run
+        from nara_diffusion.dreambooth.image_arguments import CONFIGS, shipped_run
         from nara_diffusion.dreambooth.train import DreamBoothArguments, main
         from nara_diffusion.training.command import run_command
 

@@ -18,8 +18,7 @@ from diffusers.models.auto_model import AutoModel
 from torch import Tensor, nn
 
 from nara_diffusion.export.adapter_factors import Adapter, adapter_of_part, cores_of, schedule_of
-from nara_diffusion.export.host_files import BASES, save_host_file
-from nara_diffusion.export.lycoris_file import LYCORIS_WEIGHTS, save_lycoris
+from nara_diffusion.export.host_files import BASES, LYCORIS_WEIGHTS, save_host_file, save_lycoris
 from nara_diffusion.export.plain_lora import PlainLora
 from nara_diffusion.export.to_lora import lora_of
 from nara_diffusion.loaders.adapter_part import AdapterPart

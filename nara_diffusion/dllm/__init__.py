@@ -1,6 +1,6 @@
 """Masked-diffusion language models: backbones, loss, generation, data and evaluation."""
 
-from nara_diffusion.noise.masked_share import InputIdsNoise
+from nara_diffusion.noise.sources import InputIdsNoise
 
 from .batches import AnswerCollator
 from .decoding import Sampling

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
 
 from nara_diffusion.noise.blocks import attention_argument
-from nara_diffusion.noise.drawn_levels import EVERYTHING, NoiseWindow
+from nara_diffusion.noise.level import EVERYTHING, NoiseWindow
 
 from .answer_places import Lengths, host_answers, moved
 from .loss import by_chunks, token_cross_entropy

@@ -22,8 +22,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import Entro
 from .decoding import Sampling
 from .masked_sampler import Generation
 from .models.backbone import Backbone
-from .prompt_places import prompt_positions
-from .text_lengths import check_canvas
+from .prompt_places import check_canvas, prompt_positions
 
 
 def fill_canvases(

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from nara_diffusion.noise.drawn_levels import EVERYTHING, NoiseWindow, stratified_uniform
+from nara_diffusion.noise.level import EVERYTHING, NoiseWindow, stratified_uniform
 
 from .answer_places import Lengths, host_list
 

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from nara_diffusion.noise.blocks import block_mask, paired_positions
-from nara_diffusion.noise.drawn_levels import EVERYTHING, NoiseWindow
+from nara_diffusion.noise.level import EVERYTHING, NoiseWindow
 
 from .answer_places import Lengths, answer_blocks, host_answers, moved
 from .mask_draws import draw_counted_masks, draw_masks, noise_levels, seed_and_indices

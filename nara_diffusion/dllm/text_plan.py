@@ -24,8 +24,8 @@ from nara_diffusion.utils.quantised import INT8, NF4, check_roundable
 from .kinds import kind_of
 from .models.backbone import Backbone
 from .models.pretrained import backbone_on_meta
+from .prompt_places import checked_lengths
 from .text_arguments import Arguments, adapter_options
-from .text_lengths import checked_lengths
 
 _END = 1
 

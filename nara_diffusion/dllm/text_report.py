@@ -30,8 +30,7 @@ from .exact_match import exact_match
 from .mask_draws import draw_noise_levels
 from .models.backbone import evaluating
 from .text_arguments import Arguments
-from .text_base import TextBase
-from .text_data import TextData
+from .text_data import TextBase, TextData
 
 _LOADING = """\
 ```python

@@ -34,11 +34,9 @@ from nara_diffusion.utils.wording import counted
 from nara_flags.parser import read_flags
 from nara_flags.text import TextFlags
 
-from .batches import GlobalBatchStream
-from .canvas_coverage import trained_canvas
+from .batches import GlobalBatchStream, trained_canvas
 from .text_arguments import Arguments, adapter_options, shipped_run
-from .text_base import TextBase, load_base, load_model
-from .text_data import TextData, encode_data, load_records
+from .text_data import TextBase, TextData, encode_data, load_base, load_model, load_records
 from .text_plan import planned_text_step
 from .text_report import Evaluation, Measurement, describe, figures, schedule_line
 

@@ -1,7 +1,6 @@
 """Subject fine-tuning of image models: images, captions, caches, losses, metrics."""
 
 from nara_diffusion.dreambooth.caches import LatentCache, PromptCache
-from nara_diffusion.dreambooth.class_images import generate_class_images
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, TrainingSample, collate_samples
 from nara_diffusion.dreambooth.image_records import (
     ImageRecord,
@@ -9,6 +8,7 @@ from nara_diffusion.dreambooth.image_records import (
     load_image,
     records_from_folder,
 )
+from nara_diffusion.dreambooth.samples import generate_class_images
 
 __all__ = [
     "DreamBoothDataset",

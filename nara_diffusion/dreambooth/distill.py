@@ -22,7 +22,7 @@ from nara_diffusion.training.adapters import adapter_config, check_target_module
 from nara_diffusion.training.run import Run
 from nara_diffusion.tuner.usage import FewStepSampling
 from nara_diffusion.utils.data_order import ShuffledStream
-from nara_diffusion.utils.digests import digest_texts
+from nara_diffusion.utils.files import digest_texts
 
 from .caches import PromptCache
 from .draws import seeded_normal

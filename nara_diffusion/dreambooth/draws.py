@@ -24,7 +24,7 @@ from diffusers.training_utils import compute_density_for_timestep_sampling
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from nara_diffusion.noise.drawn_levels import EVERYTHING, NoiseWindow, stratified_uniform
+from nara_diffusion.noise.level import EVERYTHING, NoiseWindow, stratified_uniform
 
 _DRAWS = 2**20
 

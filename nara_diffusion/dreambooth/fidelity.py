@@ -27,7 +27,7 @@ from .denoiser import adapter_loaded, write_adapter
 from .encoders import Encoder, Images, image_similarity, paired_similarity, text_alignment
 from .few_steps import StudentLoss
 from .samples import SampleSettings, sample_images, write_grid
-from .validation_loss import ValidationLoss
+from .training_step import ValidationLoss
 
 logger = logging.getLogger(__name__)
 

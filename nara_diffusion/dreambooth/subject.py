@@ -16,22 +16,19 @@ from nara_diffusion.training.arguments import schedule_of
 from nara_diffusion.training.run import Run
 from nara_diffusion.utils.wording import counted
 
-from .class_images import generate_class_images
 from .dataset import DreamBoothDataset, collate_samples
 from .encoders import load_encoders
 from .families import Family
 from .fidelity import Evaluation, Measurement
 from .image_arguments import DreamBoothArguments, folder_arguments, run_family
-from .image_records import ImageRecord, class_records, records_from_folder, trained_on
+from .image_records import ImageRecord, class_records, records_from_folder, trained_on, with_masks
 from .image_report import best_by_both, figures, forgetting, subject_card
-from .masks import with_masks
 from .pipelines import load_base, sharing_pipeline, training_sizes
 from .placement import place_denoisers, take_turns
-from .samples import SampleSettings, sample_call
+from .samples import SampleSettings, generate_class_images, sample_call
 from .source_images import records_of_pairs
 from .task import Task
-from .training_step import TrainingStep, training_step
-from .validation_loss import ValidationLoss
+from .training_step import TrainingStep, ValidationLoss, training_step
 
 FIGURES = {
     "similarity": "similarity to the subject",

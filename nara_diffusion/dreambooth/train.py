@@ -26,10 +26,9 @@ from nara_flags.parser import read_flags
 
 from .denoiser import AdaptedDenoiser, read_checkpoint, write_adapter, write_checkpoint
 from .distill import student_task
-from .image_arguments import DreamBoothArguments
+from .image_arguments import DreamBoothArguments, shipped_run
 from .image_plan import planned_image_step
 from .image_report import schedule_line, write_samples
-from .shipped_images import shipped_run
 from .subject import load_subject, subject_task
 from .task import Task
 

@@ -1,4 +1,4 @@
-"""Implement lm-eval's interface for a masked-diffusion model, with or without an adapter.
+"""Implement lm-eval's interface for a masked-diffusion model, which is loaded with its adapter.
 
     generate_until   answers from `nara_diffusion.dllm.generate`
     loglikelihood    the bound from `nara_diffusion.dllm.log_likelihood`, and whether greedy
@@ -22,15 +22,21 @@ from accelerate import PartialState
 from accelerate.utils import InitProcessGroupKwargs, gather, gather_object
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from nara_diffusion.dllm import log_likelihood, stop_token_ids
+import nara_diffusion  # noqa: F401 (registers NaRA with PEFT)
+from nara_diffusion.dllm import load_backbone, log_likelihood, stop_token_ids
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.sampler import answer_prompts
 from nara_diffusion.dllm.tokenizer import decode_answer
+from nara_diffusion.loaders.tensor_files import load_peft_adapter
+from nara_diffusion.utils.repositories import naming_source
 
-from .harness_loading import checked_max_length, load_adapted
 from .harness_text import (
     ALPACA,
     SETTINGS,
@@ -41,6 +47,54 @@ from .harness_text import (
     truncated_prompts,
     up_to_stop,
 )
+
+
+def load_adapted(
+    pretrained: str | None,
+    peft: str | None,
+    device: str | torch.device | None,
+    *,
+    dtype: str = "auto",
+    peft_revision: str | None = None,
+    **backbone: Any,
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Return the model with its active adapter, and its tokenizer.
+
+    The model is on its device and in evaluation mode.
+    """
+    if pretrained is None and peft is not None:
+        with naming_source(peft, CONFIG_NAME, "an adapter of PEFT's"):
+            pretrained = PeftConfig.from_pretrained(peft).base_model_name_or_path
+    if not pretrained:
+        raise ValueError(
+            "--model_args names no model, nor does an adapter. Add pretrained=FOLDER_OR_REPOSITORY."
+        )
+    if backbone.get("load_in_8bit") or backbone.get("load_in_4bit"):
+        # quantised weights can't be moved later
+        backbone.setdefault("device_map", {"": str(device)})
+    loaded, tokenizer = load_backbone(pretrained, dtype=dtype, **backbone)
+    model: Any = loaded
+    if "device_map" not in backbone:
+        model = model.to(device)
+    if peft is not None:
+        options = {} if peft_revision is None else {"revision": peft_revision}
+        model = load_peft_adapter(model, peft, **options)
+    return model.eval(), tokenizer
+
+
+def checked_max_length(given: int | None, limit: int | None) -> int:
+    """Return max_length, which is `given` or, if None, the model's limit of positions."""
+    if limit is None and given is None:
+        raise ValueError(
+            "The model's configuration has no limit of positions. Add max_length=N to --model_args."
+        )
+    length = int(given or limit or 0)
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"max_length is {given}, but the model has {limit} positions. Leave it out."
+        )
+    return length
+
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,7 @@ from tqdm.auto import tqdm
 
 from nara_diffusion.config import changes_base
 from nara_diffusion.layers.residual import Triples, singular_triples
-from nara_diffusion.utils.digests import digest_tensors
-from nara_diffusion.utils.files import atomic_write
+from nara_diffusion.utils.files import atomic_write, digest_tensors
 from nara_diffusion.utils.wording import listed
 
 from .insertion import adapters_of

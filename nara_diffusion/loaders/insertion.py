@@ -23,7 +23,7 @@ from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores.custom import CustomCore, rebuild_core
+from nara_diffusion.cores.registry import CustomCore, rebuild_core
 from nara_diffusion.layers.offloading import groups_of, is_float8
 from nara_diffusion.strict import adapter_tensors, check_finite, check_tensors
 from nara_diffusion.tuner.holder import drop_idle_holder, holder_of

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.noise.drawn_levels import NoiseWindow
+from nara_diffusion.noise.level import NoiseWindow
 from nara_diffusion.tuner.adding import restored_on_error
 from nara_diffusion.utils.wording import listed
 

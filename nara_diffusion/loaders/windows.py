@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.noise.drawn_levels import NoiseWindow
+from nara_diffusion.noise.level import NoiseWindow
 from nara_diffusion.noise.strength_schedule import within
 from nara_diffusion.tuner.strength import check_strength, give_strength, strength_of
 

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .drawn_levels import NoiseWindow
-from .level import Level, as_level, is_number
+from .level import Level, NoiseWindow, as_level, is_number
 
 _EXAMPLE = "StrengthSchedule([(0, 1.0), (0.7, 0.3)])"
 

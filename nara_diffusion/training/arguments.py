@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PromptLearningConfig
 
-from nara_diffusion.noise.drawn_levels import NoiseWindow
+from nara_diffusion.noise.level import NoiseWindow
 from nara_diffusion.noise.strength_schedule import StrengthSchedule, within
 from nara_flags.parser import hint, merged
 from nara_flags.training import OPTIMIZERS, AdapterArguments, TrainingArguments, WindowArguments

@@ -45,8 +45,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from nara_diffusion.utils.digests import digest_file
-from nara_diffusion.utils.files import atomic_write_files, partial_name, put_in_place
+from nara_diffusion.utils.files import atomic_write_files, digest_file, partial_name, put_in_place
 
 from .engines import SHARDED, zero_stage
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import BUILT_IN, needs_noise
-from nara_diffusion.noise.drawn_levels import EVERYTHING, NoiseWindow
+from nara_diffusion.noise.level import EVERYTHING, NoiseWindow
 from nara_diffusion.utils.files import atomic_write
 from nara_flags.training import TrainingArguments
 

@@ -18,8 +18,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list, set_seed
 from huggingface_hub import HfApi
 
-from nara_diffusion.utils.digests import digest_base, digest_texts
-from nara_diffusion.utils.files import atomic_write
+from nara_diffusion.utils.files import atomic_write, digest_base, digest_texts
 from nara_flags.training import TrainingArguments
 
 from .arguments import method_of

@@ -20,7 +20,7 @@ from nara_diffusion.dllm import train as dllm
 from nara_diffusion.dllm.mask_draws import draw_noise_levels
 from nara_diffusion.dreambooth import train as dreambooth
 from nara_diffusion.dreambooth.draws import drawable_levels
-from nara_diffusion.noise.drawn_levels import NoiseWindow
+from nara_diffusion.noise.level import NoiseWindow
 from nara_diffusion.noise.strength_schedule import within
 from tests.acceptance._commands import by_the_card
 from tests.acceptance._runs import TEXT, image_arguments, image_flags, text_arguments

@@ -8,8 +8,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.models.forward_rows import rows_of_guidance
-from nara_diffusion.dllm.prompt_places import place_prompts
-from nara_diffusion.dllm.text_lengths import check_canvas, checked_lengths
+from nara_diffusion.dllm.prompt_places import check_canvas, checked_lengths, place_prompts
 
 MASK, PAD, POSITIONS = 29, 0, 12
 PROMPTS = [[7, 8, 9, 10], [11], [12, 13]]

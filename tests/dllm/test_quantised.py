@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.dllm import load_backbone, masked_diffusion_loss, text_base
+from nara_diffusion.dllm import load_backbone, masked_diffusion_loss, text_data
 from nara_diffusion.training.adapters import add_adapter
 from nara_diffusion.utils.quantised import prepare_quantised
 from tests.acceptance._commands import (
@@ -115,9 +115,9 @@ def test_quantised_base_is_on_the_runs_device(bits: int, tmp_path: Path, monkeyp
         options.update(kwargs)
         return load_backbone(name)
 
-    monkeypatch.setattr(text_base, "load_backbone", load)
+    monkeypatch.setattr(text_data, "load_backbone", load)
     args = text_arguments(tmp_path, **{f"load_in_{bits}bit": True})
-    text_base.load_model(args, torch.float32, torch.device("cuda", 1))
+    text_data.load_model(args, torch.float32, torch.device("cuda", 1))
     assert options["device_map"] == {"": "cuda:1"}
 
 

@@ -11,9 +11,8 @@ import pytest
 from datasets import Dataset
 
 from nara_diffusion.dllm import encode_records, read_records
-from nara_diffusion.dllm.held_out import without_held_out
 from nara_diffusion.dllm.text_arguments import Arguments
-from nara_diffusion.dllm.text_data import load_records
+from nara_diffusion.dllm.text_data import load_records, without_held_out
 from nara_diffusion.dllm.train import main
 from tests.acceptance._commands import results
 from tests.acceptance._runs import text_arguments

@@ -85,7 +85,7 @@ def test_model_is_loaded_by_its_flags(tmp_path: Path, monkeypatch: pytest.Monkey
         calls.append(options)
         raise ArithmeticError
 
-    monkeypatch.setattr("nara_diffusion.dllm.text_base.load_backbone", load)
+    monkeypatch.setattr("nara_diffusion.dllm.text_data.load_backbone", load)
     flags = {"revision": "v2", "mask_token": "[M]"}
     with pytest.raises(ArithmeticError):
         train.main(text_arguments(tmp_path, **flags))

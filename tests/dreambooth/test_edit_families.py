@@ -26,8 +26,7 @@ from nara_diffusion.dreambooth.families import Family, placed
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.pipelines import family_of
 from nara_diffusion.dreambooth.source_images import records_of_pairs
-from nara_diffusion.dreambooth.training_step import TrainingStep
-from nara_diffusion.dreambooth.validation_loss import ValidationLoss
+from nara_diffusion.dreambooth.training_step import TrainingStep, ValidationLoss
 from tests.dreambooth.pictures import folder_of
 from tests.helpers.adapted import disturb
 from tests.helpers.denoisers import levels_of_core, recorded

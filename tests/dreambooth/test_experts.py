@@ -25,8 +25,7 @@ from nara_diffusion.dreambooth.image_plan import planned_image_step
 from nara_diffusion.dreambooth.image_records import records_from_folder
 from nara_diffusion.dreambooth.pipelines import family_of, modules_of, sharing_pipeline
 from nara_diffusion.dreambooth.placement import Swap
-from nara_diffusion.dreambooth.training_step import expert_levels, training_step
-from nara_diffusion.dreambooth.validation_loss import ValidationLoss
+from nara_diffusion.dreambooth.training_step import ValidationLoss, expert_levels, training_step
 from nara_diffusion.training.planned_step import measure, nbytes
 from tests.acceptance._commands import by_the_card, run, tensors
 from tests.acceptance._engines import in_two_processes, needs_gloo

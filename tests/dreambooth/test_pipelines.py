@@ -22,8 +22,8 @@ from nara_diffusion.dreambooth.denoiser import (
     text_config,
     write_adapter,
 )
+from nara_diffusion.dreambooth.image_arguments import family_defaults
 from nara_diffusion.dreambooth.pipelines import load_pipeline, sharing_pipeline
-from nara_diffusion.dreambooth.shipped_images import family_defaults
 from nara_flags.images import UNET_TARGETS
 from tests.helpers.small_pipelines import pixels, small_sd3, small_sdxl
 

@@ -15,15 +15,19 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 from nara_diffusion.dreambooth import DreamBoothDataset, LatentCache, records_from_folder
-from nara_diffusion.dreambooth.class_images import generate_class_images
 from nara_diffusion.dreambooth.draws import draw_noise
 from nara_diffusion.dreambooth.encoders import Encoder, image_similarity, text_alignment
 from nara_diffusion.dreambooth.families import SDXL
 from nara_diffusion.dreambooth.fidelity import STRIP, Evaluation
 from nara_diffusion.dreambooth.objectives import build_objective
-from nara_diffusion.dreambooth.samples import SampleSettings, sample_images, write_grid, write_images
-from nara_diffusion.dreambooth.training_step import TrainingStep
-from nara_diffusion.dreambooth.validation_loss import ValidationLoss
+from nara_diffusion.dreambooth.samples import (
+    SampleSettings,
+    generate_class_images,
+    sample_images,
+    write_grid,
+    write_images,
+)
+from nara_diffusion.dreambooth.training_step import TrainingStep, ValidationLoss
 from tests.acceptance._commands import fresh_accelerate
 from tests.dreambooth.pictures import folder_of, noise
 from tests.helpers.small_pipelines import small_sdxl

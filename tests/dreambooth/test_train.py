@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nara_diffusion.dreambooth.fidelity import STRIP
-from nara_diffusion.dreambooth.shipped_images import CONFIGS, family_defaults, shipped_run
+from nara_diffusion.dreambooth.image_arguments import CONFIGS, family_defaults, shipped_run
 from tests.acceptance._commands import ROOT, metrics, results, run, tensors
 from tests.acceptance._runs import ASSETS, image_flags
 from tests.dreambooth.pictures import folder_of

@@ -24,7 +24,7 @@ from nara_diffusion.dreambooth.draws import draw_indices, draw_noise, drawable_l
 from nara_diffusion.dreambooth.image_records import records_from_folder
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.training_step import TrainingStep
-from nara_diffusion.noise.drawn_levels import NoiseWindow
+from nara_diffusion.noise.level import NoiseWindow
 from tests.dreambooth.pictures import folder_of
 from tests.helpers.adapted import disturb
 from tests.helpers.denoisers import levels_of_core

@@ -13,7 +13,7 @@ from torch import nn
 from nara_diffusion import TimestepNoise, noise_level
 from nara_diffusion.cores.registry import BUILT_IN, build_core
 from nara_diffusion.noise.level import as_level, host_values
-from nara_diffusion.noise.masked_share import InputIdsNoise
+from nara_diffusion.noise.sources import InputIdsNoise
 from nara_diffusion.noise.timesteps import DenoiserNoise
 from tests.helpers.adapted import adapted, nara_config
 from tests.helpers.elsewhere import elsewhere, values_of

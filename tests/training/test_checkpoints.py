@@ -30,7 +30,7 @@ from nara_diffusion.training.checkpoints import (
 )
 from nara_diffusion.training.command import InterruptRequest, TrainingDiverged
 from nara_diffusion.training.run_folder import check_random_states, check_same_run
-from nara_diffusion.utils.digests import digest_base, digest_texts
+from nara_diffusion.utils.files import digest_base, digest_texts
 from nara_flags.parser import parse_arguments
 from tests.acceptance._commands import names
 from tests.acceptance._runs import TEXT, text_arguments
@@ -163,7 +163,7 @@ def test_divergence_stops_before_it_is_saved(tmp_path: Path) -> None:
             return value
 
         patch.setattr(
-            "nara_diffusion.dllm.text_base.kind_of", lambda backbone, flags=None: replace(MASKED, loss=diverging)
+            "nara_diffusion.dllm.text_data.kind_of", lambda backbone, flags=None: replace(MASKED, loss=diverging)
         )
         with pytest.raises(TrainingDiverged, match=r"In step 3 the loss became nan\. .*checkpoint-2$"):
             dllm.main(args)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from nara_diffusion.dllm import train as dllm
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
-from nara_diffusion.noise.drawn_levels import NoiseWindow
+from nara_diffusion.noise.level import NoiseWindow
 from nara_diffusion.training.report import plot_noise_level_curves, write_card
 from tests.acceptance._runs import ASSETS, text_arguments
 

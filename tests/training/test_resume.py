@@ -129,7 +129,7 @@ def test_other_data_start_in_a_fresh_order(
     options: dict[str, Any] = {"train_file": str(other), "checkpointing_steps": 500}
     run = train(tmp_path, checkpointing_steps=500)
     monkeypatch.setattr(
-        "nara_diffusion.dllm.text_base.kind_of", lambda backbone, flags=None: replace(MASKED, loss=watched)
+        "nara_diffusion.dllm.text_data.kind_of", lambda backbone, flags=None: replace(MASKED, loss=watched)
     )
     train(tmp_path / "fresh", **options)
     options |= LATEST | {"max_train_steps": None, "num_train_epochs": 1}

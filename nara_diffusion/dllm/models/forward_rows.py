@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from nara_diffusion.noise.context import core_holders, find_holders, noise_level
-from nara_diffusion.noise.masked_share import InputIdsNoise
 from nara_diffusion.noise.rows import Repetition, guidance_rows
 from nara_diffusion.noise.sources import (
+    InputIdsNoise,
     set_noise_source,
 )
 
