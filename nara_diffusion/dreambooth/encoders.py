@@ -68,7 +68,7 @@ class Encoder:
                 f"{self.name} lacks {len(missing)} tensors of its weights, such as {missing[0]}: download it again."
             )
         self.model = model.eval().requires_grad_(False).to(self.device)
-        self.processor = AutoImageProcessor.from_pretrained(self.name, backend="pil")
+        self.processor: Any = AutoImageProcessor.from_pretrained(self.name, backend="pil")
 
     def images(self, images: Images) -> torch.Tensor:
         """Return unit vectors (n, d), float32 on the CPU. Files are opened batch by batch."""
