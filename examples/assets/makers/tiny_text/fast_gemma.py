@@ -38,7 +38,9 @@ class _Norm(torch.autograd.Function):
 
 
 def _forward(norm: DiffusionGemmaRMSNorm, x: Tensor) -> Tensor:
-    normed = _Norm.apply(x, norm.eps)
+    attributes = vars(norm)
+    eps = attributes.get("variance_epsilon", attributes.get("eps"))  # its name from transformers 5.25 on, and before
+    normed = _Norm.apply(x, eps)
     return normed * norm.weight if norm.with_scale else normed
 
 
