@@ -35,13 +35,12 @@ from .few_steps import (
     student_sampler,
     teacher_sampler,
 )
-from .fidelity import Evaluation, Measurement
+from .fidelity import Evaluation, Measurement, Task
 from .image_arguments import DreamBoothArguments, run_family
 from .image_report import figures, student_card
 from .objectives import build_objective
 from .pipelines import family_of, load_base, sharing_pipeline
 from .samples import SampleSettings, sample_call, sample_images
-from .task import Task
 
 FIGURES = {
     "validation_loss": "error of a step, share of the base's",

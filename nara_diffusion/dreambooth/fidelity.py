@@ -1,4 +1,4 @@
-"""Measure before, during and after training: subject and prompt fidelity, and the loss over λ.
+"""The task of a run, and what is measured before, during and after it: fidelity, the loss over λ.
 
 The metrics are defined in `encoders`. A run loads the saved adapter into a pipeline as a user
 would, and measures that pipeline. All processes share the work. `examples/subject_metrics.py`
@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from peft import PeftConfig
 from PIL.Image import Image
+from torch.utils.data import Dataset
 
 from nara_diffusion.training.arguments import window_of
 from nara_diffusion.training.checkpoints import save_adapter
@@ -25,9 +28,10 @@ from nara_diffusion.training.run import Run
 
 from .denoiser import adapter_loaded, write_adapter
 from .encoders import Encoder, Images, image_similarity, paired_similarity, text_alignment
+from .families import Family
 from .few_steps import StudentLoss
 from .samples import SampleSettings, sample_images, write_grid
-from .training_step import ValidationLoss
+from .training_step import TrainingStep, ValidationLoss
 
 logger = logging.getLogger(__name__)
 
@@ -185,3 +189,20 @@ class Evaluation:
             if similarity is not None and alignment is not None:
                 rows.append((step, similarity, alignment))
         return rows
+
+
+@dataclass(frozen=True)
+class Task:
+    """A base model without its adapter, with samples, a loss and an evaluation."""
+
+    pipe: DiffusionPipeline
+    family: Family  # with the settings of the run
+    config: PeftConfig  # of the adapter
+    loss: TrainingStep | StudentLoss
+    samples: Dataset  # indexed by position, as a `ShuffledStream`
+    collate: Callable[[list], Any]  # samples → a batch of `loss`
+    count: int  # samples of an epoch
+    evaluation: Evaluation
+    facts: Mapping[str, str]  # {what: value} for the log and the model card
+    # measurements before and after → more arguments of `training.report.finish`
+    report: Callable[[Measurement, Measurement], dict[str, Any]]

@@ -19,7 +19,7 @@ from nara_diffusion.utils.wording import counted
 from .dataset import DreamBoothDataset, collate_samples
 from .encoders import load_encoders
 from .families import Family
-from .fidelity import Evaluation, Measurement
+from .fidelity import Evaluation, Measurement, Task
 from .image_arguments import DreamBoothArguments, folder_arguments, run_family
 from .image_records import ImageRecord, class_records, records_from_folder, trained_on, with_masks
 from .image_report import best_by_both, figures, forgetting, subject_card
@@ -27,7 +27,6 @@ from .pipelines import load_base, sharing_pipeline, training_sizes
 from .placement import place_denoisers, take_turns
 from .samples import SampleSettings, generate_class_images, sample_call
 from .source_images import records_of_pairs
-from .task import Task
 from .training_step import TrainingStep, ValidationLoss, training_step
 
 FIGURES = {

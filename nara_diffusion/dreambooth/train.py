@@ -26,11 +26,11 @@ from nara_flags.parser import read_flags
 
 from .denoiser import AdaptedDenoiser, read_checkpoint, write_adapter, write_checkpoint
 from .distill import student_task
+from .fidelity import Task
 from .image_arguments import DreamBoothArguments, shipped_run
 from .image_plan import planned_image_step
 from .image_report import schedule_line, write_samples
 from .subject import load_subject, subject_task
-from .task import Task
 
 
 def main(args: DreamBoothArguments) -> dict[str, Any]:
