@@ -261,22 +261,9 @@ def block_model(model: nn.Module) -> DiffusionGemmaForBlockDiffusion:
 def decoder_inputs(model: DiffusionGemmaForBlockDiffusion, batch: CanvasBatch) -> dict[str, Any]:
     """Return the arguments of a forward: clean rows, canvases, their positions, and the masks.
 
-    Also pass a `DynamicCache()` without a configuration, since the cache has to keep all keys.
-    """
-    c = batch.canvas.shape[1]
-    offsets = torch.arange(c, device=batch.canvas.device)
-    return {
-        "input_ids": batch.input_ids,
-        "decoder_input_ids": batch.canvas,
-        "decoder_position_ids": batch.starts[:, None] + offsets,  # (b, c)
-        "decoder_attention_mask": _prefix_masks(model, batch),
-    }
-
-
-def _prefix_masks(model: DiffusionGemmaForBlockDiffusion, batch: CanvasBatch) -> dict[str, Tensor]:
-    """Return, for each type of layer, the mask of the keys that a canvas sees, (b, 1, c, l + c).
-
-    A canvas sees itself, and a window of tokens before its start.
+    There is a mask (b, 1, c, l + c) for each type of layer: a canvas sees itself, and a window of
+    tokens before its start. Also pass a `DynamicCache()` without a configuration, since the cache
+    has to keep all keys.
     """
     text: Any = model.config.get_text_config()
     (b, c), length = batch.canvas.shape, batch.input_ids.shape[1]
@@ -288,7 +275,12 @@ def _prefix_masks(model: DiffusionGemmaForBlockDiffusion, batch: CanvasBatch) ->
         is_prefix = (keys < starts) & (keys >= starts - window)
         seen = (is_prefix | (keys >= length)).expand(b, 1, c, -1)
         masks[kind] = attention_argument(seen, text._attn_implementation, model.dtype)
-    return masks
+    return {
+        "input_ids": batch.input_ids,
+        "decoder_input_ids": batch.canvas,
+        "decoder_position_ids": batch.starts[:, None] + keys[:c],  # (b, c)
+        "decoder_attention_mask": masks,
+    }
 
 
 def _next_token_loss(

@@ -237,7 +237,7 @@ class RecordEncoder:
         }
 
     def pairs(self, record: Mapping[str, Any]) -> list[Pair]:
-        """Return the pairs of a record. A conversation may have several."""
+        """Return the pairs of a record. With `train_on` "all", a conversation has one for each answer."""
         instruction, output, answer = (record[key] for key in ("instruction", "output", "answer"))
         turns = record.get("turns") or []
         if not instruction:
@@ -245,21 +245,16 @@ class RecordEncoder:
         if not turns and not self.tokenizer.chat_template:
             prompt = prompt_text(self.tokenizer, instruction, record["input"])
             return [Pair(prompt, output, instruction, answer)]
-        pairs = self._earlier_pairs(turns) if self.train_on == "all" else []
-        turns = turns or [user_turn(instruction, record["input"])]
-        return [*pairs, self._in_template(turns, instruction, output, answer)]
-
-    def _earlier_pairs(self, turns: Sequence[Mapping[str, str]]) -> list[Pair]:
-        """Return a pair for each answer before the last one."""
         pairs: list[Pair] = []
         question = None
-        for i, turn in enumerate(turns):
+        for i, turn in enumerate(turns if self.train_on == "all" else ()):
             content = turn["content"]
             if turn["role"] == "user":
                 question = content
             elif turn["role"] == "assistant" and question is not None:
                 pairs.append(self._in_template(turns[:i], question, content, content))
-        return pairs
+        turns = turns or [user_turn(instruction, record["input"])]
+        return [*pairs, self._in_template(turns, instruction, output, answer)]
 
     def _in_template(
         self, turns: Sequence[Mapping[str, str]], instruction: str, output: str, answer: str

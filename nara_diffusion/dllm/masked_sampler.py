@@ -164,7 +164,14 @@ class State:
                     break
                 level = reader.level(self, positions)
                 self.step(reader, rows, positions, level, count)
-                if on_step_end is not None and self._is_stopped(on_step_end, level):
+                if on_step_end is None:
+                    continue
+                sequences, masked = self.sequences.clone(), self.masked.clone()
+                step = GenerationStep(self.forwards - 1, level, sequences, masked)
+                on_step_end(step)
+                self.sequences = step.sequences
+                self.masked &= self.answers == self.mask_token_id
+                if step.stop:
                     return
 
     def are_answers(self, positions: Tensor) -> Tensor:
@@ -183,6 +190,8 @@ class State:
     ) -> None:
         """Place tokens in the a rows `rows`, at some of the masked `positions` (b, k).
 
+        A row is then filled after its first end token, if no mask comes before that token.
+
         Args:
             level: (b,) λ.
             count: the number of tokens that the rule `steps` places in each row.
@@ -198,27 +207,6 @@ class State:
         placed = sequences.scatter(1, positions, tokens)
         self.sequences = self.sequences.index_copy(0, index, placed)
         self.masked = self.masked & (self.answers == self.mask_token_id)
-        self._finish_rows()
-
-    def _is_stopped(
-        self, on_step_end: Callable[[GenerationStep], None], noise_level: Tensor
-    ) -> bool:
-        """Call `on_step_end`, take over its sequences, and return True if it ends sampling."""
-        sequences, masked = self.sequences.clone(), self.masked.clone()
-        step = GenerationStep(self.forwards - 1, noise_level, sequences, masked)
-        on_step_end(step)
-        self.sequences = step.sequences
-        self.masked &= self.answers == self.mask_token_id
-        return step.stop
-
-    def _uniform(self, rows: list[int], *shape: int, dtype: torch.dtype) -> Tensor:
-        """Return the next random numbers (a, *shape); each row has its own stream."""
-        streams = [self.streams[row] for row in rows]
-        draw = partial(torch.rand, shape, dtype=dtype, device=self.starts.device)
-        return torch.stack([draw(generator=stream) for stream in streams])
-
-    def _finish_rows(self) -> None:
-        """Fill each row after its first end token, if no mask comes before that token."""
         answers = self.answers
         is_end = torch.isin(answers, self.ends) & (self.masked.cumsum(1) == 0)  # (b, g)
         is_after_end = is_end.cumsum(1) > is_end.int()
@@ -226,6 +214,12 @@ class State:
         filled = torch.where(is_after_end, answers.gather(1, first), answers)
         self.sequences = self.sequences.scatter(1, self.positions, filled)
         self.masked = self.masked & ~is_after_end
+
+    def _uniform(self, rows: list[int], *shape: int, dtype: torch.dtype) -> Tensor:
+        """Return the next random numbers (a, *shape); each row has its own stream."""
+        streams = [self.streams[row] for row in rows]
+        draw = partial(torch.rand, shape, dtype=dtype, device=self.starts.device)
+        return torch.stack([draw(generator=stream) for stream in streams])
 
 
 class WholeText:

@@ -10,7 +10,6 @@ DiffusionGemma is trained on one canvas, in two passes.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,16 +56,12 @@ def planned_text_step(args: Arguments) -> PlannedStep:
     kind.objective(args)
     with torch.device("meta"):
         adapted = build_adapter(model, args, **adapter_options(model, args))
-    loss, forward = kind.plan(adapted, args, _longest_batch(Backbone(adapted), args, length))
-    return PlannedStep(model=adapted, loss=lambda: loss().loss, forward=forward, packed=packed)
-
-
-def _longest_batch(backbone: Backbone, args: Arguments, length: int) -> dict[str, Any]:
-    """Return rows of `length` tokens and their padding, at most the model's positions."""
-    limit = backbone.position_limit or math.inf
+    backbone = Backbone(adapted)
+    # a batch of the longest rows and their padding, at most the model's positions
     prompt = min(args.max_prompt_length or length, length - 1)
     if args.trained_padding == "gen_length":
-        prompt = int(min(prompt, limit - args.gen_length))
+        prompt = int(min(prompt, (backbone.position_limit or math.inf) - args.gen_length))
     row = {"input_ids": [_END] * length, "prompt_length": prompt}
-    collator = kind_of(backbone).collator(backbone, args, _END)
-    return collator([row] * args.train_batch_size)
+    batch = kind.collator(backbone, args, _END)([row] * args.train_batch_size)
+    loss, forward = kind.plan(adapted, args, batch)
+    return PlannedStep(model=adapted, loss=lambda: loss().loss, forward=forward, packed=packed)

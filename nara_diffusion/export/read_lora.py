@@ -69,7 +69,15 @@ def read_lora(
             "format with PeftModel.from_pretrained(model, folder)."
         )
     if (path / CONFIG_NAME).is_file():
-        parts = {denoiser_name(model) if is_pipeline(model) else "": _read_folder(path)}
+        scheduler = path / "scheduler" / "scheduler_config.json"
+        if scheduler.is_file():
+            raise ValueError(f"it has '{scheduler.relative_to(path)}': {OTHER_PREDICTION}")
+        config = PeftConfig.from_pretrained(str(path))
+        if type(config) is not LoraConfig:
+            kind = type(config).__name__.removesuffix("Config")
+            raise ValueError(f"it is a {kind}, not a LoRA.")
+        component = denoiser_name(model) if is_pipeline(model) else ""
+        parts = {component: _plain_lora(config, read_peft_tensors(path))}
     else:
         parts = _read_file(locate(path, None, None, {}), model)
     for part in parts.values():
@@ -84,17 +92,6 @@ def read_lora(
 def is_pipeline(model: object) -> TypeGuard[DiffusionPipeline]:
     """Return whether `model` is a Diffusers pipeline, importing the base class only here."""
     return isinstance(model, diffusers.DiffusionPipeline)  # type: ignore[attr-defined]
-
-
-def _read_folder(folder: Path) -> PlainLora:
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    if scheduler.is_file():
-        raise ValueError(f"it has '{scheduler.relative_to(folder)}': {OTHER_PREDICTION}")
-    config = PeftConfig.from_pretrained(str(folder))
-    if type(config) is not LoraConfig:
-        kind = type(config).__name__.removesuffix("Config")
-        raise ValueError(f"it is a {kind}, not a LoRA.")
-    return _plain_lora(config, read_peft_tensors(folder))
 
 
 def _plain_lora(config: LoraConfig, tensors: Mapping[str, Tensor]) -> PlainLora:

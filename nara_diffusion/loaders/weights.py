@@ -323,8 +323,15 @@ def _name_to_save(models: Mapping[str, nn.Module], name: str | None) -> str:
     return name
 
 
-def _check_nothing_left_out(pipe: Pipeline, models: Mapping[str, nn.Module], name: str) -> None:
-    """Raise ValueError if the adapter is also in a component that a pipeline's file can't hold."""
+def _parts_to_save(
+    pipe: Pipeline, models: Mapping[str, nn.Module], name: str
+) -> dict[str, AdapterPart]:
+    """Return {component: the adapter's part} of all components that have the adapter.
+
+    Raises:
+        ValueError: the adapter is also in a component that a pipeline's file can't hold, or is a
+            plain LoRA.
+    """
     for component, model in pipe.components.items():
         is_left_out = component not in models and isinstance(model, nn.Module)
         if is_left_out and name in nara_adapters_of(unwrapped(model)):
@@ -332,13 +339,6 @@ def _check_nothing_left_out(pipe: Pipeline, models: Mapping[str, nn.Module], nam
                 f"Adapter '{name}' is also in '{component}', which a pipeline's file cannot contain. Save that part "
                 f"with peft.PeftModel, or first remove it with pipe.{component}.delete_adapters('{name}')."
             )
-
-
-def _parts_to_save(
-    pipe: Pipeline, models: Mapping[str, nn.Module], name: str
-) -> dict[str, AdapterPart]:
-    """Return {component: the adapter's part} of all components that have the adapter."""
-    _check_nothing_left_out(pipe, models, name)
     parts = {}
     for component, model in models.items():
         if name not in adapters_of(model):
