@@ -13,12 +13,12 @@ import argparse
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from peft import get_peft_model
 from shipped_task import GEN_LENGTH, fine_tune, load_rows, load_shipped_model, make_collator, trainable_parameters
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dllm import exact_match, noise_level_curve
-from nara_diffusion.training.report import plot_noise_level_curves
 
 NOISE_LEVELS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 
@@ -45,9 +45,14 @@ def main(steps: int = 300, n: int = 100, output_dir: str | Path = "outputs/examp
     print(f"right answers: {base_loss:.0%} before, {adapted_loss:.0%} after")
     picture = Path(output_dir) / "03_loss_over_noise.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
-    plot_noise_level_curves(
-        picture, NOISE_LEVELS, base_curve, adapted_curve, title="two-step questions, llada-tiny", unit="nats a token"
-    )
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(NOISE_LEVELS, base_curve, marker="o", label="base model")
+    axes.plot(NOISE_LEVELS, adapted_curve, marker="o", label="with the adapter")
+    axes.set(title="two-step questions, llada-tiny", xlabel="noise level λ (1 = pure noise)", yscale="log")
+    axes.set_ylabel("loss (nats a token)")
+    axes.legend()
+    figure.savefig(picture)
     print(f"drawn in {picture}")
     return {"before": base_loss, "after": adapted_loss}
 
