@@ -49,7 +49,7 @@ def main(steps: int = 300, n: int = 100, output_dir: str | Path = "outputs/examp
     axes = figure.subplots()
     axes.plot(NOISE_LEVELS, base_curve, marker="o", label="base model")
     axes.plot(NOISE_LEVELS, adapted_curve, marker="o", label="with the adapter")
-    axes.set(title="two-step questions, llada-tiny", xlabel="noise level λ (1 = pure noise)", yscale="log")
+    axes.set(title="two-step questions, llada-tiny", xlabel="noise level λ (1 = pure noise)")
     axes.set_ylabel("loss (nats a token)")
     axes.legend()
     figure.savefig(picture)
