@@ -81,7 +81,6 @@ class Named(Exception):
     """Carries the file of the trajectories."""
 
 
-@pytest.mark.slow
 def test_every_setting_of_the_teacher_names_other_trajectories(
     flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

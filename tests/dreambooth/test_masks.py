@@ -302,7 +302,6 @@ def png_of(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.slow
 def test_run_on_black_masks_has_no_loss(tmp_path: Path) -> None:
     flags = image_flags(tmp_path, small_sdxl()) | {"max_train_steps": 1, "curve_points": 1, "checkpointing_steps": None}
     place = tmp_path / "pictures" / "mask"

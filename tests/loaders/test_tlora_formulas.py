@@ -182,7 +182,7 @@ def test_key_naming_no_module_or_two_is_refused() -> None:
 # ---------------------------------------------------------------- T-LoRA's own repository
 
 
-@pytest.mark.parametrize("ortho", [pytest.param(False, marks=pytest.mark.slow), True], ids=["vanilla", "ortho"])
+@pytest.mark.parametrize("ortho", [False, True], ids=["vanilla", "ortho"])
 def test_repository_file_of_sdxl_equals_its_formula(ortho: bool, tmp_path) -> None:
     pipe = _bases.sdxl()
     tensors = repository_file(pipe.unet, SDXL, ortho=ortho)

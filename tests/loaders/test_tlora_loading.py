@@ -152,7 +152,6 @@ def test_base_with_another_adapter_gives_the_same_factors() -> None:
 # ---------------------------------------------------------------- start factors beside the file
 
 
-@pytest.mark.slow
 def test_start_factors_are_computed_once_for_each_base(tmp_path, monkeypatch) -> None:
     calls = []
     compute = base_factors.singular_triples

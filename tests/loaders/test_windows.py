@@ -83,7 +83,6 @@ def test_convert_splits_windows_of_one_file(sources: Any, tmp_path: Path) -> Non
     assert_near(predict(only, EDGE), predict(pipe, EDGE), pipe.unet)
 
 
-@pytest.mark.slow
 def test_windows_after_an_error_leave_the_pipeline_unchanged(sources: Any, tmp_path: Path) -> None:
     nara_folder, lora = sources
     pipe: Any = frozen_sd()

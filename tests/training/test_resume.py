@@ -112,7 +112,6 @@ def test_run_ending_before_its_checkpoint_is_refused(ended: Path, tmp_path: Path
         train(tmp_path, **LATEST)
 
 
-@pytest.mark.slow
 def test_other_data_start_in_a_fresh_order(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
