@@ -106,13 +106,17 @@ def encode_records(
     """
     from datasets import Features, List, Value
 
-    columns: dict[str, Any] = dict.fromkeys(_NUMBERS, Value("int32"))
-    columns |= dict.fromkeys(("instruction", "answer"), Value("string"))
-    columns |= dict.fromkeys(("input_ids", *text_columns(records)), List(Value("int32")))
+    features = Features(
+        {
+            **dict.fromkeys(_NUMBERS, Value("int32")),
+            **dict.fromkeys(("instruction", "answer"), Value("string")),
+            **dict.fromkeys(("input_ids", *text_columns(records)), List(Value("int32"))),
+        }
+    )
     longest = min(max_length - 1, max_length if max_prompt_length is None else max_prompt_length)
     source = (records.info.description or "").rpartition(" (fields ")[0]
     encoder = RecordEncoder(tokenizer, max_length, longest, train_on, source)
-    key, features = encoder.cache_key(), Features(columns)
+    key = encoder.cache_key()
     rows = mapped(records, encoder, key, features, batch_size=BATCH, desc="tokenise")
     if not len(rows):
         raise ValueError(
@@ -210,13 +214,12 @@ class RecordEncoder:
         prompts = encode_prompts(self.tokenizer, [pair.prompt for pair, _ in rows])
         closed = [pair.closed for pair, _ in rows]
         answers = token_ids(self.tokenizer, closed, add_special_tokens=False)
-        columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-        for (pair, facts), prompt, answer in zip(rows, prompts, answers, strict=True):
-            row = self._row(pair, prompt, answer, facts["name"]) | facts
-            if row["prompt_length"] <= self.max_prompt_length:
-                for name, column in columns.items():
-                    column.append(row[name])
-        return columns
+        encoded = [
+            self._row(pair, prompt, answer, facts["name"]) | facts
+            for (pair, facts), prompt, answer in zip(rows, prompts, answers, strict=True)
+        ]
+        kept = [row for row in encoded if row["prompt_length"] <= self.max_prompt_length]
+        return {name: [row[name] for row in kept] for name in _COLUMNS}
 
     def _row(self, pair: Pair, prompt: list[int], answer: list[int], name: str) -> dict[str, Any]:
         bos: Any = self.tokenizer.bos_token_id
@@ -226,8 +229,9 @@ class RecordEncoder:
         tokens = [*prompt, *answer] if answer[-1:] == [end] else [*prompt, *answer, end]
         mask: Any = self.tokenizer.mask_token_id
         if mask is not None and mask in tokens:
-            written = f"{name} has {self.tokenizer.mask_token!r} in its text, and so"
-            raise ValueError(f"{written} {mask_in_a_text(mask)}")
+            raise ValueError(
+                f"{name} has {self.tokenizer.mask_token!r} in its text, and so {mask_in_a_text(mask)}"
+            )
         return {
             "input_ids": tokens[: self.max_length],
             "instruction": pair.instruction,

@@ -113,12 +113,8 @@ class RecordReader:
     def __call__(
         self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]
     ) -> dict[str, list[Any]]:
-        columns: dict[str, list[Any]] = {name: [] for name in self.columns}
-        for where, record in self.numbered(batch, indices):
-            row = self.row(record, where)
-            for name, column in columns.items():
-                column.append(row[name])
-        return columns
+        rows = [self.row(record, where) for where, record in self.numbered(batch, indices)]
+        return {name: [row[name] for row in rows] for name in self.columns}
 
     def numbered(
         self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]
@@ -203,9 +199,8 @@ class RecordReader:
     def _conversation(self, record: Mapping[str, Any], where: str) -> dict[str, Any]:
         name = self.names["messages"]
         if record.get(name) is None:
-            problem = f"has no {name}, it has {', '.join(record)}"
-            if name in record:
-                problem = f"has null as its {name}"
+            missing = f"has no {name}, it has {', '.join(record)}"
+            problem = f"has null as its {name}" if name in record else missing
             raise ValueError(
                 f"{where} {problem}: the first record decides the form of all, so put other forms "
                 "into their own files"
@@ -245,9 +240,8 @@ def _read_conversation(messages: object, where: str) -> dict[str, Any]:
     Raises:
         ValueError: a message isn't {role, content}, or a user's message or its answer is missing.
     """
-    turns = []
-    for message in messages if isinstance(messages, list) else [messages]:
-        turns.append(_turn(message, where))
+    listed = messages if isinstance(messages, list) else [messages]
+    turns = [_turn(message, where) for message in listed]
     while turns and turns[-1]["role"] != "assistant":
         turns.pop()
     questions = [turn["content"] for turn in turns if turn["role"] == "user"]

@@ -133,10 +133,9 @@ def _records(
         raise ValueError(f"{source} holds no records")
     where, record = first
     reader = RecordReader(source, kind, field_names(record, fields, where))
-    features: dict[str, Any] = dict.fromkeys(reader.columns, Value("string"))
+    features = Features(dict.fromkeys(reader.columns, Value("string")))
     if "turns" in features:
         features["turns"] = List({"role": Value("string"), "content": Value("string")})
-    features = Features(features)
     records = mapped(rows, reader, vars(reader), features, batch_size=size, desc="read")
     named = [name if name == part else f"{name} as {part}" for part, name in reader.names.items()]
     records.info.description = f"{source} (fields {', '.join(named)})"

@@ -36,11 +36,9 @@ class Arguments(TextFlags):
 
     def sampling(self) -> Sampling:
         """Return the settings of generation."""
-        settings: dict[str, Any] = {"steps": self.generation_steps}
-        for field in fields(Sampling):
-            if field.name != "steps":
-                settings[field.name] = getattr(self, field.name)
-        return Sampling(**settings)
+        names = {field.name for field in fields(Sampling)} - {"steps"}
+        settings = {name: getattr(self, name) for name in names}
+        return Sampling(steps=self.generation_steps, **settings)
 
 
 def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -86,15 +86,12 @@ def load_model(
         device: the device of quantised weights, which can't be moved later. transformers would take
             a GPU even in a run on the CPU.
     """
-    options: dict[str, Any] = {}
-    for name in ("mask_token", "load_in_4bit", "load_in_8bit", "revision"):
-        value = getattr(args, name)
-        if value:
-            options[name] = value
+    names = ("mask_token", "load_in_4bit", "load_in_8bit", "revision")
+    options = {name: value for name, value in vars(args).items() if name in names and value}
     if args.bits:
         options["device_map"] = {"": str(device)}
     model, tokenizer = load_backbone(args.pretrained_model_name_or_path, dtype=dtype, **options)
-    kind_of(Backbone(model)).configure(model, args)
+    model.config.update(kind_of(Backbone(model)).changed_fields(args))
     return model, tokenizer
 
 
@@ -188,11 +185,8 @@ def load_records(args: Arguments) -> TextRecords:
     Raises:
         ValueError: see `read_records` and `hold_out`.
     """
-    fields: dict[str, str] = {}
-    for part in FIELDS:
-        name = getattr(args, f"{part}_field")
-        if name is not None:
-            fields[part] = name
+    given = {part: getattr(args, f"{part}_field") for part in FIELDS}
+    fields = {part: name for part, name in given.items() if name is not None}
     if args.objective == "dpo":
         fields = PAIR_FIELDS | fields
     config, source = args.dataset_config_name, args.dataset_name or args.train_file

@@ -39,7 +39,7 @@ def planned_text_step(args: Arguments) -> PlannedStep:
     hub = {} if args.revision is None else {"revision": args.revision}
     model = backbone_on_meta(args.pretrained_model_name_or_path, dtype, **hub)
     kind = kind_of(Backbone(model), args)
-    kind.configure(model, args)
+    model.config.update(kind.changed_fields(args))
     packed: dict[Tensor, float] = {}
     if args.bits:
         check_roundable(model.config)

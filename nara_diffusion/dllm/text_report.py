@@ -221,7 +221,9 @@ def _loading(evaluation: Evaluation, folder: str, question: str) -> str:
         if value:
             options += f", {name}={value!r}"
     loading = f"model, tokenizer = load_backbone({base!r}{options})"
-    lines = [loading, *kind.configuring_lines(args), *lines]
+    changes = kind.changed_fields(args).items()
+    configuring = [f"model.config.{name} = {value!r}" for name, value in changes]
+    lines = [loading, *configuring, *lines]
     if needs_schedule(args):
         imports += "\nfrom nara_diffusion import StrengthSchedule, set_strength"
         lines.append(schedule_line(args))

@@ -29,7 +29,6 @@ import yaml
 
 TASKS, PRESETS = Path(__file__).parent / "tasks", Path(__file__).parent / "presets.yaml"
 MODEL = "nara_dllm"
-HELP = ("-h", "--help")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if MODEL not in model_registry:
         model_registry.register(MODEL, target="nara_diffusion.lm_eval.harness_model:NaraDLLM")
     flags = sys.argv[1:] if argv is None else list(argv)
-    if not flags or flags[0] in HELP:
+    if not flags or flags[0] in ("-h", "--help"):
         sys.stdout.write(f"{__doc__}\n")
     elif flags[0] not in ("run", "ls", "validate"):
         flags = ["run", *flags]

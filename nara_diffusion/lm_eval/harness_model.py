@@ -11,8 +11,7 @@ Requests are sorted by length. A result doesn't depend on the other requests in 
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from itertools import groupby
 from typing import Any, cast
@@ -26,6 +25,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import BatchSampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -95,8 +95,6 @@ def checked_max_length(given: int | None, limit: int | None) -> int:
         )
     return length
 
-
-logger = logging.getLogger(__name__)
 
 # requests of one call of log_likelihood: those of equal length share forwards
 _GROUP = 64
@@ -227,7 +225,7 @@ class NaraDLLM(LM):
         order = sorted(range(len(requests)), key=lambda i: (repr(settings[i]), -len(prompts[i])))
         with self._progress(len(requests), "generate") as bar:
             for (until, sampling), group in groupby(order, key=lambda i: settings[i]):
-                for batch in _split(list(group), self.batch_size):
+                for batch in BatchSampler(group, self.batch_size, drop_last=False):
                     texts = self._answers([prompts[i] for i in batch], until, sampling)
                     for i, text in zip(batch, texts, strict=True):
                         answers[i] = text
@@ -258,7 +256,7 @@ class NaraDLLM(LM):
         results = [(0.0, False)] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
         with self._progress(len(pairs), "likelihood") as bar:
-            for batch in _split(order, _GROUP):
+            for batch in BatchSampler(order, _GROUP, drop_last=False):
                 chosen = [pairs[i] for i in batch]
                 texts = [torch.tensor([*prompt, *answer]) for prompt, answer in chosen]
                 values = log_likelihood(
@@ -309,7 +307,7 @@ class NaraDLLM(LM):
         are_equal = [False] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][1]), len(pairs[i][0])))
         for length, group in groupby(order, key=lambda i: len(pairs[i][1])):
-            for batch in _split(list(group), self.batch_size):
+            for batch in BatchSampler(group, self.batch_size, drop_last=False):
                 prompts = [pairs[i][0] for i in batch]
                 options = {"gen_length": length, "stop_at_eos": False, "cfg_scale": self.cfg_scale}
                 result = answer_prompts(self.model, prompts, **options)
@@ -328,8 +326,3 @@ class NaraDLLM(LM):
 
     def barrier(self) -> None:
         self.processes.wait_for_everyone()
-
-
-def _split(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

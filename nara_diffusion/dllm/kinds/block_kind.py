@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from nara_diffusion.noise.level import NoiseWindow
 from nara_flags.text import TextFlags
@@ -43,15 +42,8 @@ def _objective(flags: TextFlags) -> dict[str, Any]:
     return options
 
 
-def _configure(model: PreTrainedModel, flags: TextFlags) -> None:
-    if flags.block_length:
-        model.config.block_length = flags.block_length
-
-
-def _configuring_lines(flags: TextFlags) -> list[str]:
-    if flags.block_length:
-        return [f"model.config.block_length = {flags.block_length}"]
-    return []
+def _changed_fields(flags: TextFlags) -> dict[str, Any]:
+    return {"block_length": flags.block_length} if flags.block_length else {}
 
 
 def _plan(model: nn.Module, flags: TextFlags, rows: dict[str, Any]) -> PlannedForward:
@@ -78,6 +70,5 @@ BLOCKS = replace(
     sampling=_sampling,
     generate=fill_blocks,
     share="masked share of the answer in each block",
-    configure=_configure,
-    configuring_lines=_configuring_lines,
+    changed_fields=_changed_fields,
 )

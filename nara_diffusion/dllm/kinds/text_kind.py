@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from nara_flags.text import TextFlags
 
@@ -62,10 +61,8 @@ class TextKind:
     merge_warning: str = ""  # about merging an adapter that doesn't depend on λ
 
     # what only some kinds have
-    # set the fields of the model's configuration that flags change
-    configure: Callable[[PreTrainedModel, TextFlags], None] = lambda model, flags: None
-    # the lines of the card's code that do the same
-    configuring_lines: Callable[[TextFlags], list[str]] = lambda flags: []
+    # flags → the fields of the model's configuration that they change, with their values
+    changed_fields: Callable[[TextFlags], dict[str, Any]] = lambda flags: {}
     # flags → arguments of `build_adapter`; ValueError for layers that can't be adapted
     targets: Callable[[TextFlags], Mapping[str, Any]] = lambda flags: {}
     refused_methods: tuple[str, ...] = ()  # families of `training.adapters.Method`

@@ -220,9 +220,7 @@ def _hooked(
         return (before(args[0]), *args[1:]) if threading.get_ident() == thread else None
 
     def post(_: nn.Module, __: tuple, output: Tensor) -> Tensor | None:
-        if after is None or threading.get_ident() != thread:
-            return None
-        return after(output)
+        return after(output) if after and threading.get_ident() == thread else None
 
     # The inner pair of hooks: FSDP and DeepSpeed gather the weights before and free them after it.
     handles = [head.register_forward_pre_hook(pre), head.register_forward_hook(post, prepend=True)]

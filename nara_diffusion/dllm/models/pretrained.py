@@ -177,10 +177,11 @@ def _check_tensors(name: str, loading: Mapping[str, Any]) -> None:
         "not known to the model": unknown,
         "of another shape": [key for key, _, _ in loading["mismatched_keys"]],
     }
-    lists = []
-    for kind, keys in problems.items():
-        if keys:
-            lists.append(f"{len(keys)} {kind}: {', '.join(sorted(keys)[:8])}")
+    lists = [
+        f"{len(keys)} {kind}: {', '.join(sorted(keys)[:8])}"
+        for kind, keys in problems.items()
+        if keys
+    ]
     if lists:
         raise ValueError(f"the tensors of {name} don't fit its configuration; {'; '.join(lists)}")
 
