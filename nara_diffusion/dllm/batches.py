@@ -147,12 +147,10 @@ class AnswerCollator:
 
     def row_lengths(self, rows: Dataset) -> np.ndarray:
         """Return the number of positions of each row. "longest" adds none."""
-        lengths: list[int] = []
-        columns = (token_counts(rows), rows["prompt_length"], rows["length"])
-        for length, prompt, uncut in zip(*columns, strict=True):
-            is_whole = length == uncut
-            lengths.append(self.padded_length(length, prompt, length) if is_whole else length)
-        return np.array(lengths)
+        lengths = token_counts(rows)
+        is_whole = lengths == np.array(rows["length"])
+        padded = map(self.padded_length, lengths.tolist(), rows["prompt_length"], lengths.tolist())
+        return np.where(is_whole, list(padded), lengths)
 
     def is_whole(self, row: Row) -> bool:
         """Return True if the answer of the row is complete, with its end token."""

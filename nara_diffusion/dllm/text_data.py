@@ -195,6 +195,7 @@ def load_records(args: Arguments) -> TextRecords:
     records = with_column(records, "number", range(len(records)))
     if args.validation_file is None:
         records, validation = hold_out(records, args.validation_samples, args.seed)
+        validation.info.description += ", held out of the training data"
     else:
         validation = read_records(args.validation_file, fields, config=config)
     test = validation
@@ -202,6 +203,8 @@ def load_records(args: Arguments) -> TextRecords:
         test = read_records(args.test_file, fields, config=config)
     if args.test_samples is not None:
         test = test.select(range(min(len(test), args.test_samples)))
+    if "turns" in records.column_names:
+        records.info.description += f", train_on {args.train_on}"
     return TextRecords(records, validation, test)
 
 
@@ -211,7 +214,6 @@ class TextData:
 
     Attributes:
         validation_rows: the rows of `validation`, with "longest" for the collator.
-        descriptions: what the training data and the validation data are, for the report.
         padded: the number of tokens of the longest sample with its trained padding.
         canvases: the part of the data whose longest prompt becomes the longest canvas.
         warnings: warnings about rows that are both trained on and measured.
@@ -221,7 +223,6 @@ class TextData:
     validation: EncodedRecords
     test: EncodedRecords
     validation_rows: Dataset
-    descriptions: tuple[str, str]
     collator: AnswerCollator
     padded: int
     canvases: EncodedRecords
@@ -277,20 +278,9 @@ def encode_data(
         validation,
         test,
         validation_rows=with_longest(validation.rows, args.train_batch_size, args.group_by_length),
-        descriptions=_descriptions(args, records),
         collator=collator,
         padded=padded,
         canvases=max(generated, key=lambda part: part.longest_prompt),
         gen_length=args.gen_length,
         warnings=rows_in_training(training.rows, **measured),
     )
-
-
-def _descriptions(args: Arguments, records: TextRecords) -> tuple[str, str]:
-    training = records.training.info.description
-    validation = records.validation.info.description
-    if "turns" in records.training.column_names:
-        training = f"{training}, train_on {args.train_on}"
-    if not args.validation_file:
-        validation = f"{validation}, held out of the training data"
-    return training, validation

@@ -92,10 +92,13 @@ def chat_text(
         ValueError: there is no chat template, or the template rejects the turns. Many templates
             reject a system message.
     """
-    copies = [dict(turn) for turn in turns]
     try:
-        text: Any = tokenizer.apply_chat_template(
-            copies, tokenize=False, add_generation_prompt=add_generation_prompt
+        return str(
+            tokenizer.apply_chat_template(
+                [dict(turn) for turn in turns],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
         )
     except TemplateError as error:
         roles = ", ".join(repr(turn["role"]) for turn in turns)
@@ -103,7 +106,6 @@ def chat_text(
             f"the tokenizer's chat template refuses the turns {roles} ({error}): leave out the "
             "system message, and let the turns of user and assistant alternate"
         ) from error
-    return text
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:

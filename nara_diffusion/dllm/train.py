@@ -169,14 +169,14 @@ def run_facts(
         setup.base.sampling.block,
     )
     _warn(run, warnings)
-    training, validation = data.descriptions
+    training, validation = data.training.rows.info, data.validation.rows.info
     return {
         "adapter": title_of(args),
         **start_facts(args),
         "base": str(args.pretrained_model_name_or_path),
         "optimizer steps": f"{steps} of {counted(run.global_batch, 'sample')}",
-        "training data": f"{counted(len(stream.samples), 'record')} of {training}",
-        "validation data": f"{counted(len(data.validation_rows), 'row')} of {validation}",
+        "training data": f"{counted(len(stream.samples), 'record')} of {training.description}",
+        "validation data": f"{counted(len(data.validation_rows), 'row')} of {validation.description}",
         "canvas": canvas,
         "trainable parameters": f"{trainable:,}",
         "hardware": run.hardware,

@@ -76,8 +76,7 @@ def _plan(model: nn.Module, flags: TextFlags, rows: dict[str, Any]) -> PlannedFo
     vocabulary = int(rows["input_ids"].max()) + 1
     options = _objective(flags)
     weight = options.pop("encoder_weight")
-    options |= {"canvas_length": canvas, "vocab_size": vocabulary, "seed": 0}
-    batch = corrupt_canvases(**rows, **options)
+    batch = corrupt_canvases(**rows, **options, canvas_length=canvas, vocab_size=vocabulary, seed=0)
     b, length = batch.input_ids.shape
     loss = partial(canvas_loss, model, batch, weight)
     return PlannedForward(loss, f"{b} x {length} tokens and {canvas} of a canvas")
