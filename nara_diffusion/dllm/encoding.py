@@ -244,9 +244,11 @@ class RecordEncoder:
         """Return the pairs of a record. With `train_on` "all", a conversation has one for each answer."""
         instruction, output, answer = (record[key] for key in ("instruction", "output", "answer"))
         turns = record.get("turns") or []
-        if not instruction or not (turns or self.tokenizer.chat_template):
-            asked = instruction and prompt_text(self.tokenizer, instruction, record["input"])
-            return [Pair(asked, output, instruction, answer)]
+        if not instruction:
+            return [Pair("", output, instruction, answer)]
+        if not turns and not self.tokenizer.chat_template:
+            prompt = prompt_text(self.tokenizer, instruction, record["input"])
+            return [Pair(prompt, output, instruction, answer)]
         pairs: list[Pair] = []
         question = None
         for i, turn in enumerate(turns if self.train_on == "all" else ()):

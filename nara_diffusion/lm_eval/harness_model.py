@@ -64,7 +64,8 @@ def load_adapted(
     """
     if pretrained is None and peft is not None:
         with naming_source(peft, CONFIG_NAME, "an adapter of PEFT's"):
-            pretrained = PeftConfig.from_pretrained(peft).base_model_name_or_path
+            config = PeftConfig.from_pretrained(peft, revision=peft_revision)
+            pretrained = config.base_model_name_or_path
     if not pretrained:
         raise ValueError(
             "--model_args names no model, nor does an adapter. Add pretrained=FOLDER_OR_REPOSITORY."
@@ -77,8 +78,7 @@ def load_adapted(
     if "device_map" not in backbone:
         model = model.to(device)
     if peft is not None:
-        options = {} if peft_revision is None else {"revision": peft_revision}
-        model = load_peft_adapter(model, peft, **options)
+        model = load_peft_adapter(model, peft, revision=peft_revision)
     return model.eval(), tokenizer
 
 
@@ -207,8 +207,7 @@ class NaraDLLM(LM):
         """Return an answer to each request, up to an end token or any of the request's `until`."""
         prompts, settings, rooms = [], [], []
         for request in requests:
-            arguments: Any = request.args
-            text, gen_kwargs = arguments
+            text, gen_kwargs = cast("tuple[str, dict[str, Any]]", request.args)
             until, sampling = read_gen_kwargs(gen_kwargs)
             length = sampling["gen_length"]
             if length >= self.max_length:
@@ -283,7 +282,7 @@ class NaraDLLM(LM):
         prompts, answers, rooms = [], [], []
         room = self.max_length - len(self.opening)
         for request in requests:
-            texts: Any = request.args
+            texts = cast("tuple[str, str]", request.args)
             prompt, answer = encode_pair(self.tokenizer, *texts, has_template=self.has_template)
             if len(answer) > room:
                 raise ValueError(

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from nara_diffusion.dllm import encode_records, generate, load_backbone, log_likelihood
 from nara_diffusion.dllm.records import normalized
-from nara_diffusion.lm_eval.harness_model import NaraDLLM
+from nara_diffusion.lm_eval.harness_model import NaraDLLM, load_adapted
 from nara_diffusion.lm_eval.harness_text import encode, encode_pair, read_gen_kwargs, templated
 from tests.acceptance._text import DREAM_BOS, DREAM_MASK, DREAM_TINY, DreamByHand, greedy, nara
 from tests.acceptance._text import bound as all_masks
@@ -201,6 +201,19 @@ def test_adapter_names_its_base_also_as_plain_lora(adapter: str, harness: NaraDL
     lora = NaraDLLM(LLADA_TINY, str(tmp_path), device="cpu")
     with torch.no_grad():
         assert torch.equal(*(one(torch.tensor([tokens])).logits for one in (lora.model, model)))
+
+
+def test_base_is_read_from_the_adapters_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    def from_pretrained(source: str, revision: str | None = None) -> LoraConfig:
+        asked.append(revision)
+        return LoraConfig(base_model_name_or_path="./no-such-base")
+
+    monkeypatch.setattr("nara_diffusion.lm_eval.harness_model.PeftConfig.from_pretrained", from_pretrained)
+    with pytest.raises(ValueError, match="no-such-base"):
+        load_adapted(None, "someone/adapter", "cpu", peft_revision="v2")
+    assert asked == ["v2"]
 
 
 def test_dream_texts_begin_with_bos_as_in_paper() -> None:

@@ -45,11 +45,11 @@ class PublishedFields:
 
     def check(self, fields: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> None:
         """Raise ValueError for fields that are unknown, or have values that aren't expressible."""
-        unsupported = []
-        for name, values in self.expressible.items():
-            if name in fields and fields[name] not in values:
-                expected = " or ".join(map(repr, values))
-                unsupported.append(f"{name}={fields[name]!r} (only {expected})")
+        unsupported = [
+            f"{name}={fields[name]!r} (only {' or '.join(map(repr, values))})"
+            for name, values in self.expressible.items()
+            if name in fields and fields[name] not in values
+        ]
         if unsupported:
             raise ValueError(
                 f"this {self.family} checkpoint has options that a stock {self.stock} model can't "
