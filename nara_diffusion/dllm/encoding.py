@@ -179,9 +179,8 @@ class RecordEncoder:
         tokenizer = self.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)  # none in pure Python
         vocabulary = tokenizer if backend is None else backend.to_str()
-        special = tokenizer.special_tokens_map
         limits = (self.max_length, self.max_prompt_length, self.train_on)
-        return [vocabulary, tokenizer.chat_template, special, *limits]
+        return [vocabulary, tokenizer.chat_template, tokenizer.special_tokens_map, *limits]
 
     def name_of(self, record: Mapping[str, Any], place: int) -> str:
         """Return the name of a record in messages, made from its number and its file."""
