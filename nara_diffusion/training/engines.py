@@ -121,21 +121,27 @@ def accumulation_steps(args: TrainingArguments, processes: int) -> int:
 def check_sharded(accelerator: Accelerator, args: TrainingArguments) -> None:
     """Raise ValueError for arguments that train or save differently under engines in `SHARDED`."""
     stage, name = zero_stage(accelerator), SHARDED[accelerator.distributed_type][1]
-    reason = ""
-    if method_of(args).family == "prompt" and stage in (0, 3):
-        reason = f"adapter {args.adapter} is saved by running its own small network, and {name} shards its weights"
-    elif args.optimizer == "adafactor":
-        reason = f"optimizer adafactor needs the rows of whole matrices, which {name} shards"
-    elif args.ema_decay is not None:
-        reason = f"ema_decay averages whole weights, and {name} shards or casts them"
-    elif args.bits:
-        reason = f"load_in_4bit and load_in_8bit can't be trained under {name}, which shards or casts weights"
-    elif stage and accelerator.mixed_precision == "fp16":
-        reason = "mixed_precision is fp16, and DeepSpeed would round the trained weights and the core to it"
-    elif stage and args.core_start_step:
-        reason = f"core_start_step is {args.core_start_step}, but DeepSpeed steps as soon as it has the gradients"
-    if reason:
-        raise ValueError(f"{reason}. Choose another value, or launch with --multi_gpu.")
+    problems = {
+        f"adapter {args.adapter} is saved by running its own small network, and {name} shards its weights": (
+            method_of(args).family == "prompt" and stage in (0, 3)
+        ),
+        f"optimizer adafactor needs the rows of whole matrices, which {name} shards": (
+            args.optimizer == "adafactor"
+        ),
+        f"ema_decay averages whole weights, and {name} shards or casts them": (
+            args.ema_decay is not None
+        ),
+        f"load_in_4bit and load_in_8bit can't be trained under {name}, which shards or casts weights": args.bits,
+        "mixed_precision is fp16, and DeepSpeed would round the trained weights and the core to it": (
+            stage and accelerator.mixed_precision == "fp16"
+        ),
+        f"core_start_step is {args.core_start_step}, but DeepSpeed steps as soon as it has the gradients": (
+            stage and args.core_start_step
+        ),
+    }
+    for problem, is_present in problems.items():
+        if is_present:
+            raise ValueError(f"{problem}. Choose another value, or launch with --multi_gpu.")
 
 
 def check_whole(accelerator: Accelerator, reason: str) -> None:
