@@ -279,10 +279,9 @@ def _fold_words(
         errors = [lora.error.worst_update for lora in loras.values() if lora.error is not None]
         worst = f"the largest relative error of ΔW is {max(errors):.2%}"
         return f"{modules} modules, nearest over all λ, {worst}"
-    strengths = []
-    for adapter in adapters.values():
-        if adapter.schedule is not None:
-            strengths.append(f"{adapter.schedule.at(torch.tensor([noise_level])).item():g}")
+    level = torch.tensor([noise_level])
+    schedules = [adapter.schedule for adapter in adapters.values() if adapter.schedule is not None]
+    strengths = [f"{schedule.at(level).item():g}" for schedule in schedules]
     strength = f", at its strength of {', '.join(strengths)} there" if strengths else ""
     return f"{modules} modules, λ = {noise_level:g}{strength}"
 

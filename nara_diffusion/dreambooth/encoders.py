@@ -74,9 +74,9 @@ class Encoder:
         """Return unit vectors (n, d), float32 on the CPU. Files are opened batch by batch."""
 
         def embed(batch: list[Image | str | Path]) -> torch.Tensor:
-            loaded = []
-            for image in batch:
-                loaded.append(to_rgb(image) if isinstance(image, Image) else load_image(image))
+            loaded = [
+                to_rgb(image) if isinstance(image, Image) else load_image(image) for image in batch
+            ]
             inputs = self.processor(images=loaded, return_tensors="pt").to(self.device)
             if self.kind == "clip":
                 return self.model.get_image_features(**inputs).pooler_output  # (b, d)

@@ -216,12 +216,9 @@ class PlannedPrompts:
 
     def get(self, prompts: Sequence[str], samples: Sequence[TrainingSample]) -> Placed:
         """Return the embeddings of b prompts of the maximal length, each (b, …)."""
-        parts: list[Tensor | list[int]] = []
-        for shape in self.shapes:
-            parts.append(torch.zeros(len(prompts), *shape))
-        if self.has_mask:
-            parts.append([self.shapes[0][0]] * len(prompts))
-        return tuple(parts)
+        embeddings = [torch.zeros(len(prompts), *shape) for shape in self.shapes]
+        lengths = [self.shapes[0][0]] * len(prompts)
+        return (*embeddings, lengths) if self.has_mask else tuple(embeddings)
 
 
 class PlannedTokenizer:

@@ -195,10 +195,10 @@ def _loading_lines(args: DreamBoothArguments, family: Family, load_from: str) ->
     trained = [*family.trained]  # PEFT changes the component itself
     if args.train_text_encoder:
         trained += family.text_encoders
-    lines = []
-    for name in trained:
-        lines.append(f"PeftModel.from_pretrained(pipe.{name}, {load_from!r}, subfolder={name!r})")
-    return lines
+    return [
+        f"PeftModel.from_pretrained(pipe.{name}, {load_from!r}, subfolder={name!r})"
+        for name in trained
+    ]
 
 
 def _lora_lines(load_from: str, family: Family, name: str = "") -> list[str]:

@@ -6,6 +6,7 @@ import json
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -48,19 +49,14 @@ class SampleSettings:
     @property
     def pairs(self) -> list[tuple[str, int]]:
         """(prompt, seed) of each image; the images of a prompt are consecutive."""
-        pairs = []
-        for prompt in self.prompts:
-            for j in range(self.images_per_prompt):
-                pairs.append((prompt, self.seed + j))
-        return pairs
+        seeds = range(self.seed, self.seed + self.images_per_prompt)
+        return list(product(self.prompts, seeds))
 
     @property
     def names(self) -> list[str]:
         """The file name of each image."""
-        names = []
-        for i, (_, seed) in enumerate(self.pairs):
-            names.append(f"{i // self.images_per_prompt:02d}-seed-{seed}.png")
-        return names
+        count = self.images_per_prompt
+        return [f"{i // count:02d}-seed-{seed}.png" for i, (_, seed) in enumerate(self.pairs)]
 
 
 def sample_call(
@@ -162,9 +158,8 @@ def write_grid(
             images for one prompt as for another, ordered by prompt.
         references: {title: images of the subject} for the rows on top. At most eight are shown.
     """
-    rows: list[tuple[str, list[Image.Image | None]]] = []
-    for title, images in references.items():
-        rows.append((title, list(images[:8])))
+    rows: list[tuple[str, list[Image.Image | None]]]
+    rows = [(title, [*images[:8]]) for title, images in references.items()]
     for number, prompt in enumerate(prompts):
         cells: list[Image.Image | None] = []
         for images in columns.values():
@@ -260,10 +255,8 @@ def _missing(folder: Path, prompt: str, count: int, seed: int) -> list[int]:
                 f"--class_data_dir {folder} has images that were generated for another prompt: {name} shows "
                 f"{made_for!r}, but --class_prompt is {prompt!r}. Name another folder, or remove these images."
             )
-    free = []
-    for number in range(count + len(present)):
-        if _file_name(seed, number) not in present:
-            free.append(number)
+    numbers = range(count + len(present))
+    free = [number for number in numbers if _file_name(seed, number) not in present]
     return free[: max(0, count - len(present))]
 
 

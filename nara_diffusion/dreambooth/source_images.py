@@ -66,10 +66,10 @@ def records_of_pairs(
         return records
     contents = [(str(path), path.read_bytes) for name in names for path in sources[name]]
     loaded = iter(make_records(contents, [""] * len(contents), progress=progress))
-    pairs = []
-    for record, name in zip(records, names, strict=True):
-        pairs.append(replace(record, sources=tuple(islice(loaded, len(sources[name])))))
-    return pairs
+    return [
+        replace(record, sources=tuple(islice(loaded, len(sources[name]))))
+        for record, name in zip(records, names, strict=True)
+    ]
 
 
 def sources_in_metadata(folder: Path) -> Sources:

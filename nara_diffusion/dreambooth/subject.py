@@ -251,9 +251,10 @@ def subject_task(subject: Subject) -> Task:
     loss_data = f"on the training {noun}s"
     if subject.measured_on is not dataset:
         loss_data = f"on {counted(len(subject.measured_on.instances), noun)} held out"
-    sizes = []
-    for (height, width), number in dataset.buckets.items():
-        sizes.append(f"{counted(number, 'image')} at {height} x {width}")
+    sizes = [
+        f"{counted(number, 'image')} at {height} x {width}"
+        for (height, width), number in dataset.buckets.items()
+    ]
     data = subject.trained_on
     if dataset.has_sources:
         data += ", each made from its source"

@@ -82,10 +82,10 @@ class Adapter:
                 C = self.schedule.at(level)[:, None, None].to(C.device) * C
             matrices[group] = C
         matrices = {group: (strength * C).to(device) for group, C in matrices.items()}
-        cores = {}
-        for name, layer in self.lora.layers.items():
-            cores[name] = matrices[self.groups[name]][:, : layer.rank, : layer.rank]
-        return cores
+        return {
+            name: matrices[self.groups[name]][:, : layer.rank, : layer.rank]
+            for name, layer in self.lora.layers.items()
+        }
 
     def folded(self, cores: Mapping[str, Tensor]) -> PlainLora:
         """Return the plain LoRA s · B · C · A for the given C (r, r) of each module.
@@ -145,9 +145,8 @@ def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
         variant = getattr(layer, "lora_variant", {}).get(adapter_name)
         factors[name] = _factors(name, layer, adapter_name, variant)
         groups[name] = variant.key[1] if isinstance(variant, NaraVariant) else None
-    extra = {}
-    for key, tensor in extra_tensors(adapter_tensors(root, adapter_name)).items():
-        extra[key] = _copied(tensor, key)
+    tensors = extra_tensors(adapter_tensors(root, adapter_name))
+    extra = {key: _copied(tensor, key) for key, tensor in tensors.items()}
     lora = PlainLora(_plain_config(config, root), factors, extra)
     schedule = strength_of(root, adapter_name)
     with onloaded_cores(model):
@@ -219,10 +218,8 @@ def _plain_config(config: LoraConfig, root: nn.Module | None = None) -> LoraConf
             "The adapter has core_type 'film' (Tc-LoRA), whose β(λ) no plain LoRA has. Load it with "
             "pipe.load_nara_weights or PeftModel.from_pretrained."
         )
-    values = {}
-    for field in fields(LoraConfig):
-        if field.init:
-            values[field.name] = copy.copy(getattr(config, field.name))
+    names = [field.name for field in fields(LoraConfig) if field.init]
+    values = {name: copy.copy(getattr(config, name)) for name in names}
     values["inference_mode"] = True
     if root is not None:
         base = config.base_model_name_or_path or getattr(root, "name_or_path", None)
@@ -246,13 +243,15 @@ def adapter_of_part(part: AdapterPart) -> Adapter:
     """
     check_foldable_file(part.config)
     config, cores, schedule = part.config, cores_of(part), schedule_of(part.config)
-    tensors = {}
-    for key, tensor in part.tensors.items():
-        tensors[key] = tensor if tensor.dtype == torch.float64 else tensor.float()
+    tensors = {
+        key: tensor if tensor.dtype == torch.float64 else tensor.float()
+        for key, tensor in part.tensors.items()
+    }
     layers = layers_of_tensors(config, tensors)
-    groups: dict[str, str | None] = {}
-    for name, layer in layers.items():
-        groups[name] = core_group(config, name, layer.rank) if config.reads_core else None
+    groups = {
+        name: core_group(config, name, layer.rank) if config.reads_core else None
+        for name, layer in layers.items()
+    }
 
     def level_of(level: Level | None) -> Tensor | None:
         if not cores.needs_noise and schedule is None:

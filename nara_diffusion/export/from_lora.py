@@ -102,10 +102,9 @@ def _insert(
         raise ValueError(
             f"{type(root).__name__} already has an adapter '{name}'. Choose another adapter_name."
         )
-    values = {}
-    for field in fields(LoraConfig):
-        if field.init and field.name not in ("peft_type", "auto_mapping", "inference_mode"):
-            values[field.name] = copy.copy(getattr(lora.config, field.name))
+    names = {field.name for field in fields(LoraConfig) if field.init}
+    names -= {"peft_type", "auto_mapping", "inference_mode"}
+    values = {name: copy.copy(getattr(lora.config, name)) for name in names}
     if not changes_base(values["init_lora_weights"]):
         values["init_lora_weights"] = True  # the LoRA's tensors replace these values
     config = NaraConfig(**values | dict(core))

@@ -131,11 +131,11 @@ class PlainLora:
 
 def tensors_of_layers(layers: Mapping[str, PlainLoraLayer], prefix: str = "") -> dict[str, Tensor]:
     """Return the factors of layers by PEFT's keys, with `prefix` before each key."""
-    tensors = {}
-    for name, layer in layers.items():
-        for key, tensor in layer.tensors().items():
-            tensors[f"{prefix}{name}.{key}"] = tensor.contiguous()
-    return tensors
+    return {
+        f"{prefix}{name}.{key}": tensor.contiguous()
+        for name, layer in layers.items()
+        for key, tensor in layer.tensors().items()
+    }
 
 
 def layers_of_tensors(

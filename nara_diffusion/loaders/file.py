@@ -143,10 +143,13 @@ class AdapterFile:
         """Return a file of one or more adapters, each given as {component: its part}."""
         if len(adapters) == 1:
             return cls(adapters[0])
-        parts = {}
-        for number, adapter in enumerate(adapters):
-            parts |= {f"{component}#{number}": part for component, part in adapter.items()}
-        return cls(parts)
+        return cls(
+            {
+                f"{component}#{number}": part
+                for number, adapter in enumerate(adapters)
+                for component, part in adapter.items()
+            }
+        )
 
     @property
     def adapters(self) -> list[dict[str, AdapterPart]]:
@@ -164,9 +167,11 @@ class AdapterFile:
             path: the file to write.
             save_function: a function to call instead of `save_file`, with the same arguments.
         """
-        tensors: dict[str, Tensor] = {}
-        for name, part in self.parts.items():
-            tensors |= {f"{name}.{key}": tensor for key, tensor in part.tensors.items()}
+        tensors = {
+            f"{name}.{key}": tensor
+            for name, part in self.parts.items()
+            for key, tensor in part.tensors.items()
+        }
         components = {name: config_to_fields(part.config) for name, part in self.parts.items()}
         content = {"format_version": FORMAT_VERSION, "components": components}
         text = json.dumps(content, indent=2, sort_keys=True)

@@ -169,10 +169,8 @@ class TimestepNoise:
         if it is a number, 0-d, (1,), or expanded to the batch.
         """
         arguments = arguments_of(module, args, kwargs)
-        timesteps = []
-        for name in (self.argument, *self.also):
-            if arguments.get(name) is not None:
-                timesteps.append(one_if_expanded(as_tensor(arguments[name])))
+        inputs = [arguments.get(name) for name in (self.argument, *self.also)]
+        timesteps = [one_if_expanded(as_tensor(value)) for value in inputs if value is not None]
         # a noise-free conditioning video has no timesteps; only its sound has
         timesteps = [t for t in timesteps if t.numel()] or timesteps
         if self.pinned is not None and arguments.get(self.pinned[0]) == self.pinned[1]:

@@ -121,9 +121,10 @@ def start_from(
             for name, root in components.items():
                 part = naras[name]
                 _check_same(configs[name], part.config, origin)
-                scales = {}
-                for layer, rank in with_encoder_layers(root, part.config, part.modules).items():
-                    scales[layer] = rank, configured_scaling(part.config, layer, rank)
+                scales = {
+                    layer: (rank, configured_scaling(part.config, layer, rank))
+                    for layer, rank in with_encoder_layers(root, part.config, part.modules).items()
+                }
                 check_scales(scales, root, "default", origin)
                 set_peft_model_state_dict(root, part.tensors, adapter_name="default")
                 check_loaded(root, "default", part.tensors, origin)

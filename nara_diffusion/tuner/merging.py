@@ -59,11 +59,11 @@ class Merging:
 
     def merged_names(self) -> list[str]:
         """Return the adapters that are merged into the base weights."""
-        names = []
-        for name, layers in self.layers.items():
-            if layers and name in layers[0].merged_adapters:
-                names.append(name)
-        return names
+        return [
+            name
+            for name, layers in self.layers.items()
+            if layers and name in layers[0].merged_adapters
+        ]
 
     @property
     def is_fused(self) -> bool:
