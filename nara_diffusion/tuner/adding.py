@@ -56,41 +56,29 @@ def restored_on_error(*roots: nn.Module) -> Iterator[None]:
     place, since hook handles refer to them. Tensor values that were changed in place are not
     restored. PEFT's initialisations that change the base do not need this: they set new tensors.
     """
-    modules = {id(module): module for root in roots for module in root.modules()}
-    values = []
-    states: list[tuple[nn.Module, _State]] = []
-    for module in modules.values():
-        for parameter in module.parameters(recurse=False):
-            values.append((parameter, parameter.data, parameter.requires_grad))
-        state: _State = []
-        for name, value in vars(module).items():
-            is_container = type(value) in (dict, list, set, OrderedDict)
-            state.append((name, value, value.copy() if is_container else None))
-        states.append((module, state))
+    modules = {module for root in roots for module in root.modules()}
+    parameters = {parameter for module in modules for parameter in module.parameters(recurse=False)}
+    tensors = [(parameter, parameter.data, parameter.requires_grad) for parameter in parameters]
+    attributes = [(vars(module), dict(vars(module))) for module in modules]
+    containers = [
+        (value, value.copy())
+        for _, values in attributes
+        for value in values.values()
+        if type(value) in (dict, list, set, OrderedDict)
+    ]
     try:
         yield
     except BaseException:
-        for module, state in states:
-            _restore(module, state)
-        for parameter, data, requires_grad in values:
+        for present, former in (*attributes, *containers):
+            present.clear()
+            if isinstance(present, list):
+                present.extend(former)
+            else:
+                present.update(former)
+        for parameter, data, requires_grad in tensors:
             parameter.data = data
             parameter.requires_grad = requires_grad
         raise
-
-
-_State = list[tuple[str, object, object]]
-"""For each attribute of a module: (name, value, shallow copy of the value if it is a container)."""
-
-
-def _restore(module: nn.Module, state: _State) -> None:
-    vars(module).clear()
-    for name, value, content in state:
-        if isinstance(value, list) and isinstance(content, list):
-            value[:] = content
-        elif isinstance(value, (dict, set)) and content is not None:
-            value.clear()
-            value.update(content)  # type: ignore[call-overload]
-        vars(module)[name] = value
 
 
 @contextmanager

@@ -11,6 +11,7 @@ find no C and raise an error.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,19 +61,19 @@ def _checkpointed(root: nn.Module) -> Iterator[tuple[nn.Module, str, Callable[..
             left.extend(child for child in module._modules.values() if child is not None)
 
 
+@dataclass(eq=False)
 class CheckpointWithCore:
     """Call `checkpoint`, and pass the cores of `channel` from the forward to the recomputation."""
 
-    def __init__(self, checkpoint: Callable[..., Any], channel: CoreChannel) -> None:
-        self.checkpoint = checkpoint
-        self.channel = channel
+    checkpoint: Callable[..., Any]
+    channel: CoreChannel
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         pushed = self.channel.pushed()
         if pushed is None or not pushed.deviations:
             return self.checkpoint(function, *args, **kwargs)
-        cores, parts = pushed.deviations, pushed.parts
-        with_cores = _WithCores(function, tuple(cores), parts, self.channel)
+        cores = pushed.deviations
+        with_cores = _WithCores(function, tuple(cores), pushed.parts, self.channel)
         return self.checkpoint(with_cores, *cores.values(), *args, **kwargs)
 
     def passes(self, channel: CoreChannel) -> bool:
@@ -86,6 +87,7 @@ class CheckpointWithCore:
         )
 
 
+@dataclass(eq=False)
 class _WithCores:
     """Call `function` with the cores of `keys` as additional leading arguments.
 
@@ -93,17 +95,10 @@ class _WithCores:
     cannot trace this attribute of a function.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        keys: tuple[Key, ...],
-        parts: Parts | None,
-        channel: CoreChannel,
-    ) -> None:
-        self.function = function
-        self.keys = keys
-        self.parts = parts
-        self.channel = channel
+    function: Callable[..., Any]
+    keys: tuple[Key, ...]
+    parts: Parts | None
+    channel: CoreChannel
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         cores, args = inputs[: len(self.keys)], inputs[len(self.keys) :]

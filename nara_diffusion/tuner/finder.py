@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterable
 from copy import copy
 from dataclasses import replace
-from enum import Enum, auto
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -41,15 +41,6 @@ _KINDS = {"sample": "sample", "part": "part of a sample (a frame, a block)"}
 """`NaraConfig.noise_level_per` → its name in messages."""
 
 
-class NotSet(Enum):
-    """The value of `LevelFinder.given_source` until a user sets or removes a source.
-
-    The value is an enum member because copying a member returns the same object.
-    """
-
-    DEFAULT = auto()
-
-
 class LevelFinder:
     """Find λ for the forwards of one adapted model.
 
@@ -57,7 +48,8 @@ class LevelFinder:
         configs: configurations by adapter name. The core holder changes this dict in place.
         class_source: the source that the table has for the class of the root.
         rows: how the layers of the root see its batch.
-        given_source: the source that `set_noise_source` has set; None if it was removed.
+        given_source: the source that `set_noise_source` has set; None if it was removed, and `...`
+            until a user does either.
         usage: the pipelines that loaded adapters, and checks of how they use the adapters.
         forwards: which forwards get C, and what the model refuses.
         length: N to use if no such pipeline is left, from the last pipeline or from training. None
@@ -69,7 +61,7 @@ class LevelFinder:
         self.configs = configs
         self.class_source = source_of_class(root)
         self.rows = ModelRows.of(self.class_source)
-        self.given_source: NoiseSource | NotSet | None = NotSet.DEFAULT
+        self.given_source: NoiseSource | EllipsisType | None = ...
         self.length: int | None = None
         self._warned: dict[str, LoraConfig] = {}  # of adapters that are used in another way
         self.usage = Usage(configs)
@@ -78,7 +70,7 @@ class LevelFinder:
     @property
     def source_is_default(self) -> bool:
         """Return True until the user sets or removes a source."""
-        return self.given_source is NotSet.DEFAULT
+        return self.given_source is ...
 
     def present_source(self) -> NoiseSource | None:
         """Return the source of λ for forwards outside `noise_level(…)`, or None if there is none.
@@ -86,7 +78,7 @@ class LevelFinder:
         N and the meaning of small timesteps come from the pipelines' current schedulers.
         """
         source, frames = self.given_source, self.rows.frames
-        if source is not NotSet.DEFAULT:
+        if source is not ...:
             if frames is not None and isinstance(source, TimestepNoise) and source.frames is None:
                 source = copy(source)
                 source.frames = frames
@@ -187,12 +179,10 @@ class LevelFinder:
 
     def _definitions(self) -> dict[str, str]:
         """Return the definitions of λ by adapter name; a plain LoRA has none."""
-        definitions = {}
-        for name, config in self.configs.items():
-            convention = getattr(config, "noise_convention", None)
-            if convention is not None:
-                definitions[name] = convention
-        return definitions
+        conventions = {
+            name: getattr(config, "noise_convention", None) for name, config in self.configs.items()
+        }
+        return {name: defined for name, defined in conventions.items() if defined is not None}
 
     def with_convention(self, name: str, config: NaraConfig) -> NaraConfig:
         """Return a copy of `config` with the source's definition of λ, if the source has one.
@@ -209,7 +199,7 @@ class LevelFinder:
         definitions = self._definitions()
         definitions.pop(name, None)
         source = self.given_source
-        if source is NotSet.DEFAULT:
+        if source is ...:
             first = next(iter(definitions.values()), convention)
             source = self._default_source(first)
         if not is_assumed(config):
@@ -234,10 +224,11 @@ class LevelFinder:
             are any, this method changes nothing.
         """
         configs = {name: self.configs[name] for name in names}
-        different = {}
-        for name, defined in self._definitions().items():
-            if name in configs and defined != convention and not is_assumed(configs[name]):
-                different[name] = defined
+        different = {
+            name: defined
+            for name, defined in self._definitions().items()
+            if name in configs and defined != convention and not is_assumed(configs[name])
+        }
         for config in configs.values() if not different else ():
             if is_assumed(config):
                 config.noise_convention = convention

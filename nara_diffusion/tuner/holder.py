@@ -112,22 +112,23 @@ class CoreHolder(nn.Module):
     def active_names(self) -> list[str]:
         """Return the adapters with at least one layer that would read C now."""
         self.drop_deleted()
-        names = []
-        for name, layers in self.layers.items():
-            on = (layer for layer in layers if not (layer.disable_adapters or layer.merged))
-            if any(name in layer.active_adapters for layer in on):
-                names.append(name)
-        return names
+        return [
+            name
+            for name, layers in self.layers.items()
+            if any(
+                name in layer.active_adapters and not (layer.disable_adapters or layer.merged)
+                for layer in layers
+            )
+        ]
 
     def follow_factors(self) -> None:
         """Make each core trainable if the A of its adapter is trainable, and freeze it if not."""
         for name, layers in self.layers.items():
-            A: list[nn.Parameter] = []
-            if layers and name in layers[0].lora_A:
-                A = list(layers[0].lora_A[name].parameters())
-            elif layers and name in layers[0].lora_embedding_A:
-                A = [layers[0].lora_embedding_A[name]]
-            self.cores[name].requires_grad_(any(factor.requires_grad for factor in A))
+            A = (f"lora_A.{name}.", f"lora_embedding_A.{name}.")
+            first_layers = cast("list[nn.Module]", layers[:1])
+            parameters = [item for layer in first_layers for item in layer.named_parameters()]
+            is_trained = any(p.requires_grad for key, p in parameters if f"{key}.".startswith(A))
+            self.cores[name].requires_grad_(is_trained)
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -147,10 +148,8 @@ class CoreHolder(nn.Module):
 
     def depends_on_noise(self, name: str) -> bool:
         """Return True if the adapter has cores, and one of them or the strength depends on λ."""
-        if name not in self.cores:
-            return False
-        return name in self.schedules or any(
-            core.needs_noise for core in self.cores_of(name).values()
+        return name in self.cores and (
+            name in self.schedules or any(core.needs_noise for core in self.cores_of(name).values())
         )
 
     def noisy(self, names: Iterable[str]) -> list[str]:
@@ -205,8 +204,9 @@ class CoreHolder(nn.Module):
         deviations = self.deviations_of(names, level)
         device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         if device is not None and device.type != "cpu":  # once for all layers
-            for key, D in deviations.items():
-                deviations[key] = D.to(device) if D.device.type == "cpu" else D
+            deviations = {
+                key: D.to(device) if D.device.type == "cpu" else D for key, D in deviations.items()
+            }
         innermost = None if torch.compiler.is_compiling() else present.get()
         self.channel.local.pushed = Pushed(innermost, entry, deviations, parts)
 
@@ -214,10 +214,10 @@ class CoreHolder(nn.Module):
         self, names: list[str], entry: Entry | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Warn if a forward samples, or has another λ, than its active or merged adapters need."""
-        merged = None
-        for layers in self.layers.values():  # PEFT unmerges disabled layers before they run
-            if layers and layers[0].merged and not layers[0].disable_adapters:
-                merged = self.merging.merged_at()
+        first_layers = [layer for layers in self.layers.values() for layer in layers[:1]]
+        # PEFT unmerges disabled layers before they run
+        is_merged = any(layer.merged and not layer.disable_adapters for layer in first_layers)
+        merged = self.merging.merged_at() if is_merged else None
         sampled = names if merged is None else [*names, *self.merging.merged_names()]
         if self.finder.usage.pipelines:
             self.finder.usage.warn_of_sampling(sampled)
@@ -237,12 +237,12 @@ class CoreHolder(nn.Module):
 
     def deviations_of(self, names: Iterable[str], level: Tensor | None) -> dict[Key, Tensor]:
         """Return D (b or 1, r, r) by key for these adapters, except if layers treat C as I."""
-        deviations = {}
-        for name in names:
-            for group, core in self.cores_of(name).items():
-                if name in self.schedules or not isinstance(core, IdentityCore):
-                    deviations[name, group] = self.deviation((name, group), level)
-        return deviations
+        return {
+            (name, group): self.deviation((name, group), level)
+            for name in names
+            for group, core in self.cores_of(name).items()
+            if name in self.schedules or not isinstance(core, IdentityCore)
+        }
 
     def deviation(self, key: Key, level: Tensor | None) -> Tensor:
         """Return D (b or 1, r, r), float32, for the layers with this key.

@@ -50,12 +50,11 @@ class Merging:
 
     def merged_at(self) -> Tensor | None:
         """Return λ (1,) of merged layers, or None if no layer was merged with a λ-dependent C."""
-        for name, layers in self.layers.items():
-            variant = layers[0].lora_variant.get(name) if layers else None
-            level = getattr(variant, "merged_at", None)
-            if level is not None:
-                return level
-        return None
+        variants = [
+            layers[0].lora_variant.get(name) for name, layers in self.layers.items() if layers
+        ]
+        levels = [getattr(variant, "merged_at", None) for variant in variants]
+        return next((level for level in levels if level is not None), None)
 
     def merged_names(self) -> list[str]:
         """Return the adapters that are merged into the base weights."""

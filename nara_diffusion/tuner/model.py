@@ -100,8 +100,9 @@ class NaraModel(LoraModel):
         """
         config = checked_config(model, adapter_name, self.peft_config[adapter_name])
         is_dispatched = is_dispatched_by_layers(model)
-        tensors = state_dict or {}
-        layers_only = {key: value for key, value in tensors.items() if not is_core_key(key)}
+        layers_only = {
+            key: value for key, value in (state_dict or {}).items() if not is_core_key(key)
+        }
         try:
             with restored_on_error(model):
                 drop_idle_holder(model)  # its source of λ belongs to adapters that are gone
@@ -262,9 +263,7 @@ class NaraModel(LoraModel):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         core = core_name_in_file(key, adapter_name)
-        if core is not None:
-            return core
-        return super()._remove_adapter_name_from_key(key, adapter_name)
+        return core or super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
     def _get_adapter_state_dict(

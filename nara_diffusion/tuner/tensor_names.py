@@ -46,11 +46,10 @@ def with_model_names(
         present: the names in the model's state dict.
     """
     name_in_model = {core_name_in_file(key, adapter_name) or key: key for key in present}
-    renamed = {}
-    for key, tensor in mapped.items():
-        name_in_file = key if key in name_in_model else key.removeprefix(PEFT_PREFIX)
-        renamed[name_in_model.get(name_in_file, key)] = tensor
-    return renamed
+    return {
+        name_in_model.get(key, name_in_model.get(key.removeprefix(PEFT_PREFIX), key)): tensor
+        for key, tensor in mapped.items()
+    }
 
 
 def expected_tensors(
@@ -72,8 +71,11 @@ def expected_tensors(
 def without_adapters(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """Return the tensors without any that have one of these adapter names in their keys."""
     parts = [f".{name}." for name in names]
-    keys = [key for key in tensors if not any(part in f"{key}." for part in parts)]
-    return {key: tensors[key] for key in keys}
+    return {
+        key: tensor
+        for key, tensor in tensors.items()
+        if not any(part in f"{key}." for part in parts)
+    }
 
 
 def core_tensors(
@@ -87,9 +89,8 @@ def core_tensors(
         ValueError: a tensor is missing, or not float32.
     """
     cores = {}
-    for holder in find_holders(model):
-        if adapter_name not in holder.cores:
-            continue
+    holders = [holder for holder in find_holders(model) if adapter_name in holder.cores]
+    for holder in holders:
         for name, like in holder.cores[adapter_name].state_dict().items():
             end = f"{HOLDER_NAME}.cores.{adapter_name}.{name}"
             key = next((key for key in state_dict if key.endswith(end)), None)

@@ -98,12 +98,9 @@ def with_twins(
     Raises:
         ValueError: `tensors` contain other factors for an encoder layer.
     """
-    completed = with_equal_twins(root, tensors, "the file")
-    for name in names:
-        twin = _twin_key(root, name)
-        if twin in tensors:
-            completed[name] = tensors[twin]
-    return completed
+    of_decoder = with_equal_twins(root, tensors, "the file")
+    twins = {name: _twin_key(root, name) for name in names}
+    return of_decoder | {name: tensors[twin] for name, twin in twins.items() if twin in tensors}
 
 
 def with_encoder_layers(
@@ -113,9 +110,7 @@ def with_encoder_layers(
     completed = dict(ranks)
     for name, _ in root.named_modules():
         twin = decoder_name(root, name)
-        if twin is None or twin not in ranks:
-            continue
-        if check_target_module_exists(config, name):
+        if twin is not None and twin in ranks and check_target_module_exists(config, name):
             completed[name] = ranks[twin]
     return completed
 
