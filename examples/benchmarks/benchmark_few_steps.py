@@ -48,7 +48,7 @@ from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.samples import write_grid
 from nara_diffusion.training import loop
 from nara_diffusion.training.checkpoints import save_adapter
-from nara_diffusion.training.planned_step import LiveStorages, tensors_of
+from nara_diffusion.training.planned_step import StepCounter, tensors_of
 from nara_diffusion.training.run import Run, start_run
 
 PLAN = yaml.safe_load((Path(__file__).parent / "few_steps.yaml").read_text(encoding="utf-8"))
@@ -297,7 +297,7 @@ def measure_costs(base: str, titles: Sequence[str], width: str, rounds: int = 40
             times = times_in_turn(steps, rounds, time.process_time)
         peaks = {}
         for title, step in steps.items():
-            counter = LiveStorages(tensors[title])
+            counter = StepCounter(tensors[title])
             with counter:
                 step()
             peaks[title] = counter.peak

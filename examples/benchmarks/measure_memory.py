@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nara_diffusion import NaraConfig
 from nara_diffusion.dllm import masked_diffusion_loss
 from nara_diffusion.dllm.text_arguments import Arguments
-from nara_diffusion.training.planned_step import LiveStorages, PlannedStep, measure, nbytes, tensors_of
+from nara_diffusion.training.planned_step import PlannedStep, StepCounter, measure, nbytes, tensors_of
 
 SIZES = {
     "tiny": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 1000},
@@ -71,7 +71,7 @@ def measured_bytes(size: str, device: str) -> int:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     of_model = nbytes(tensors_of(model))
-    counter = LiveStorages(tensors_of(model))
+    counter = StepCounter(tensors_of(model))
     with counter:
         for _ in range(STEPS):
             if device != "cpu":

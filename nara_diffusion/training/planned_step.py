@@ -20,14 +20,15 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.func import functional_call
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -37,8 +38,11 @@ from nara_flags.training import TrainingArguments
 from .run import DTYPES
 
 
-class LiveStorages(TorchDispatchMode):
-    """Count the storages that operations inside the context return.
+class StepCounter(TorchDispatchMode):
+    """Count the FLOPs of operations inside the context, and the storages that they return.
+
+    FLOPs are counted by PyTorch's formulas. `FlopCounterMode` isn't used, since its module hooks
+    keep tensors that checkpointing frees.
 
     Args:
         known: existing tensors, such as weights, which are not counted.
@@ -46,37 +50,44 @@ class LiveStorages(TorchDispatchMode):
     Attributes:
         live: bytes of the counted storages that currently exist.
         peak: the highest value of `live` since the start, or since `peak` was last set.
+        flops: FLOPs since the start, or since `flops` was last set.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.live = self.peak = 0
-        self._references: dict[int, weakref.ref] = {}
-        for tensor in known:
-            self._add(tensor, 0)
+        self.live = self.peak = self.flops = 0
+        self._storages = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        operation, kwargs = func._overloadpacket, kwargs or {}
+        if operation is _GROUPED and isinstance(args[0], FakeTensor):
+            result = _grouped_product(*args)
+        else:
+            result = func(*args, **kwargs)
         for value in tree_iter(result):
             if isinstance(value, Tensor):
-                self._add(value, value.untyped_storage().nbytes())
+                self._add(value.untyped_storage())
+        if operation is _GROUPED:
+            self.flops += 2 * args[0].numel() * args[1].shape[-1]
+        elif operation is _FLASH:
+            self.flops += flop_counter.sdpa_flop_count(*(x.shape for x in args[:3]))
+        elif operation is _FLASH_BACKWARD:
+            self.flops += flop_counter.sdpa_backward_flop_count(*(x.shape for x in args[:4]))
+        elif formula := flop_counter.flop_registry.get(operation):
+            self.flops += formula(*args, **kwargs, out_val=result)
         return result
 
-    def _add(self, tensor: Tensor, size: int) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._references:
-            return
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self._storages:
+            self._storages.add(storage)
+            weakref.finalize(storage, self._forget, storage.nbytes())
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
 
-        def forget(_: weakref.ref) -> None:
-            del self._references[key]
-            self.live -= size
-
-        self._references[key] = weakref.ref(storage, forget)
-        self.live += size
-        self.peak = max(self.peak, self.live)
+    def _forget(self, size: int) -> None:
+        self.live -= size
 
 
 def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -88,24 +99,18 @@ def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
     Args:
         model: a model on any device. On the meta device it takes no memory.
     """
-    fakes: dict[int, Tensor] = {}
 
+    @cache
     def fake(tensor: Tensor) -> Tensor:
-        if id(tensor) not in fakes:
-            shape: Any = (tensor.size(), tensor.stride())
-            new = torch.empty_strided(*shape, dtype=tensor.dtype)
-            if isinstance(tensor, nn.Parameter):
-                new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-            fakes[id(tensor)] = new
-        return fakes[id(tensor)]
+        new = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        return nn.Parameter(new, requires_grad=tensor.requires_grad) if is_parameter else new
 
     with mode:
         for module in model.modules():
-            registries: Any = (module._parameters, module._buffers)
-            for tensors in registries:
-                for name, tensor in tensors.items():
-                    if tensor is not None:
-                        tensors[name] = fake(tensor)
+            for name, tensor in {**module._parameters, **module._buffers}.items():
+                if tensor is not None:
+                    setattr(module, name, fake(tensor))
 
 
 def tensors_of(*models: nn.Module) -> list[Tensor]:
@@ -181,8 +186,6 @@ def measure(step: PlannedStep, args: TrainingArguments) -> Needs:
     The tensors of the models in `step` are replaced with fake tensors.
     """
     everything = nn.ModuleList([step.model, *step.parts.values()])
-    trained = [p for p in step.model.parameters() if p.requires_grad]
-    frozen = [p for p in tensors_of(everything) if not p.requires_grad]
     packed = {id(weight): size for weight, size in step.packed.items()}
 
     def size(tensors: Iterable[Tensor]) -> float:
@@ -191,9 +194,9 @@ def measure(step: PlannedStep, args: TrainingArguments) -> Needs:
 
     parts = {name: size(tensors_of(part)) for name, part in step.parts.items()}
     swapped = [size(block) for block in step.swapped]
-    pairs = [one + other for one, other in zip(swapped, [*swapped, 0.0][1:], strict=True)]
-    weights = size(tensors_of(step.model)) - size(step.resting)
-    weights += max(pairs, default=0.0) - sum(swapped)
+    pairs = map(sum, pairwise([*swapped, 0.0]))
+    on_host = size(step.resting) + sum(swapped) - max(pairs, default=0.0)
+    weights = size(tensors_of(step.model)) - on_host
     unpacked = max((weight.nbytes for weight in step.packed), default=0)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     to_fake(everything, mode)
@@ -204,19 +207,19 @@ def measure(step: PlannedStep, args: TrainingArguments) -> Needs:
         if type(module) in (nn.LayerNorm, nn.GroupNorm):
             module.forward = partial(_norm, module, module.forward)
     step.model.train()
+    trained = [p for p in step.model.parameters() if p.requires_grad]
     counter = StepCounter(tensors_of(everything))
     with mode, counter:
         step.encode()
         encoded, counter.peak, counter.flops = counter.peak, counter.live, 0
         if args.gradient_accumulation_steps > 1 or args.global_batch_size is not None:
-            for parameter in step.model.parameters():  # gradients of earlier forwards
-                if parameter.requires_grad:
-                    parameter.grad = torch.zeros_like(parameter)
+            for parameter in trained:  # gradients of earlier forwards
+                parameter.grad = torch.zeros_like(parameter)
         step.loss().backward()
     adapter = gradients = nbytes(trained)
     is_fused = args.optimizer == "AdamW" and dtype_of(args) != torch.float16
-    optimizer = optimizer_bytes(trained, args.optimizer)
-    optimizer += 0 if args.ema_decay is None else adapter
+    average = 0 if args.ema_decay is None else adapter
+    optimizer = optimizer_bytes(trained, args.optimizer) + average
     activations = counter.peak + unpacked
     highest = max(activations, gradients + (0 if is_fused else adapter))
     resident = round(weights) + adapter + optimizer
@@ -233,7 +236,7 @@ def measure(step: PlannedStep, args: TrainingArguments) -> Needs:
         caching=round(caching),
         peak=max(resident + highest, round(caching)),
         trainable=sum(p.numel() for p in trained),
-        frozen=sum(p.numel() for p in frozen),
+        frozen=sum(p.numel() for p in tensors_of(everything) if not p.requires_grad),
         flops=counter.flops,
     )
 
@@ -263,37 +266,9 @@ def _norm(module: Any, otherwise: Callable[[Tensor], Tensor], x: Tensor) -> Tens
     """Return the output of a norm, in float32 under autocast as on CUDA, unlike on the CPU."""
     if not torch.is_autocast_enabled("cpu"):
         return otherwise(x)
-    weight = None if module.weight is None else module.weight.float()
-    bias = None if module.bias is None else module.bias.float()
-    if isinstance(module, nn.GroupNorm):
-        return F.group_norm(x.float(), module.num_groups, weight, bias, module.eps)
-    return F.layer_norm(x.float(), module.normalized_shape, weight, bias, module.eps)
-
-
-class StepCounter(LiveStorages):
-    """Count live storages, and FLOPs by PyTorch's formulas.
-
-    `FlopCounterMode` isn't used, since its module hooks keep tensors that checkpointing frees.
-    """
-
-    flops = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        operation = func._overloadpacket
-        if operation is _GROUPED and isinstance(args[0], FakeTensor):
-            func, kwargs = _grouped_product, {}
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        if operation is _GROUPED:
-            self.flops += 2 * args[0].numel() * args[1].shape[-1]
-        elif operation is _FLASH:
-            self.flops += flop_counter.sdpa_flop_count(*(x.shape for x in args[:3]))
-        elif operation is _FLASH_BACKWARD:
-            self.flops += flop_counter.sdpa_backward_flop_count(*(x.shape for x in args[:4]))
-        elif formula := flop_counter.flop_registry.get(operation):
-            self.flops += formula(*args, **(kwargs or {}), out_val=result)
-        return result
+    weights = {name: weight.float() for name, weight in module.named_parameters()}
+    with torch.autocast("cpu", enabled=False):
+        return functional_call(module, weights, x.float())
 
 
 def _grouped_product(rows: Tensor, weights: Tensor, ends: Tensor, *_: object) -> Tensor:

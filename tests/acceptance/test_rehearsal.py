@@ -19,7 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nara_diffusion.layers import functional
-from nara_diffusion.training.planned_step import LiveStorages, tensors_of, to_fake
+from nara_diffusion.training.planned_step import StepCounter, tensors_of, to_fake
 from tests.acceptance._rehearsed import RANK, Rehearsed
 from tests.acceptance._true_size import MODELS
 
@@ -66,7 +66,7 @@ def train_on_fake_tensors(model: Rehearsed, module: nn.Module) -> dict[str, Any]
     to_fake(module, mode)
     module.train()
     with mode:
-        with LiveStorages(tensors_of(module)) as memory, Kernels() as forward, torch.autocast("cpu", torch.bfloat16):
+        with StepCounter(tensors_of(module)) as memory, Kernels() as forward, torch.autocast("cpu", torch.bfloat16):
             loss = model.loss(module, "cpu")
         bytes_kept = memory.live
         with Kernels() as backward:
@@ -79,7 +79,7 @@ def train_on_meta(model: Rehearsed, module: nn.Module) -> int:
     """Take a step with gradient checkpointing. Return the bytes kept between forward and backward."""
     model.checkpoint(module, True)
     module.train()
-    with LiveStorages(tensors_of(module)) as memory:
+    with StepCounter(tensors_of(module)) as memory:
         loss = model.loss(module, "meta")
     assert loss.device.type == "meta"
     bytes_kept = memory.live

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from nara_diffusion.training.planned_step import LiveStorages, nbytes, tensors_of, to_fake
+from nara_diffusion.training.planned_step import StepCounter, nbytes, tensors_of, to_fake
 
 
 def test_live_and_peak_follow_each_storages_life():
     weight = torch.zeros(5, 7)
-    with LiveStorages([weight]) as counter:
+    with StepCounter([weight]) as counter:
         assert weight.t().shape == (7, 5)  # a view of what exists
         first = torch.zeros(100)  # 400 bytes
         view = first[:10].view(2, 5)
@@ -58,7 +58,7 @@ def step(model):
 
 def test_fake_tensors_count_as_real_without_data():
     model = Tied()
-    with LiveStorages(tensors_of(model)) as real:
+    with StepCounter(tensors_of(model)) as real:
         step(model)
     live_bytes = real.live
     with torch.device("meta"):
@@ -70,7 +70,7 @@ def test_fake_tensors_count_as_real_without_data():
     assert isinstance(model.norm.running_mean, FakeTensor)
     assert [p.requires_grad for p in model.mix.parameters()] == [False, True]
     assert nbytes(tensors_of(model)) == nbytes(tensors_of(Tied()))
-    with mode, LiveStorages(tensors_of(model)) as fake:
+    with mode, StepCounter(tensors_of(model)) as fake:
         step(model)
     gc.collect()
     assert (fake.live, fake.peak) == (live_bytes, real.peak)
