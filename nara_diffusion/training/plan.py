@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from itertools import product
 from typing import Any, TypeVar
 
 from nara_flags.training import TrainingArguments
@@ -15,8 +15,6 @@ from nara_flags.training import TrainingArguments
 from .adapters import title_of
 from .engines import accumulation_steps
 from .planned_step import Needs, PlannedStep, dtype_of, measure
-
-logger = logging.getLogger(__name__)
 
 Args = TypeVar("Args", bound=TrainingArguments)
 
@@ -36,9 +34,8 @@ def show_plan(args: Args, describe: Callable[[Args], PlannedStep]) -> dict[str, 
     step = describe(args)
     needs = measure(step, args)
     precision = str(dtype_of(args)).removeprefix("torch.")
-    model = args.pretrained_model_name_or_path
-    title = f"{model}: {title_of(args)}, {precision}, {step.forward} a forward (nothing is loaded)"
-    lines = [title, *_table(args, needs)]
+    adapted = f"{args.pretrained_model_name_or_path}: {title_of(args)}, {precision}"
+    lines = [f"{adapted}, {step.forward} a forward (nothing is loaded)", *_table(args, needs)]
     if args.plan is not None and args.plan < math.inf:
         lines += _fitting(args, describe, needs)
     if os.environ.get("RANK", "0") == "0":
@@ -98,26 +95,17 @@ def cheaper(args: TrainingArguments, swappable: int) -> Iterator[tuple[str, dict
     Args:
         swappable: the number of blocks that can be swapped.
     """
-    changes: list[tuple[str, dict[str, Any]]] = []
-    batch = args.train_batch_size
-    if batch > 1:
-        flags, fields = "--train_batch_size 1", {"train_batch_size": 1}
-        if args.global_batch_size is None:
-            steps = batch * args.gradient_accumulation_steps
-            fields["gradient_accumulation_steps"] = steps
-            flags += f" --gradient_accumulation_steps {steps}"
-        changes.append((flags, fields))
-    if not args.gradient_checkpointing:
-        changes.append(("--gradient_checkpointing", {"gradient_checkpointing": True}))
-    if not args.bits and args.adapter != "full":
-        changes.append(("--load_in_4bit", {"load_in_4bit": True}))
-    for count in (swappable // 2, swappable):
-        if count:
-            changes.append((f"--block_swap {count}", {"block_swap": count}))
-    for code in range(1, 2 ** len(changes)):
-        chosen = [change for place, change in enumerate(changes) if code >> place & 1]
-        merged: dict[str, Any] = {}
-        for _, fields in chosen:
-            merged |= fields
-        if sum("block_swap" in fields for _, fields in chosen) < 2:
-            yield " ".join(flags for flags, _ in chosen), merged
+    batch: dict[str, int] = {"train_batch_size": 1}
+    if args.global_batch_size is None:
+        steps = args.train_batch_size * args.gradient_accumulation_steps
+        batch["gradient_accumulation_steps"] = steps
+    swaps = [{"block_swap": count} for count in (swappable // 2, swappable) if count]
+    rounded = [] if args.bits or args.adapter == "full" else [{"load_in_4bit": True}]
+    recomputed = [] if args.gradient_checkpointing else [{"gradient_checkpointing": True}]
+    smaller = [batch] if args.train_batch_size > 1 else []
+    changes = ([{}, *change] for change in (swaps, rounded, recomputed, smaller))
+    for swap, bits, checkpointing, size in product(*changes):
+        fields = {**size, **checkpointing, **bits, **swap}
+        if fields:
+            flags = " ".join(f"--{name} {value}" for name, value in fields.items())
+            yield flags.replace(" True", ""), fields
