@@ -98,21 +98,19 @@ def adapter_config(
     options = _checked_options(args, method)
     if method.config is None:
         return None
-    values = _values(args, method)
-    if method.family == "nara":
-        values |= {"noise_convention": noise_convention, "noise_level_per": noise_level_per}
-        values["strength"] = strength
-    fields_of_method = _fields_of(method)
-    values = {name: value for name, value in values.items() if name in fields_of_method}
+    values = {
+        **_values(args, method),
+        "noise_convention": noise_convention,
+        "noise_level_per": noise_level_per,
+        "strength": strength,
+    }
+    values = {name: values[name] for name in values.keys() & _fields_of(method)}
     try:
         return method.config(**values | dict(method.fixed) | options | fields)
     except (TypeError, ValueError) as error:
-        remedy = ""
-        if str(error).startswith("strength"):
-            remedy = (
-                " The window sets the strength: leave out --min_noise_level and --max_noise_level."
-            )
-        raise ValueError(f"{error}{remedy}") from error
+        is_of_window = str(error).startswith("strength")
+        remedy = " The window sets it: leave out --min_noise_level and --max_noise_level."
+        raise ValueError(f"{error}{remedy if is_of_window else ''}") from error
 
 
 def _fields_of(method: Method) -> list[str]:
@@ -124,20 +122,18 @@ def _fields_of(method: Method) -> list[str]:
 
 def _checked_options(args: AdapterArguments, method: Method) -> dict[str, Any]:
     """Return `adapter_options`. Drop the core's fields if the adapter has no core."""
-    options = dict(args.adapter_options)
-    if method.family != "nara":
-        options = {name: value for name, value in options.items() if name not in CORE_FIELDS}
+    ignored = set() if method.family == "nara" else CORE_FIELDS
+    options = {name: value for name, value in args.adapter_options.items() if name not in ignored}
     names = _fields_of(method)
     for name, value in options.items():
         if name not in names:
             raise ValueError(
                 f"adapter_options has {name!r}, but adapter {args.adapter} has no such field: {hint(name, names)}"
             )
-        fixed = method.fixed.get(name, value)
-        if fixed != value:
+        if method.fixed.get(name, value) != value:
             raise ValueError(
-                f"adapter {args.adapter} sets {name} to {fixed!r}, but adapter_options sets it to {value!r}. Leave it "
-                "out."
+                f"adapter {args.adapter} sets {name} to {method.fixed[name]!r}, but adapter_options sets it to "
+                f"{value!r}. Leave it out."
             )
     start = options.get("init_lora_weights", True)
     if changes_base(start) or start in _DATA_DRIVEN:
@@ -253,9 +249,8 @@ def build_adapter(
     Raises:
         ValueError: see `adapter_config` and `check_target_modules`.
     """
-    options: dict[str, Any] = {}
-    if target_modules is not None:  # a pattern, in place of the names in `args`
-        options["target_modules"] = target_modules
+    # a pattern, in place of the names in `args`
+    options = {} if target_modules is None else {"target_modules": target_modules}
     if method_of(args).family == "prompt":
         # PEFT prepends the tokens in `generate`, a method that encoders don't have
         is_decoder = hasattr(model, "prepare_inputs_for_generation")
@@ -287,15 +282,13 @@ def check_target_modules(model: nn.Module, targets: Any) -> None:
     """
     if targets is None or isinstance(targets, str):
         return
-    unmatched = set(targets)
-    linear: set[str] = set()
-    for name, module in model.named_modules():
-        unmatched -= {target for target in unmatched if f".{name}".endswith(f".{target}")}
-        if isinstance(module, nn.Linear):
-            linear.add(name.rpartition(".")[2])
+    modules = {f".{name}": module for name, module in model.named_modules()}
+    unmatched = [t for t in sorted(targets) if not any(name.endswith(f".{t}") for name in modules)]
     if unmatched:
+        linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+        names = sorted({name.rpartition(".")[2] for name in linear})
         raise ValueError(
-            f"target_modules {', '.join(sorted(unmatched))} match no module of {type(model).__name__}: "
-            f"{hint(min(unmatched), sorted(linear))} Its linear layers are {', '.join(sorted(linear))}. {ALL_LINEAR} "
+            f"target_modules {', '.join(unmatched)} match no module of {type(model).__name__}: "
+            f"{hint(unmatched[0], names)} Its linear layers are {', '.join(names)}. {ALL_LINEAR} "
             "adapts all of them except the output head."
         )

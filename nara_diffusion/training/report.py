@@ -115,10 +115,9 @@ def write_card(
     )
     tags = ["nara" if method.family == "nara" else args.adapter.replace("_", "-"), *tags]
     if not Path(args.pretrained_model_name_or_path).exists():  # a Hub id, not a path on this disk
-        relation = "finetune" if method.family == "full" else "adapter"
         front_matter |= {
             "base_model": args.pretrained_model_name_or_path,
-            "base_model_relation": relation,
+            "base_model_relation": "finetune" if method.family == "full" else "adapter",
         }
     front = ModelCardData(library_name=library, tags=tags, **front_matter).to_yaml().strip()
     rows = "\n".join(f"| {' | '.join(row)} |" for row in figures)
@@ -127,27 +126,26 @@ def write_card(
     settings = as_yaml(public_values(vars(args), args)).strip()
     longest = max(map(len, re.findall("`{2,}", settings)), default=2)  # a prompt may contain ```
     fence = "`" * (1 + longest)
-    curve = f"The loss at each noise level:\n\n![loss over the noise level]({CURVE})"
-    good = (
-        how_good[0],
-        " ".join(warnings),
-        table,
-        f"{how_good[1]} {curve}",
-        _BESIDE_LORA if reads_noise(args) else "",
-    )
     parts = [
         f"---\n{front}\n---",
         f"# {name} with {title}",
         f"{_WHAT_IT_IS[method.family]} ({title}, {method.source}) {_one_line(about)}",
         "## How good it is",
-        *filter(None, good),
+        how_good[0],
+        " ".join(warnings),
+        table,
+        f"{how_good[1]} The loss at each noise level:",
+        f"![loss over the noise level]({CURVE})",
+        _BESIDE_LORA if reads_noise(args) else "",
         "## How to load it",
-        f"## How it was trained\n\n{training}\n\nAll arguments:\n\n{fence}yaml\n{settings}\n{fence}",
+        loading,
+        "## How it was trained",
+        training,
+        f"All arguments:\n\n{fence}yaml\n{settings}\n{fence}",
     ]
-    parts = [without_folders(part.strip(), args) for part in parts]
-    code = loading if run.hub_id is None else without_folders(loading, args)  # local code must run
-    parts[-2] += f"\n\n{code.strip()}"
-    write_text(run.folder / "README.md", "\n\n".join(parts) + "\n")
+    unchanged = loading if run.hub_id is None else None  # local code must run
+    texts = [p if p is unchanged else without_folders(p, args) for p in parts if p]
+    write_text(run.folder / "README.md", "\n\n".join(map(str.strip, texts)) + "\n")
 
 
 def _one_line(text: str) -> str:
@@ -259,8 +257,7 @@ def finish(
 
 def without_folders(text: str, args: TrainingArguments) -> str:
     """Return `text` for publication, with the arguments' absolute paths cut to their last part."""
-    values = [str(value) for value in vars(args).values() if isinstance(value, (str, Path))]
-    places = [value for value in values if value.startswith(("/", "~"))]
+    places = [value for value in map(str, vars(args).values()) if value.startswith(("/", "~"))]
     for place in sorted(places, key=len, reverse=True):
         path = Path(place)
         for form in (place, str(path), os.path.expanduser(path)):
