@@ -28,10 +28,8 @@ def is_managed(module: nn.Module) -> bool:
 @contextmanager
 def onloaded(*modules: nn.Module) -> Iterator[None]:
     """Keep all weights of `modules` on their compute device and in their compute dtype."""
-    managed = []
-    for module in modules:
-        for below in module.modules():
-            managed += [(below, hook) for hook in _hooks_of(below)]
+    below = [child for module in modules for child in module.modules()]
+    managed = [(module, hook) for module in below for hook in _hooks_of(module)]
     for module, hook in managed:
         hook.pre_forward(module)
     try:

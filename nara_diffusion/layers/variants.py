@@ -258,9 +258,8 @@ def frozen_base(layer: AdaptedLayer, result: Tensor) -> tuple[Tensor, Tensor | N
     several adapters are active.
     """
     base = layer._modules["base_layer"]
-    if not isinstance(base, nn.Linear) or not is_plain(base) or len(layer.active_adapters) != 1:
-        return None
-    if not result.is_contiguous():
+    is_alone = len(layer.active_adapters) == 1 and result.is_contiguous()
+    if not isinstance(base, nn.Linear) or not is_plain(base) or not is_alone:
         return None
     bias = base.bias
     if base.weight.requires_grad or (bias is not None and bias.requires_grad):
@@ -276,13 +275,15 @@ def fits_one_function(A: nn.Linear, B: nn.Linear, x: Tensor, result: Tensor) -> 
     wrappers (offloading, pruning) or a bias, or if dtypes differ outside autocast. The last case is
     tensor subclasses, except fake tensors: `--plan` uses these to measure the real computation.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[reportPrivateImportUsage]
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[reportPrivateImportUsage]
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
         return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return False
-    if not (is_plain(A) and is_plain(B)) or B.bias is not None or _has_any_global_hook():
-        return False
-    if type(x) not in _TENSORS or type(result) not in _TENSORS:
+    is_changed = not (is_plain(A) and is_plain(B)) or B.bias is not None or _has_any_global_hook()
+    if is_changed or type(x) not in _TENSORS or type(result) not in _TENSORS:
         return False
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return result.dtype == torch.get_autocast_dtype(x.device.type)

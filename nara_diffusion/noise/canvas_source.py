@@ -87,10 +87,9 @@ class CanvasNoise:
     def _begin_block(self, schedulers: list[Any], sampler: object) -> None:
         self.local.level, self.local.begins_block = None, sampler is None
         self.local.seen = getattr(sampler, "accepted_token_mask", None)
-        for scheduler in schedulers:
-            if any(scheduler is one for one in self.watched):
-                continue
-            self.watched.append(scheduler)
+        new = [one for one in schedulers if not any(one is watched for watched in self.watched)]
+        self.watched += new
+        for scheduler in new:
             for name in filter(partial(hasattr, scheduler), _STEPS):
                 step = getattr(scheduler, name)
                 if not isinstance(step, WatchedStep):

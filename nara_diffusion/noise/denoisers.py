@@ -105,8 +105,7 @@ _FRAMES = {
     ),
 }
 """Class → where its layers see the frames of a video, for λ a frame."""
-for _name, _frames in _FRAMES.items():
-    _DENOISERS[_name] = replace(_DENOISERS[_name], frames=_frames)
+_DENOISERS |= {name: replace(_DENOISERS[name], frames=frames) for name, frames in _FRAMES.items()}
 
 
 def register_denoiser(

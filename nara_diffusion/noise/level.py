@@ -54,13 +54,11 @@ def as_level(value: Level, *, axes: int = 1) -> Tensor:
 @torch.compiler.disable(recursive=True)
 def _in_range(level: Tensor) -> Tensor:
     values = host_values(level)
-    if values is None:
-        return nan_outside(level)
-    if not all(0 <= value <= 1 for value in values):
+    if values is not None and not all(0 <= value <= 1 for value in values):
         raise ValueError(
             f"noise_level is {values}: every value has to lie in [0, 1], where 1 is pure noise."
         )
-    return level
+    return nan_outside(level)
 
 
 def host_values(tensor: Tensor) -> list[Any] | None:

@@ -31,10 +31,11 @@ RowKind = Literal["samples", "tokens", "routed tokens", "positions"]
                      relative positions
 """
 
-_SEQUENCES = ("input_ids", "inputs_embeds", "hidden_states")
-"""The arguments of a forward that hold its positions: ids (b, l) or features (b, l, d)."""
-_OTHERS = ("decoder_input_ids", "decoder_inputs_embeds", "encoder_hidden_states")
-"""Arguments that hold other positions, which layers might also see."""
+_SEQUENCES = (
+    "input_ids", "inputs_embeds", "hidden_states",
+    "decoder_input_ids", "decoder_inputs_embeds", "encoder_hidden_states",
+)  # fmt: skip
+"""The arguments of a forward that hold positions, ids (b, l) or features (b, l, d)."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def positions_of(arguments: Mapping[str, object], model_name: str) -> Positions:
         ValueError: the forward gets no sequence, or several.
     """
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-    named = [name for name in (*_SEQUENCES, *_OTHERS) if name in tensors]
+    named = [name for name in _SEQUENCES if name in tensors]
     named = named or list(tensors)[:1]
     sequence = tensors[named[0]] if len(named) == 1 else None
     if sequence is None or sequence.dim() < 2 + sequence.is_floating_point():

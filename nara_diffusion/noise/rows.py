@@ -74,11 +74,9 @@ def core_of_rows(
     samples, rows = core.shape[0], x.shape[0]
     if samples == 1:
         return core
-    if kind in ("tokens", "routed tokens"):
-        lacks_batch_axis = x.dim() == 2
-    else:  # features (l, b, d), or integer ids (l, l)
-        lacks_batch_axis = kind == "positions" and x.dim() > (2 if x.is_floating_point() else 1)
-    if lacks_batch_axis:
+    are_tokens = kind in ("tokens", "routed tokens") and x.dim() == 2
+    axes = 3 if x.is_floating_point() else 2  # features (l, b, d), or integer ids (l, l)
+    if are_tokens or (kind == "positions" and x.dim() >= axes):
         return _the_only(
             core,
             f"the rows that layer '{layer_name}' sees, {tuple(x.shape)}, are {kind}, not samples",
@@ -122,11 +120,10 @@ def row_kind_of(root: nn.Module, name: str) -> RowKind:
     if isinstance(layer, (nn.Embedding, Embedding)):
         is_position = name.endswith(("relative_attention_bias", "distance_embedding"))
         return "positions" if is_position else "samples"
-    for outer in around:
-        inner = outer._modules.values()
-        attention = [module for module in inner if isinstance(module, nn.MultiheadAttention)]
-        if any(getattr(module, "batch_first", None) is False for module in (outer, *attention)):
-            return "positions"
+    inner = [module for outer in around for module in outer._modules.values()]
+    attention = [module for module in inner if isinstance(module, nn.MultiheadAttention)]
+    if any(getattr(module, "batch_first", None) is False for module in (*around, *attention)):
+        return "positions"
     return "samples"
 
 

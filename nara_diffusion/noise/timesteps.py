@@ -269,9 +269,8 @@ class DenoiserNoise(TimestepNoise):
         """
         t = as_tensor(timestep).detach()
         continuous = [type(one).__name__ for one in self.schedulers if passes_log_sigma(one)]
-        if self.meaning != "discrete" or not t.is_floating_point():
-            return level
-        if self.schedulers and not continuous:
+        are_discrete = self.schedulers and not continuous
+        if self.meaning != "discrete" or not t.is_floating_point() or are_discrete:
             return level
         is_discrete = (4 * t.float().abs() >= LARGEST_LOG_SIGMA).any()
         if not continuous:
@@ -283,12 +282,11 @@ class DenoiserNoise(TimestepNoise):
         if value == [True]:
             return level
         timesteps = host_values(t) or f"{t.dtype} on {t.device}"
-        who = "it may be ¼ ln σ of an EDM schedule"
-        if continuous:
-            who = f"{continuous[0]} passes ¼ ln σ"
+        who = f"{continuous[0]} passes" if continuous else "it may be"
         raise ValueError(
-            f"{self.argument} is {timesteps}, which as 'discrete' would be almost no noise, but {who}. Declare its "
-            'meaning once: set_noise_source(model, TimestepNoise("edm")) or TimestepNoise("discrete").'
+            f"{self.argument} is {timesteps}, which as 'discrete' would be almost no noise, but {who} ¼ ln σ of an "
+            'EDM schedule. Declare its meaning once: set_noise_source(model, TimestepNoise("edm")) or '
+            'TimestepNoise("discrete").'
         )
 
 
@@ -303,9 +301,5 @@ def prediction_type(scheduler: Any) -> str | None:
 
 def passes_log_sigma(scheduler: Any) -> bool:
     """Return whether a Diffusers scheduler passes ¼ ln σ to the denoiser as the timestep."""
-    config = scheduler.config
-    continuous = (
-        config.get("timestep_type") == "continuous"
-        and config.get("prediction_type") == "v_prediction"
-    )
-    return type(scheduler).__name__.startswith("EDM") or continuous
+    settings = (scheduler.config.get("timestep_type"), scheduler.config.get("prediction_type"))
+    return type(scheduler).__name__.startswith("EDM") or settings == ("continuous", "v_prediction")

@@ -142,8 +142,7 @@ class LevelFinder:
             )
         if level is None:
             raise unknown_level(self.root, names)
-        is_for_all = entry is not None and level.numel() == 1  # valid for samples and for parts
-        if not is_for_all:
+        if entry is None or level.numel() > 1:  # one value of a context is valid for all parts
             self._warn_of_other_training(names, "part" if level.dim() == 2 else "sample")
         if level.dim() == 2 and level.shape[1] > 1:
             parts = self.rows.parts_of_forward(level, self.root, args, kwargs)

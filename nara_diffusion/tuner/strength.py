@@ -85,16 +85,15 @@ def roots_of(model: nn.Module, adapter_name: str) -> list[Any]:
     Raises:
         ValueError: no model has the adapter.
     """
-    roots, names = [], set()
-    for module in checked_module(model).modules():
-        configs = vars(module).get("peft_config")
-        if not isinstance(configs, dict) or isinstance(module, (PeftModel, BaseTuner)):
-            continue
-        names.update(configs)
-        if adapter_name in configs:
-            roots.append(module)
+    adapted = {
+        module: vars(module)["peft_config"]
+        for module in checked_module(model).modules()
+        if isinstance(vars(module).get("peft_config"), dict)
+        and not isinstance(module, (PeftModel, BaseTuner))
+    }
+    roots = [module for module, names in adapted.items() if adapter_name in names]
     if not roots:
-        listed = ", ".join(map(repr, sorted(names)))
+        listed = ", ".join(sorted({repr(name) for names in adapted.values() for name in names}))
         raise ValueError(
             f"{type(model).__name__} has no adapter {adapter_name!r}: it has {listed or 'none'}."
         )
