@@ -73,11 +73,10 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest.get("format")
-    except (OSError, ValueError, AttributeError) as error:
+        manifest = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is missing or corrupt ({error}).") from error
-    if version != FORMAT:
+    if manifest.get("format") != FORMAT:
         raise ValueError(
             f"{checkpoint} was written by version 0.1, and this version can't continue it. Finish the run with 0.1, "
             "or start a new run from its adapter with --init_adapter."
@@ -121,15 +120,16 @@ def save_checkpoint(
         save_state(accelerator, partial)
         accelerator.wait_for_everyone()
         if is_main:
-            files = {}
-            for path in sorted(path for path in partial.rglob("*") if path.is_file()):
-                name = path.relative_to(partial).as_posix()
-                files[name] = path.stat().st_size, digest_file(path)
+            files = {
+                path.relative_to(partial).as_posix(): (path.stat().st_size, digest_file(path))
+                for path in sorted(partial.rglob("*"))
+                if path.is_file()
+            }
             manifest = {"format": FORMAT, **facts, "written": time.time(), "files": files}
             write_manifest(partial, manifest)
             put_in_place(partial, target)
             older = [path for path in find_checkpoints(target.parent) if path != target]
-            for path in [] if limit is None else older[: max(0, len(older) + 1 - limit)]:
+            for path in [*older, target][:-limit] if limit else []:
                 logger.info("deleting %s (--checkpoints_total_limit %d)", path, limit)
                 shutil.rmtree(path)
     except Exception as error:
@@ -200,10 +200,10 @@ def latest_undamaged(folder: Path) -> Path | None:
             check_files(path)
         except ValueError as error:
             damaged.append(str(error))
-            continue
-        if damaged:
-            logger.warning("%s Resuming from the previous checkpoint.", " ".join(damaged))
-        return path
+        else:
+            if damaged:
+                logger.warning("%s Resuming from the previous checkpoint.", " ".join(damaged))
+            return path
     if damaged:
         raise ValueError(
             f"--resume_from_checkpoint latest: all checkpoints in {folder} are damaged. {' '.join(damaged)} Restore "

@@ -22,6 +22,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     gather_object,
     parse_flag_from_env,
+    patch_environment,
 )
 from torch import nn
 from transformers import PreTrainedModel
@@ -89,8 +90,7 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
             "mixed_precision fp16 needs a GPU, and accelerate finds none. Use bf16 or no."
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        config: dict[str, Any] = deepspeed_plugin(accelerator).deepspeed_config
-        config |= {
+        deepspeed_plugin(accelerator).deepspeed_config |= {
             "gradient_accumulation_steps": steps,
             "gradient_clipping": args.max_grad_norm or 0.0,
         }
@@ -249,15 +249,13 @@ def loading_in(accelerator: Accelerator, dtype: torch.dtype) -> Iterator[None]:
 
     DeepSpeed would otherwise cast the weights to bf16 during loading.
     """
-    if dtype != torch.float32 or zero_stage(accelerator) != 3:
-        yield
-        return
-    plugin = deepspeed_plugin(accelerator)
     with ExitStack() as undo:
-        # `set_deepspeed_weakref` gives `from_pretrained` a copy of the configuration
-        undo.callback(plugin.set_deepspeed_weakref)
-        undo.enter_context(_without_bf16(accelerator))
-        plugin.set_deepspeed_weakref()
+        if dtype == torch.float32 and zero_stage(accelerator) == 3:
+            plugin = deepspeed_plugin(accelerator)
+            # `set_deepspeed_weakref` gives `from_pretrained` a copy of the configuration
+            undo.callback(plugin.set_deepspeed_weakref)
+            undo.enter_context(_without_bf16(accelerator))
+            plugin.set_deepspeed_weakref()
         yield
 
 
@@ -267,17 +265,11 @@ def load_whole(accelerator: Accelerator, load: Callable[[], Any]) -> Any:
     ZeRO-3 would give each process only a part of the model. --fsdp_cpu_ram_efficient_loading would
     give an empty model to all processes but the main one.
     """
-    variable = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-    launched = os.environ.pop(variable, None)
-    if zero_stage(accelerator) == 3:
-        unset_hf_deepspeed_config()
-    try:
-        return load()
-    finally:
-        if launched is not None:
-            os.environ[variable] = launched
+    with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"), ExitStack() as undo:
         if zero_stage(accelerator) == 3:
-            deepspeed_plugin(accelerator).set_deepspeed_weakref()
+            unset_hf_deepspeed_config()
+            undo.callback(deepspeed_plugin(accelerator).set_deepspeed_weakref)
+        return load()
 
 
 def recompute_activations(model: PreTrainedModel) -> None:

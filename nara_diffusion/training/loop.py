@@ -71,9 +71,7 @@ def prepare_training(
     """
     optimizer = build_optimizer(model, run.args, fused=may_fuse(run.accelerator))
     scheduler = build_lr_scheduler(optimizer, run.args, run.total_steps)
-    left = run.positions_left()
-    size = run.args.train_batch_size
-    loader = stream_loader(samples, collate, batch_size=size, first=left.start, stop=left.stop)
+    loader = stream_loader(samples, collate, run.args.train_batch_size, run.positions_left())
     model, optimizer, scheduler, loader = prepare(
         run.accelerator, model, optimizer, scheduler, loader
     )
@@ -105,12 +103,18 @@ def train(
     """
     accelerator, args = run.accelerator, run.args
     model, optimizer, scheduler, loader, average = parts
-    bar = tqdm(
-        total=run.total_steps, initial=run.step, desc="train", unit="step", disable=not run.is_main
-    )
     model.train()
     pending = _Pending()
-    with InterruptRequest(accelerator.num_processes) as interrupt, bar:
+    with (
+        InterruptRequest(accelerator.num_processes) as interrupt,
+        tqdm(
+            total=run.total_steps,
+            initial=run.step,
+            desc="train",
+            unit="step",
+            disable=not run.is_main,
+        ) as bar,
+    ):
         for batch in loader:
             with accelerator.accumulate(model):
                 step = compute_loss(batch)
@@ -142,8 +146,7 @@ def train(
                 _log_losses(run, bar, optimizer, figures)
             if is_validated:
                 with averaged(average):
-                    validation = validate()
-                run.log(validation)
+                    run.log(validate())
             if is_saved:
                 run.save_checkpoint()
             if number := interrupt.of_any_process():
@@ -171,8 +174,8 @@ def _collect(run: Run, pending: _Pending) -> None:
     """Read the pending losses of all processes. Raise if a loss or a norm isn't finite."""
     if not pending.losses:
         return
-    steps = [step for step, _ in pending.losses]
-    local = torch.stack([losses for _, losses in pending.losses])  # (n, f, b)
+    steps, losses = zip(*pending.losses, strict=True)
+    local = torch.stack(losses)  # (n, f, b)
     gathered = cast(Tensor, run.accelerator.gather(local))  # (processes · n, f, b)
     by_forward = gathered.unflatten(0, (-1, len(local))).permute(1, 2, 0, 3)
     failures, totals = [], run.unlogged
@@ -182,11 +185,11 @@ def _collect(run: Run, pending: _Pending) -> None:
         ]
         sums = [sum(losses), len(losses), *map(sum, figures)]
         totals = [total + new for total, new in zip_longest(totals, sums, fillvalue=0)]
-    if pending.norms:
-        norms = torch.stack([norm for _, norm in pending.norms]).tolist()
-        for (step, _), norm in zip(pending.norms, norms, strict=True):
-            if not math.isfinite(norm):
-                failures.append((step, f"the gradient's norm became {norm}"))
+    failures += [
+        (step, f"the gradient's norm became {norm.item()}")
+        for step, norm in pending.norms
+        if not norm.isfinite()
+    ]
     if failures:
         step, failure = min(failures, key=itemgetter(0))
         raise TrainingDiverged(

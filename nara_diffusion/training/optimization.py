@@ -10,7 +10,7 @@ so d is at most .917 after 100 steps. A checkpoint has both: θ, to train on fro
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -68,9 +68,9 @@ def build_optimizer(
         if parameters
     ]
     options = {"weight_decay": args.weight_decay, **_DEFAULTS.get(args.optimizer, {})}
-    options |= args.optimizer_options
     if args.optimizer == "AdamW" and fused:
-        options.setdefault("fused", True)
+        options["fused"] = True
+    options |= args.optimizer_options
     return optimizer_class(args.optimizer)(groups, **options)
 
 
@@ -136,12 +136,9 @@ def average_weights(
 @contextmanager
 def averaged(average: WeightAverage | None) -> Iterator[None]:
     """The trained weights are their average inside the context, if there is one."""
-    if average is None:
+    with ExitStack() as undo:
+        if average is not None:
+            average.ema.store(average.weights)
+            undo.callback(average.ema.restore, average.weights)
+            average.ema.copy_to(average.weights)
         yield
-        return
-    average.ema.store(average.weights)
-    average.ema.copy_to(average.weights)
-    try:
-        yield
-    finally:
-        average.ema.restore(average.weights)

@@ -89,11 +89,10 @@ class Run(Generic[Args]):
     @property
     def hardware(self) -> str:
         """The hardware of the run, in words."""
-        device = self.accelerator.device
-        name = f"{device.type}, {torch.get_num_threads()} threads"
+        device, processes = self.accelerator.device, self.accelerator.num_processes
         if device.type == "cuda":
-            name = torch.cuda.get_device_name(device)
-        return f"{self.accelerator.num_processes} x {name}"
+            return f"{processes} x {torch.cuda.get_device_name(device)}"
+        return f"{processes} x {device.type}, {torch.get_num_threads()} threads"
 
     @property
     def global_batch(self) -> int:
@@ -158,8 +157,9 @@ class Run(Generic[Args]):
             self.total_steps = self.args.max_train_steps
         else:
             epochs = self.args.num_train_epochs or 1
-            steps = math.ceil(epochs * samples / self.global_batch)
-            self.total_steps = self.data_start + max(1, steps)
+            self.total_steps = self.data_start + max(
+                1, math.ceil(epochs * samples / self.global_batch)
+            )
         if self.total_steps < self.step:
             raise ValueError(
                 f"The run ends at step {self.total_steps}, but {self.checkpoint} is past it. Give a larger "
@@ -177,9 +177,10 @@ class Run(Generic[Args]):
 
     def positions_left(self) -> range:
         """Return the positions in the stream of training data that are still to be trained on."""
-        first = self.step - self.data_start
-        stop = self.total_steps - self.data_start
-        return range(self.global_batch * first, self.global_batch * stop)
+        return range(
+            self.global_batch * (self.step - self.data_start),
+            self.global_batch * (self.total_steps - self.data_start),
+        )
 
     def open(self, facts: Mapping[str, str]) -> None:
         """Write the configuration into the run's folder, start the trackers, and log `facts`.
@@ -211,8 +212,7 @@ class Run(Generic[Args]):
         load_state(self.accelerator, self.checkpoint)
         check_random_states(self.checkpoint, self.accelerator.process_index)
         logger.info("continues from %s", self.checkpoint)
-        changed = changed_arguments(self.args, self.resumed["arguments"])
-        if changed:
+        if changed := changed_arguments(self.args, self.resumed["arguments"]):
             logger.info("changed arguments: %s", describe_changes(changed))
         old_steps = self.resumed["total_steps"]
         if old_steps != self.total_steps:
@@ -238,9 +238,13 @@ class Run(Generic[Args]):
             "arguments": vars(self.args),
             "digests": self.digests,
         }
-        target = self.folder / f"checkpoint-{self.step}"
-        limit = self.args.checkpoints_total_limit
-        save_checkpoint(self.accelerator, target, facts, self.write, limit)
+        save_checkpoint(
+            self.accelerator,
+            self.folder / f"checkpoint-{self.step}",
+            facts,
+            self.write,
+            limit=self.args.checkpoints_total_limit,
+        )
 
     def close(self) -> None:
         """End the run on all processes together.

@@ -109,11 +109,11 @@ def _run_folder(args: TrainingArguments, name: str) -> Path:
     resumed = args.resume_from_checkpoint
     if resumed is not None and len(Path(resumed).parts) > 1:
         return Path(resumed).parent
-    runs: dict[int, Path] = {}
-    for path in OUTPUTS.glob(f"{name}-*"):
-        number = path.name.removeprefix(f"{name}-")
-        if path.is_dir() and number.isdecimal():
-            runs[int(number)] = path
+    runs = {
+        int(path.name.removeprefix(f"{name}-")): path
+        for path in OUTPUTS.glob(f"{name}-*")
+        if path.is_dir() and path.name.removeprefix(f"{name}-").isdecimal()
+    }
     if resumed is not None:
         for number in sorted(runs, reverse=True):
             if find_checkpoints(runs[number]):
@@ -252,8 +252,7 @@ def check_same_run(checkpoint: Path, args: TrainingArguments, accelerator: Accel
             "with --init_adapter."
         )
     changed = changed_arguments(args, manifest["arguments"])
-    refused = {name: values for name, values in changed.items() if name not in MAY_CHANGE}
-    if refused:
+    if refused := {name: changed[name] for name in changed if name not in MAY_CHANGE}:
         raise ValueError(
             f"{checkpoint} belongs to a run with other arguments ({describe_changes(refused)}). Give the same "
             f"arguments (--config {checkpoint.parent / 'config.yaml'} has them), or start a new run from its adapter "
@@ -310,8 +309,8 @@ def changed_arguments(
     then = defaults_of(args) | _BEFORE | without_dicts(saved)
     gone = {name for name, value in then.items() if name not in now and value not in (None, False)}
     names = sorted((now.keys() | gone) - {"output_dir", "resume_from_checkpoint"})
-    pairs = {name: (then.get(name), now.get(name)) for name in names}
-    return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
+    differing = [name for name in names if then.get(name) != now.get(name)]
+    return {name: (then.get(name), now.get(name)) for name in differing}
 
 
 def describe_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:

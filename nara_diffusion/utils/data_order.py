@@ -82,12 +82,11 @@ def grouped_by_length(
 
 
 def stream_loader(
-    stream: Any, collate: Callable[[list[dict]], Any], *, batch_size: int, first: int, stop: int
+    stream: Any, collate: Callable[[list[dict]], Any], batch_size: int, positions: Sequence[int]
 ) -> DataLoader:
-    """Return a loader for positions `first` … `stop` − 1; accelerate splits it among processes."""
+    """Return a loader for `positions` of the stream; accelerate splits it among processes."""
     # without a generator, each start draws from the global one, and a resumed run starts twice
     generator = torch.Generator().manual_seed(0)
-    positions: Any = range(first, stop)
     return DataLoader(
-        stream, batch_size=batch_size, sampler=positions, collate_fn=collate, generator=generator
+        stream, batch_size, sampler=positions, collate_fn=collate, generator=generator
     )

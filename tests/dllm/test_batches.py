@@ -126,7 +126,7 @@ def test_processes_share_the_forwards_of_one(conversations: Dataset, processes: 
     stream = GlobalBatchStream(conversations, 3, 8, COLLATOR.row_lengths(conversations))
     shards = []
     for process in range(processes):
-        loader = stream_loader(stream, COLLATOR, batch_size=2, first=8, stop=40)
+        loader = stream_loader(stream, COLLATOR, 2, range(8, 40))
         options: dict[str, Any] = {"num_processes": processes, "process_index": process}
         shards.append(list(prepare_data_loader(loader, put_on_device=False, **options)))
     forwards = [forward for together in zip(*shards, strict=True) for forward in together]

@@ -167,7 +167,7 @@ def data(instances, class_images) -> DreamBoothDataset:
 
 
 def batches(data: DreamBoothDataset, first: int = 0, stop: int = 20) -> list[dict[str, Any]]:
-    return list(stream_loader(data, collate_samples, batch_size=2, first=first, stop=stop))
+    return list(stream_loader(data, collate_samples, 2, range(first, stop)))
 
 
 @pytest.mark.parametrize("shifted", [False, True])
