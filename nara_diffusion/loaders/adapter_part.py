@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from enum import Enum
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +21,7 @@ from nara_diffusion.config import ABSENT, NaraConfig, is_idle
 from nara_diffusion.cores.core_set import NAME_IN_FILES, is_core_key, make_cores, ranks_by_group
 from nara_diffusion.cores.registry import BUILT_IN
 from nara_diffusion.strict import check_tensors
+from nara_diffusion.utils.wording import listed
 
 _ALWAYS_WRITTEN = (
     "r",
@@ -59,15 +59,13 @@ class AdapterPart:
     def modules(self) -> dict[str, int]:
         """Return {adapted module: its rank}."""
         names = [key.partition(".lora_")[0] for key in self.tensors if ".lora_" in key]
-        ranks, r = self.config.rank_pattern, self.config.r
-        return {name: by_pattern(ranks, name, r) for name in names}
+        return {name: by_pattern(self.config.rank_pattern, name, self.config.r) for name in names}
 
     @property
     def core(self) -> dict[str, Tensor]:
         """Return {name in the core: tensor} for the core's tensors."""
-        prefix = f"{NAME_IN_FILES}."
         keys = filter(is_core_key, self.tensors)
-        return {key.removeprefix(prefix): self.tensors[key] for key in keys}
+        return {key.removeprefix(f"{NAME_IN_FILES}."): self.tensors[key] for key in keys}
 
     @property
     def core_ranks(self) -> dict[str, int]:
@@ -81,13 +79,11 @@ def config_to_fields(config: LoraConfig) -> dict[str, Any]:
     Fields that depend on the machine are left out, and so are fields that are None, unless files
     without them have another value.
     """
-    json_values = {}
-    for name, value in config.to_dict().items():
-        if name in _OF_ONE_MACHINE or (value is None and name not in ABSENT):
-            continue
-        value = sorted(value) if isinstance(value, set) else value
-        json_values[name] = value.value if isinstance(value, Enum) else value
-    return json_values
+    return {
+        name: sorted(value) if isinstance(value, set) else value
+        for name, value in config.to_dict().items()
+        if name not in _OF_ONE_MACHINE and (value is not None or name in ABSENT)
+    }
 
 
 def config_from_fields(json_values: Mapping[str, Any], origin: str) -> NaraConfig:
@@ -96,17 +92,17 @@ def config_from_fields(json_values: Mapping[str, Any], origin: str) -> NaraConfi
     Raises:
         ValueError: a field is missing, unknown or invalid. The message names the `origin`.
     """
-    for name in _ALWAYS_WRITTEN:
-        if name not in json_values:
-            raise ValueError(
-                f"The configuration of {origin} has no field '{name}', which every NaRA file contains. The file is "
-                "damaged: download or save it again."
-            )
-    names = {field.name for field in fields(NaraConfig)}.difference(_OF_ONE_MACHINE)
-    arguments: dict[str, Any] = {**ABSENT}
-    for name, value in json_values.items():
-        if name in names or not (name in _OF_ONE_MACHINE or is_idle(name, value)):
-            arguments[name] = value
+    if missing := [name for name in _ALWAYS_WRITTEN if name not in json_values]:
+        raise ValueError(
+            f"The configuration of {origin} has no field {listed(missing)}, which every NaRA file contains. The file "
+            "is damaged: download or save it again."
+        )
+    names = {field.name for field in fields(NaraConfig)}
+    arguments = {
+        name: value
+        for name, value in {**ABSENT, **json_values}.items()
+        if name not in _OF_ONE_MACHINE and (name in names or not is_idle(name, value))
+    }
     try:
         return NaraConfig(**arguments)
     except (TypeError, ValueError, AttributeError, ImportError) as error:
@@ -161,15 +157,16 @@ def check_part(part: AdapterPart, *, beside: bool, for_model: bool) -> None:
     expected = cores.state_dict(prefix=f"{NAME_IN_FILES}.")
     for name, rank in part.modules.items():
         expected |= _factors(part, name, rank)
-    allowed = dict(expected)
-    for key, tensor in part.tensors.items():
-        if beside and key not in expected and _may_stand_beside(part.config, key, tensor):
-            allowed[key] = tensor
-    check_tensors(part.tensors, expected, allowed)
+    others = {
+        key: tensor
+        for key, tensor in part.tensors.items()
+        if beside and _may_stand_beside(part.config, key, tensor)
+    }
+    check_tensors(part.tensors, expected, others | expected)
 
 
 def _factors(part: AdapterPart, name: str, rank: int) -> dict[str, Tensor]:
-    """Return {key: an empty tensor of the expected shape and dtype} for a module's factors.
+    """Return {key: an empty float32 tensor of the expected shape} for a module's factors.
 
     The sizes of the base's layer are taken from the file.
     """
@@ -191,14 +188,9 @@ def _factors(part: AdapterPart, name: str, rank: int) -> dict[str, Tensor]:
         shapes[key] = (1, d_out, *kernel) if kernel else (d_out,)
     if part.config.lora_bias:
         shapes[f"{name}.lora_B.bias"] = (d_out,)
-    expected = {}
-    for key, shape in shapes.items():
-        dtype = getattr(tensors.get(key), "dtype", torch.float32)
-        is_usual = dtype.is_floating_point and dtype.itemsize > 1  # layers can compute in it
-        expected[key] = torch.empty(
-            shape, dtype=dtype if is_usual else torch.float32, device="meta"
-        )
-    return expected
+    return {
+        key: torch.empty(shape, dtype=torch.float32, device="meta") for key, shape in shapes.items()
+    }
 
 
 def _shape(tensor: object) -> tuple[int, ...]:

@@ -164,7 +164,7 @@ class AdapterFile:
         """Write a pipeline's file completely or not at all, with safetensors' `save_file`.
 
         Args:
-            path: the file to write.
+            path: the file to write, in a folder that is created if it does not exist.
             save_function: a function to call instead of `save_file`, with the same arguments.
         """
         tensors = {
@@ -174,8 +174,9 @@ class AdapterFile:
         }
         components = {name: config_to_fields(part.config) for name, part in self.parts.items()}
         content = {"format_version": FORMAT_VERSION, "components": components}
-        text = json.dumps(content, indent=2, sort_keys=True)
-        save_tensors(tensors, path, {METADATA_KEY: text}, save_function)
+        metadata = {METADATA_KEY: json.dumps(content, indent=2, sort_keys=True)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(tensors, path, metadata, save_function)
 
     def save_peft(self, folder: Path) -> None:
         """Write a PEFT folder with the only part, both configuration and tensors, or nothing."""

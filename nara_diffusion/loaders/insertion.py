@@ -49,8 +49,7 @@ def offloading_suspended(pipe: Any) -> Iterator[None]:
     """
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     for name, part in parts.items():
-        hooked = [module for module in part.modules() if "_diffusers_hook" in vars(module)]
-        groups = [group for module in hooked for group in groups_of(module)]
+        groups = [group for module in part.modules() for group in groups_of(module)]
         if any(group.offload_to_disk_path is not None for group in groups):
             raise ValueError(
                 f"Group offloading keeps the weights of {name} on disk, in files that are not updated when "
@@ -227,7 +226,6 @@ def prepare_swap(model: nn.Module, adapter_name: str, part: AdapterPart) -> Call
     holder = holder_of(model)
     assert holder is not None
     cores: Any = holder.cores[adapter_name]
-    layers = layers_of(model, adapter_name)
     # only the factory of a custom core knows which fields it reads
     rebuilt = {
         group: rebuild_core(core, config)
@@ -238,9 +236,10 @@ def prepare_swap(model: nn.Module, adapter_name: str, part: AdapterPart) -> Call
 
     @torch.no_grad()
     def write() -> None:
-        for name, layer in layers.items():
-            alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
-            layer.lora_alpha[adapter_name] = alpha
+        for name, layer in layers_of(model, adapter_name).items():
+            layer.lora_alpha[adapter_name] = by_pattern(
+                config.alpha_pattern, name, config.lora_alpha
+            )
             layer.use_rslora[adapter_name] = config.use_rslora
             scale = configured_scaling(config, name, layer.r[adapter_name])
             if isinstance(layer.scaling[adapter_name], torch.Tensor):  # after enable_lora_hotswap

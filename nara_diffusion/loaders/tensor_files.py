@@ -45,8 +45,7 @@ def is_nara(path: Path) -> bool:
     """
     config = path / PEFT_CONFIG_NAME
     if not config.is_file():
-        names = (PEFT_WEIGHTS_NAME, *OTHER_WEIGHTS_NAMES)
-        files = [path, *(path / name for name in names)]
+        files = [path, *(path / name for name in (PEFT_WEIGHTS_NAME, *OTHER_WEIGHTS_NAMES))]
         return (path / WEIGHTS_NAME).is_file() or any(map(_depends_on_noise, files))
     fields = read_config_file(config)
     is_of_nara = fields["peft_type"] == NaraPeftType.NARA.value
@@ -161,8 +160,7 @@ def _download(repository: str, name: str, subfolder: str | None, hub: Mapping[st
 
 def _in_folder(folder: Path, weight_name: str | None) -> Path:
     """Return the file `weight_name` in a folder or, if None, NaRA's, PEFT's or the only file."""
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    present = [path.name for path in files if path.suffix == ".safetensors" and path.is_file()]
+    present = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
     only = present if len(present) == 1 else []
     names = (
         [weight_name]

@@ -137,9 +137,8 @@ def check_layers(
         ones = (1,) * len(kernel)
         shapes = {"A": (rank, d_in, *ones), "B": (d_out, rank, *ones), "values": (1, rank), "": ()}
         for field, tensor in by_field.items():
-            # LyCORIS stores alpha as given
-            is_integer = field == "alpha" and tensor.dtype in (torch.int32, torch.int64)
-            dtype = tensor.dtype if is_integer else torch.float32
+            # LyCORIS stores alpha as given, e.g. as an integer
+            dtype = tensor.dtype if field == "alpha" else torch.float32
             like = torch.empty(shapes[_KINDS[field]], dtype=dtype, device="meta")
             expected[f"{layer}.{field}"] = like
     check_tensors(tensors, expected)
@@ -179,10 +178,11 @@ def tlora_part(
         noise_level_per="sample",
         base_model_name_or_path=base_model,
     )
-    tensors = {}
-    for name, (A, B) in factors.items():
-        tensors[f"{name}.lora_A.weight"] = A.contiguous()
-        tensors[f"{name}.lora_B.weight"] = B.contiguous()
+    tensors = {
+        f"{name}.lora_{letter}.weight": factor.contiguous()
+        for name, pair in factors.items()
+        for letter, factor in zip("AB", pair, strict=True)
+    }
     return AdapterPart(config, tensors)
 
 
@@ -271,5 +271,9 @@ def convert_repository(file: OtherFile) -> AdapterPart:
             Q, P = interleaved(Triples(P, values, Q), Triples(P0, values0, Q0))
         factors[f"{attention}.{_PROJECTIONS[projection]}"] = Q, P
     is_flow = any(layer.startswith("transformer_blocks.") for layer in layers)
-    convention = "flow" if is_flow else "timestep"
-    return tlora_part(file, factors, step=2 if is_ortho else 1, noise_convention=convention)
+    return tlora_part(
+        file,
+        factors,
+        step=2 if is_ortho else 1,
+        noise_convention="flow" if is_flow else "timestep",
+    )

@@ -114,15 +114,18 @@ def load_nara_weights(
         raise ValueError(
             "metadata is for a dict of tensors. A file contains its own: leave it out."
         )
-    hub = {
-        "revision": revision,
-        "token": token,
-        "cache_dir": cache_dir,
-        "force_download": force_download,
-        "proxies": proxies,
-        "local_files_only": local_files_only,
+    place: dict[str, Any] = {
+        "weight_name": weight_name,
+        "subfolder": subfolder,
+        "hub": {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "proxies": proxies,
+            "local_files_only": local_files_only,
+        },
     }
-    place: dict[str, Any] = {"weight_name": weight_name, "subfolder": subfolder, "hub": hub}
     models = adaptable_models(self)
 
     def base(component: str) -> nn.Module:
@@ -153,8 +156,7 @@ def load_nara_weights(
                 insert(model, name, part, low_cpu_mem_usage)
             except ValueError as error:
                 raise ValueError(f"{component}: {error}") from error
-            request = getattr(model, REQUEST, None)
-            if request is not None:
+            if request := getattr(model, REQUEST, None):
                 prepare_for_hotswap(model, request)
 
     def insert_inside(window: NoiseWindow, path: str, name: str) -> None:
@@ -165,24 +167,23 @@ def load_nara_weights(
                 insert_parts(parts_inside(self, window, partial(read, path)), name)
             restrict(models, name, window)
 
-    with offloading_suspended(self):
-        adapters = [] if isinstance(source, list) else read(source, denoiser_name(self)).adapters
-        with restored_on_error(*models.values()):
-            if isinstance(source, list):
-                windows = checked_windows(source)
-                names = _names_to_load(models, adapter_name, hotswap, len(windows), is_list=True)
-                for name, (path, window) in zip(names, windows, strict=True):
-                    insert_inside(window, path, name)
-            else:
-                with naming(source):
-                    names = _names_to_load(models, adapter_name, hotswap, len(adapters))
-                    for name, parts in zip(names, adapters, strict=True):
-                        if hotswap:
-                            _swap(models, parts, name)
-                        else:
-                            insert_parts(parts, name)
-            if not hotswap:
-                _activate(models, names)
+    with offloading_suspended(self), restored_on_error(*models.values()):
+        if isinstance(source, list):
+            windows = checked_windows(source)
+            names = _names_to_load(models, adapter_name, hotswap, len(windows), is_list=True)
+            for name, (path, window) in zip(names, windows, strict=True):
+                insert_inside(window, path, name)
+        else:
+            adapters = read(source, denoiser_name(self)).adapters
+            with naming(source):
+                names = _names_to_load(models, adapter_name, hotswap, len(adapters))
+                for name, parts in zip(names, adapters, strict=True):
+                    if hotswap:
+                        _swap(models, parts, name)
+                    else:
+                        insert_parts(parts, name)
+        if not hotswap:
+            _activate(models, names)
     follow_scheduler(self)
 
 
@@ -217,17 +218,15 @@ def save_nara_weights(
     if not safe_serialization:
         raise ValueError("Adapters are saved as safetensors only. Leave safe_serialization out.")
     models = {component: unwrapped(model) for component, model in adaptable_models(self).items()}
-    listed_names = adapter_name if isinstance(adapter_name, list) else [adapter_name]
-    names = [_name_to_save(models, name) for name in listed_names]
+    names = adapter_name if isinstance(adapter_name, list) else [adapter_name]
     weight_name = WEIGHTS_NAME if weight_name is None else weight_name
     if not weight_name.endswith(".safetensors") or Path(weight_name).name != weight_name:
         raise ValueError(
             f"weight_name is {weight_name!r}: pass the name of a .safetensors file without a folder."
         )
     with offloading_suspended(self):
-        adapters = [_parts_to_save(self, models, name) for name in names]
+        adapters = [_parts_to_save(self, models, _name_to_save(models, name)) for name in names]
         if is_main_process:
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
             file = AdapterFile.of_adapters(adapters)
             file.save(Path(save_directory, weight_name), save_function)
 
@@ -351,9 +350,8 @@ def _parts_to_save(
             )
         check_storable(config, component)
         config = copy(config)  # the model's own configuration stays unchanged
-        base = getattr(pipe, "name_or_path", None) or config.base_model_name_or_path
-        if base and Path(base).exists():
-            base = Path(base).name
-        config.base_model_name_or_path = base or None
+        base = getattr(pipe, "name_or_path", None) or config.base_model_name_or_path or None
+        public_name = Path(base).name if base and Path(base).exists() else base
+        config.base_model_name_or_path = public_name
         parts[component] = AdapterPart(config, part_of(model, name).tensors)
     return parts
