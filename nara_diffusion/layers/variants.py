@@ -127,8 +127,8 @@ class NaraVariant(LoraVariant):
             D,
             x,
             kind=self.rows,
-            sample_major=self.channel.rows.sample_major,
-            tiled=self.channel.rows.tiled,
+            sample_major=self.channel.rows.source.sample_major,
+            tiled=self.channel.rows.source.tiled,
             layer_name=self.layer_name,
         )
 

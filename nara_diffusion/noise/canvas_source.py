@@ -42,14 +42,14 @@ class CanvasNoise:
         schedulers: returns the current schedulers of the pipelines that loaded adapters.
 
     Attributes:
-        watched: the schedulers with replaced `step` methods.
+        watched: the replaced methods of schedulers.
     """
 
     convention = CORRUPTED_SHARE
 
     def __init__(self, schedulers: Callable[[], list[Any]]) -> None:
         self.schedulers = schedulers
-        self.watched: list[Any] = []
+        self.watched: list[WatchedStep] = []
         self.local = _State()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -87,15 +87,15 @@ class CanvasNoise:
     def _begin_block(self, schedulers: list[Any], sampler: object) -> None:
         self.local.level, self.local.begins_block = None, sampler is None
         self.local.seen = getattr(sampler, "accepted_token_mask", None)
-        new = [one for one in schedulers if not any(one is watched for watched in self.watched)]
-        self.watched += new
-        for scheduler in new:
+        for scheduler in schedulers:
             for name in filter(partial(hasattr, scheduler), _STEPS):
                 step = getattr(scheduler, name)
                 if not isinstance(step, WatchedStep):
                     step = WatchedStep(scheduler, name)
                     setattr(scheduler, name, step)
-                step.sources.append(self)
+                if self not in step.sources:
+                    step.sources.append(self)
+                    self.watched.append(step)
 
     def stepped(self, scheduler: Any, bound: dict[str, Any], output: Any) -> None:
         """Record λ for the next call, given a step or a corrector sweep that was just made.
@@ -123,14 +123,12 @@ class CanvasNoise:
 
     def forget(self) -> None:
         """Restore the original methods of all schedulers."""
-        for scheduler in self.watched:
-            for name in _STEPS:
-                step = vars(scheduler).get(name)
-                if isinstance(step, WatchedStep):
-                    step.sources.remove(self)
-                    if not step.sources:
-                        vars(scheduler).pop(name)
-                        vars(scheduler).update(step.before)
+        for step in self.watched:
+            step.sources.remove(self)
+            attributes = vars(step.scheduler)
+            if not step.sources and attributes.get(step.name) is step:
+                del attributes[step.name]
+                attributes.update(step.before)
         self.watched.clear()
 
 

@@ -160,9 +160,8 @@ class FrameTokens:
         shape, video = self.shape(model, arguments), arguments.get("hidden_states")
         if shape is None or not isinstance(video, Tensor):
             return None
-        timestep, timesteps = arguments.get("timestep"), 1
-        if isinstance(timestep, Tensor) and timestep.dim() > 1:
-            timesteps = timestep.shape[1:].numel()
+        timestep = arguments.get("timestep")
+        timesteps = timestep.shape[1:].numel() if isinstance(timestep, Tensor) else 1
         return Positions(len(video), shape[1], timesteps)
 
 

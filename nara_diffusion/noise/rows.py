@@ -16,7 +16,7 @@ whole batch works. Only in this case are the values read on the host, to compare
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .context import outer_modules
 from .level import arguments_of
-from .parts import FrameTokens, Parts, RowKind, parts_of, positions_of
+from .parts import Parts, RowKind, parts_of, positions_of
 from .timesteps import DenoiserNoise
 
 Repetition = Literal["tiled", "interleaved"]
@@ -132,27 +132,14 @@ class ModelRows:
     """A description of how the layers of a model see its batch.
 
     Attributes:
-        sample_major, tiled, one_level, frames: as in `DenoiserNoise`.
-        is_denoiser: whether the model is a denoiser, so only `frames` says what its layers see.
+        source: the table's entry for a denoiser's class. For other models, it is a default, and
+            the layers see one row for each sample.
+        is_denoiser: whether the model is a denoiser, so only `source.frames` says where its layers
+            see parts of a sample.
     """
 
-    sample_major: bool = False
-    one_level: bool = False
+    source: DenoiserNoise = field(default_factory=DenoiserNoise)
     is_denoiser: bool = False
-    frames: FrameTokens | None = None
-    tiled: bool = False
-
-    @classmethod
-    def of(cls, source: DenoiserNoise | None) -> ModelRows:
-        """Return how the layers of a model see the batch.
-
-        Args:
-            source: the source that the table has for a denoiser's class; None for other models.
-        """
-        if source is None:
-            return cls()
-        one_level = source.one_level or source.packed
-        return cls(source.sample_major, one_level, True, source.frames, source.tiled)
 
     def parts_of_forward(
         self, level: Tensor, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -163,9 +150,10 @@ class ModelRows:
             ValueError: the forward does not have b samples, or k does not divide their length.
         """
         arguments, kind = arguments_of(root, args, kwargs), type(root).__name__
-        positions = None if self.frames is None else self.frames.positions(root, arguments)
+        frames = self.source.frames
+        positions = None if frames is None else frames.positions(root, arguments)
         if positions is not None:
-            return parts_of(level, positions, self.frames)
+            return parts_of(level, positions, frames)
         if self.is_denoiser:
             raise ValueError(
                 f"noise_level has shape {tuple(level.shape)}, but the layers of {kind} aren't known to see the frames "
@@ -183,14 +171,14 @@ class ModelRows:
                 Or the layers may see multiples of the batch, but the number of values is not the
                 length of the first tensor, or blocks split the batch.
         """
-        values, kind = len(level), type(root).__name__
-        if values > 1 and self.one_level:
+        values, kind, source = len(level), type(root).__name__, self.source
+        if values > 1 and (source.one_level or source.packed):
             return _the_only(
                 level,
                 f"the layers of {kind} see tokens where others see samples",
                 "run the samples one by one",
             )
-        if values == 1 or not (self.sample_major or self.tiled):
+        if values == 1 or not (source.sample_major or source.tiled):
             return level
         arguments = arguments_of(root, args, kwargs).values()
         tensors = [x for x in arguments if isinstance(x, Tensor) and x.dim() > 0]
@@ -227,7 +215,8 @@ class ModelRows:
                 or their first axis is not the sample axis; or k > 1.
         """
         has_parts = level.dim() == 2 and level.shape[1] > 1
-        has_other_rows = self.sample_major or self.tiled or self.one_level
+        source = self.source
+        has_other_rows = source.sample_major or source.tiled or source.one_level or source.packed
         if has_parts or (len(level) > 1 and has_other_rows):
             raise RuntimeError(
                 _cannot_assign(

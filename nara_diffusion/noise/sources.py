@@ -78,15 +78,11 @@ def register_noise_source(source: NoiseSource) -> None:
             f"{source!r} is not a source of λ: expected a callable (module, args, kwargs) → λ (1,) or "
             "(b,) with an attribute `convention`, the name of its definition."
         )
-    if name in CONVENTIONS:
+    if name in CONVENTIONS or registered.setdefault(name, source) is not source:
         raise ValueError(
-            f"λ as {name!r} is defined by this package: choose another name for your definition, or "
-            "give one model its own source, set_noise_source(model, source)."
-        )
-    if registered.setdefault(name, source) is not source:
-        raise ValueError(
-            f"λ as {name!r} has a source already, {registered[name]!r}: choose another name for "
-            "your definition."
+            f"λ as {name!r} has a source already, {registered.get(name, 'in this package')!r}: choose "
+            "another name for your definition, or give one model its own source, "
+            "set_noise_source(model, source)."
         )
 
 

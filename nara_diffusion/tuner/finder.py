@@ -59,8 +59,8 @@ class LevelFinder:
     def __init__(self, root: nn.Module, configs: dict[str, LoraConfig]) -> None:
         self.root = root
         self.configs = configs
-        self.class_source = source_of_class(root)
-        self.rows = ModelRows.of(self.class_source)
+        source = self.class_source = source_of_class(root)
+        self.rows = ModelRows() if source is None else ModelRows(source, is_denoiser=True)
         self.given_source: NoiseSource | EllipsisType | None = ...
         self.length: int | None = None
         self._warned: dict[str, LoraConfig] = {}  # of adapters that are used in another way
@@ -77,7 +77,7 @@ class LevelFinder:
 
         N and the meaning of small timesteps come from the pipelines' current schedulers.
         """
-        source, frames = self.given_source, self.rows.frames
+        source, frames = self.given_source, self.rows.source.frames
         if source is not ...:
             if frames is not None and isinstance(source, TimestepNoise) and source.frames is None:
                 source = copy(source)

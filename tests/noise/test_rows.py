@@ -52,7 +52,7 @@ def test_consecutive_rows_have_the_level_of_their_sample() -> None:
 
 def test_tiled_rows_have_the_level_of_their_sample() -> None:
     assert samples_of(6, tiled=True) == [0, 1, 2, 0, 1, 2]
-    rows = ModelRows.of(DenoiserNoise("sigma", tiled=True))
+    rows = ModelRows(DenoiserNoise("sigma", tiled=True))
     assert rows.level_of_forward(LEVELS, Stack(), (X,), {}) is LEVELS
     with pytest.raises(ValueError, match=f"{REFUSED}one per sample"):
         rows.level_of_forward(LEVELS, Stack(), (torch.zeros(6, 2, 7),), {})
@@ -131,7 +131,7 @@ def test_other_rows_are_samples_at_these_shapes(kind: str, x: Tensor) -> None:
 
 def test_model_with_tokens_first_refuses_several_levels_everywhere() -> None:
     for denoiser in (DenoiserNoise("sigma", one_level=True), DenoiserNoise("data", packed=True)):
-        rows = ModelRows.of(denoiser)
+        rows = ModelRows(denoiser)
         with pytest.raises(ValueError, match=f"{REFUSED}.*one by one"):
             rows.level_of_forward(LEVELS, Stack(), (torch.zeros(3, 2, 7),), {})
         assert rows.level_of_forward(torch.full((3,), 0.3), Stack(), (), {}).tolist() == [pytest.approx(0.3)]
@@ -140,7 +140,7 @@ def test_model_with_tokens_first_refuses_several_levels_everywhere() -> None:
 
 
 def test_multiples_take_one_level_per_batch_row() -> None:
-    rows = ModelRows.of(DenoiserNoise("sigma", sample_major=True))
+    rows = ModelRows(DenoiserNoise("sigma", sample_major=True))
     for args, kwargs in (((X,), {}), ((), {"timestep": torch.zeros(3), "x": X})):
         assert rows.level_of_forward(LEVELS, Stack(), args, kwargs) is LEVELS
     for args in ((torch.zeros(6, 2, 7),), (torch.zeros(2, 3, 7),), (torch.tensor(1.0),)):
@@ -162,7 +162,7 @@ def test_multiples_take_one_level_per_batch_row() -> None:
 def test_blocks_that_split_the_batch_are_refused(attributes: dict[str, Any], is_split: bool) -> None:
     root = Stack()
     vars(root.layer).update(attributes)
-    rows, args = ModelRows(sample_major=True), (torch.zeros(3, 2, 7),)
+    rows, args = ModelRows(DenoiserNoise(sample_major=True)), (torch.zeros(3, 2, 7),)
     if not is_split:
         assert rows.level_of_forward(LEVELS, root, args, {}) is LEVELS
         return
@@ -171,7 +171,7 @@ def test_blocks_that_split_the_batch_are_refused(attributes: dict[str, Any], is_
 
 
 def test_sample_models_leave_the_check_to_layers() -> None:
-    for rows in (ModelRows.of(None), ModelRows.of(DenoiserNoise("sigma"))):
+    for rows in (ModelRows(), ModelRows(DenoiserNoise("sigma"))):
         assert rows.level_of_forward(LEVELS, Stack(), (torch.zeros(6, 2, 7),), {}) is LEVELS
         rows.level_of_part(torch.rand(3))
 
