@@ -127,12 +127,18 @@ def check_loaded(
         )
 
 
-def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """Return the adapter's tensors in `model` that PEFT would save, without base weights."""
+def adapter_tensors(
+    model: nn.Module, adapter_name: str, *, keep_vars: bool = False
+) -> dict[str, Tensor]:
+    """Return the adapter's tensors in `model` that PEFT would save, without base weights.
+
+    Args:
+        keep_vars: whether to return the parameters themselves, as in `Module.state_dict`.
+    """
     with beside_configuration():
         return get_peft_model_state_dict(
             cast(PeftModel, model),  # PEFT reads any model with a `peft_config`
-            model.state_dict(),
+            model.state_dict(keep_vars=keep_vars),
             adapter_name=adapter_name,
             save_embedding_layers=False,
         )

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from diffusers.models.auto_model import AutoModel
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from nara_diffusion.cores.core_set import is_core_key
 from nara_diffusion.export.adapter_factors import Adapter, adapter_of_part, cores_of, schedule_of
 from nara_diffusion.export.host_files import BASES, LYCORIS_WEIGHTS, save_host_file, save_lycoris
 from nara_diffusion.export.plain_lora import PlainLora
@@ -80,8 +82,7 @@ def _described(part: AdapterPart) -> dict[str, Any]:
     # the last word of each module's name that isn't a number: "to_out" of "attn.to_out.0"
     kinds = Counter(re.sub(r"(\.\d+)+$", "", name).rpartition(".")[2] for name in part.modules)
     core_fields = _CORE_FIELDS.get(config.core_type, ("core_sharing",))
-    stored = sum(tensor.numel() for tensor in part.tensors.values())
-    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in part.tensors.values()}
+    factors = [tensor for key, tensor in part.tensors.items() if not is_core_key(key)]
     return {
         "method": "NaRA-DoRA" if config.use_dora else "NaRA",
         "modules": len(part.modules),
@@ -92,9 +93,9 @@ def _described(part: AdapterPart) -> dict[str, Any]:
         "core": {name: getattr(config, name) for name in core_fields},
         "parameters": {
             "core": sum(parameter.numel() for parameter in cores_of(part).parameters()),
-            "factors": stored - sum(tensor.numel() for tensor in part.core.values()),
+            "factors": sum(tensor.numel() for tensor in factors),
         },
-        "dtypes": sorted(dtypes),
+        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in part.tensors.values()}),
     }
 
 
@@ -148,25 +149,21 @@ def plot(args: Namespace) -> str:
     return str(output)
 
 
+@torch.no_grad()
 def core_curves(part: AdapterPart, levels: Tensor) -> tuple[Tensor, Tensor]:
     """Return ‖C − I‖ / ‖I‖ (g, n) and C's singular values (g, n, r), of g cores at λ (n,).
 
     r is the largest rank. For a core of lower rank, the missing values are NaN.
     """
     cores = cores_of(part)
-    matrices = []
-    with torch.no_grad():
-        for group in cores:
-            C = cores.matrix(group, levels)  # (n or 1, r, r)
-            matrices.append(C.expand(len(levels), -1, -1).double())
-    largest = max(C.shape[-1] for C in matrices)
-    distances, values = [], []
-    for C in matrices:
-        rank = C.shape[-1]
-        distances.append((C - torch.eye(rank)).flatten(1).norm(dim=1) / rank**0.5)
-        missing = (0, largest - rank)
-        values.append(nn.functional.pad(torch.linalg.svdvals(C), missing, value=torch.nan))
-    return torch.stack(distances), torch.stack(values)
+    matrices = [cores.matrix(group, levels).double() for group in cores]  # (n or 1, r, r)
+    matrices = [C.expand(len(levels), -1, -1) for C in matrices]
+    distances = [
+        (C - torch.eye(C.shape[-1])).norm(dim=(1, 2)) / C.shape[-1] ** 0.5 for C in matrices
+    ]
+    values = [torch.linalg.svdvals(C).T for C in matrices]  # (r, n)
+    padded = pad_sequence(values, batch_first=True, padding_value=torch.nan)
+    return torch.stack(distances), padded.mT
 
 
 def convert(args: Namespace) -> str:
@@ -208,7 +205,6 @@ def convert(args: Namespace) -> str:
         with naming(source):
             check_storable(parts[component].config, component)
         check_free([output / WEIGHTS_NAME], args.overwrite)
-        output.mkdir(parents=True, exist_ok=True)
         AdapterFile({component: parts[component]}).save(output / WEIGHTS_NAME)
         return f"{output}: as {form}"
     if component not in parts and (component is not None or len(parts) > 1):
@@ -321,9 +317,8 @@ def _check_fold(file: AdapterFile, args: Namespace) -> None:
         raise ValueError(
             f"OUTPUT must end in .safetensors, since other programs look for that name, but it is '{output}'."
         )
-    written = [output]
-    if args.form == PEFT:
-        written = [output / PEFT_WEIGHTS_NAME, output / PEFT_CONFIG_NAME]
+    of_peft = [output / PEFT_WEIGHTS_NAME, output / PEFT_CONFIG_NAME]
+    written = of_peft if args.form == PEFT else [output]
     if written[0].exists() and written[0].samefile(file.path or ""):
         raise ValueError(
             f"OUTPUT {output} is the adapter itself, which would be lost. Choose another name."

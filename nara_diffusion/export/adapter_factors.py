@@ -151,13 +151,16 @@ def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
     schedule = strength_of(root, adapter_name)
     with onloaded_cores(model):
         if holder is None or adapter_name not in holder.cores:
-            yield Adapter(config, lora, groups, CoreSet(), schedule, lambda _: None)
-            return
-
-        def level_of(level: Level | None) -> Tensor | None:
-            return holder.merging.level_to_export(adapter_name, level, holder.context())
-
-        yield Adapter(config, lora, groups, holder.cores_of(adapter_name), schedule, level_of)
+            yield Adapter(config, lora, groups, CoreSet(), schedule, lambda level: None)
+        else:
+            yield Adapter(
+                config,
+                lora,
+                groups,
+                holder.cores_of(adapter_name),
+                schedule,
+                lambda level: holder.merging.level_to_export(adapter_name, level, holder.context()),
+            )
 
 
 def _factors(

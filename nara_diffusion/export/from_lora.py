@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
@@ -20,10 +19,10 @@ from nara_diffusion.config import NaraConfig, changes_base
 from nara_diffusion.loaders.components import TEXT_ENCODER, follow_scheduler
 from nara_diffusion.loaders.file import naming
 from nara_diffusion.loaders.insertion import LOADED_FLAG
-from nara_diffusion.strict import check_tensors
+from nara_diffusion.strict import adapter_tensors, check_tensors
 from nara_diffusion.tuner.adding import restored_on_error
 from nara_diffusion.tuner.strength import layers_of
-from nara_diffusion.tuner.twins import with_equal_twins, without_twins
+from nara_diffusion.tuner.twins import with_equal_twins
 from nara_diffusion.utils.wording import listed
 
 from .adapter_factors import adapter_of_model
@@ -143,12 +142,12 @@ def copy_tensors(lora: PlainLora, root: nn.Module, adapter_name: str, origin: st
     """
     scales = {name: (layer.rank, layer.scaling) for name, layer in lora.layers.items()}
     check_scales(scales, root, adapter_name, origin)
-    parameters = _parameters(root, adapter_name)
+    present = adapter_tensors(root, adapter_name, keep_vars=True)
+    parameters = {key: parameter for key, parameter in present.items() if ".lora_" in key}
     tensors = lora.state_dict()
     configs: Any = root.peft_config
     if isinstance(configs[adapter_name], NaraConfig):  # a plain LoRA keeps twins apart
         tensors = with_equal_twins(root, tensors, origin)
-        parameters = without_twins(root, parameters)
     for key in parameters.keys() & tensors.keys():
         # files may contain 1 × 1 kernels and magnitudes with or without axes of size 1
         if tensors[key].squeeze().shape == parameters[key].squeeze().shape:
@@ -161,18 +160,6 @@ def copy_tensors(lora: PlainLora, root: nn.Module, adapter_name: str, origin: st
         parameter = parameters[key]
         dtype = torch.promote_types(parameter.dtype, tensor.dtype)
         parameter.data = tensor.detach().to(parameter.device, dtype, copy=True)
-
-
-def _parameters(root: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
-    """Return the adapter's factors and magnitudes in `root`, by PEFT's keys."""
-    pattern = re.compile(rf"(.*\.lora_\w+)\.{re.escape(adapter_name)}(\.\w+)?")
-    parameters = {}
-    for name, parameter in root.named_parameters(remove_duplicate=False):
-        match = pattern.fullmatch(name)
-        if match:
-            key = f"{match[1]}{match[2] or ''}"
-            parameters[key.removesuffix(".weight") if "_magnitude_" in key else key] = parameter
-    return parameters
 
 
 def check_scales(

@@ -180,9 +180,11 @@ def _kohya_tensors(
     for name, layer in layers.items():
         key = f"{prefix}_{name.replace('.', '_')}"
         alpha = smallest if base in UNETS else layer.rank
-        tensors[f"{key}.lora_down.weight"] = layer.A
-        tensors[f"{key}.lora_up.weight"] = _with_alpha(layer, alpha).B
-        tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
+        tensors |= {
+            f"{key}.lora_down.weight": layer.A,
+            f"{key}.lora_up.weight": _with_alpha(layer, alpha).B,
+            f"{key}.alpha": torch.tensor(float(alpha)),
+        }
     return tensors
 
 
@@ -228,9 +230,9 @@ def save_lycoris(part: AdapterPart, folder: Path, base: str | None = None) -> No
         "tlora_min_rank": core.min_rank // core.step,
         "tlora_alpha": core.exponent,
     }
+    text = json.dumps(settings, indent=2) + "\n"
     with atomic_write_files(folder) as partial:
         save_tensors(tensors, partial / LYCORIS_WEIGHTS)
-        text = json.dumps(settings, indent=2) + "\n"
         (partial / LYCORIS_CONFIG_NAME).write_text(text, encoding="utf-8")
 
 

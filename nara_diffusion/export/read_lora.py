@@ -110,12 +110,11 @@ def _read_file(path: Path, pipe: nn.Module | DiffusionPipeline) -> dict[str, Pla
             "it is not a folder in PEFT's form, with an adapter_config.json. A file of another form can be read only "
             f"for a pipeline. Pass such a folder, or the pipeline instead of {type(pipe).__name__}."
         )
-    for key in tensors:
-        if _ODD.search(key):
-            raise ValueError(
-                f"it has '{key}', a key of a DoRA in kohya's format or of a LyCORIS method, which Diffusers doesn't "
-                "read. Convert it to PEFT's format with the program that wrote it, or start from another LoRA."
-            )
+    if odd := list(filter(_ODD.search, tensors)):
+        raise ValueError(
+            f"it has '{odd[0]}', a key of a DoRA in kohya's format or of a LyCORIS method, which Diffusers doesn't "
+            "read. Convert it to PEFT's format with the program that wrote it, or start from another LoRA."
+        )
     state, alphas = _converted_by_diffusers(tensors, pipe)
     components: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
@@ -194,19 +193,14 @@ def _inferred_config(values: Values) -> LoraConfig:
     The configuration lists the full name of each module. The ranks are those of A. α is the file's;
     if the file has no α, it is the rank, which makes the scale 1.
     """
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    for key, (tensor, alpha) in values.items():
-        name, is_down, _ = key.partition(".lora_A.")
-        if is_down:
-            ranks[name] = len(tensor)
-            alphas[name] = alpha or float(len(tensor))
-    if not ranks:
+    down = {key.partition(".lora_A.")[0]: values[key] for key in values if ".lora_A." in key}
+    if not down:
         raise ValueError(
             f"it has no LoRA in PEFT's or Diffusers' format, but {listed(values) or 'nothing'}."
         )
-    name = next(iter(ranks))
-    rank, alpha = ranks[name], alphas[name]
+    ranks = {name: len(A) for name, (A, _) in down.items()}
+    alphas = {name: alpha or float(ranks[name]) for name, (_, alpha) in down.items()}
+    rank, alpha = next(zip(ranks.values(), alphas.values(), strict=True))
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
