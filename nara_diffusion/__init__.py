@@ -7,7 +7,7 @@ from peft.mapping import (
 )
 
 from .config import NaraConfig, NaraPeftType
-from .cores.factorization import shared_factors
+from .cores.core import shared_factors
 from .cores.registry import register_core
 from .export import from_lora, to_lora
 from .loaders.other_trainers import checkpoint_nara_weights

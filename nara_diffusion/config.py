@@ -56,15 +56,19 @@ def _ranks(config: LoraConfig) -> list[int]:
     return [config.r, *(config.rank_pattern or {}).values()]
 
 
-_SIZE = (_is_size, "a positive integer")
-_SCALE = (lambda value: is_number(value) and value > 0, "a finite number greater than 0")
-_SWITCH = (lambda value: value is None or isinstance(value, bool), "True or False")
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
-        ("r", "noise_embedding_dim", "core_bins", "core_knots", "rank_mask_step"), _SIZE
+        ("r", "noise_embedding_dim", "core_bins", "core_knots", "rank_mask_step"),
+        (_is_size, "a positive integer"),
     ),
-    **dict.fromkeys(("core_scale", "fourier_scale", "rank_mask_exponent"), _SCALE),
-    **dict.fromkeys(("fan_in_fan_out", "lora_bias", "use_dora", "use_rslora"), _SWITCH),
+    **dict.fromkeys(
+        ("core_scale", "fourier_scale", "rank_mask_exponent"),
+        (lambda value: is_number(value) and value > 0, "a finite number greater than 0"),
+    ),
+    **dict.fromkeys(
+        ("fan_in_fan_out", "lora_bias", "use_dora", "use_rslora"),
+        (lambda value: value is None or isinstance(value, bool), "True or False"),
+    ),
     "rank_mask_min": (lambda rank: rank is None or _is_size(rank), "a positive integer or None"),
     "lora_alpha": (is_number, "a finite number"),
     "lora_dropout": (
@@ -161,14 +165,12 @@ _RULES: tuple[tuple[str, Callable[[NaraConfig], object], str], ...] = (
         lambda c: (
             (not c.reads_core or c.core_type == "identity")
             or c.init_lora_weights in (True, False, "gaussian")
-            or (c.core_type in _AT_IDENTITY and c.core_init != "kaiming")
+            or (c.core_type in ("hypernetwork", "constant", "knots") and c.core_init != "kaiming")
         ),
         "True, since it needs C = I at step 0, and this core may start with a different C",
     ),
 )
 """(field, whether its value fits the others, what to pass)."""
-_AT_IDENTITY = ("hypernetwork", "constant", "knots")
-"""Core types with C = I at step 0, unless core_init is "kaiming"."""
 
 
 class NaraPeftType(str, Enum):

@@ -74,8 +74,9 @@ def _check_tensor(key: str, tensor: Tensor, like: Tensor, has_shape: bool) -> No
             "with ignore_mismatched_sizes=True."
         )
     if is_core_key(key):
-        remedy = "save it again without converting it"
-        check_core_precision(key, tensor, like, "in the checkpoint", remedy)
+        check_core_precision(
+            key, tensor, like, "in the checkpoint", "save it again without converting it"
+        )
     check_finite(key, tensor, like.dtype)
 
 

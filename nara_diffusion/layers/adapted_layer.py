@@ -159,5 +159,4 @@ def make_directions_orthonormal(layer: LoraLayer, adapter_name: str) -> None:
     else:
         factor = cast(Tensor, layer.lora_A[adapter_name].weight)
     if not factor.is_meta:
-        random = torch.empty(factor.shape, dtype=torch.float32)
-        factor.copy_(nn.init.orthogonal_(random))
+        factor.copy_(nn.init.orthogonal_(torch.empty(factor.shape, dtype=torch.float32)))

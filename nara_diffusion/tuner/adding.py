@@ -106,8 +106,8 @@ def cores_for(
         low_cpu_mem_usage: True if a file will replace the values, so they may be on "meta".
         is_dispatched: True if accelerate offloads the layers one by one.
     """
-    ranks_of_layers = {name: layer.r[adapter_name] for name, layer in layers.items()}
-    ranks = ranks_by_group(config, ranks_of_layers)  # which follow rank_pattern
+    # the ranks of the layers follow rank_pattern
+    ranks = ranks_by_group(config, {name: layer.r[adapter_name] for name, layer in layers.items()})
     # a custom core may have values that are not saved to a file
     on_meta = low_cpu_mem_usage and config.core_type in BUILT_IN
     with torch.device("meta") if on_meta else nullcontext():

@@ -180,8 +180,9 @@ class NaraModel(LoraModel):
         if lora_config.lora_a_init == "orthogonal":
             make_directions_orthonormal(layer, adapter_name)
         elif lora_config.has_residual and not lora_config.inference_mode:
-            is_of_base = lora_config.lora_a_init == "residual_base"
-            start_from_singular_vectors(layer, adapter_name, is_of_base)
+            start_from_singular_vectors(
+                layer, adapter_name, of_base=lora_config.lora_a_init == "residual_base"
+            )
 
     def merge_adapter(
         self,

@@ -61,11 +61,10 @@ def expected_tensors(
         selected: the tensors, without cores, that PEFT would save for the adapter, each once.
     """
     present = model.state_dict()
-    expected = {key: present[key] for key in present if core_name_in_file(key, adapter_name)}
-    for key, tensor in selected.items():
-        is_whole = key in present  # PEFT leaves out ".weight" of DoRA's magnitudes
-        expected[key if is_whole else f"{key}.weight"] = tensor
-    return expected
+    cores = {key: present[key] for key in present if core_name_in_file(key, adapter_name)}
+    # PEFT leaves out ".weight" of DoRA's magnitudes
+    names = {key: key if key in present else f"{key}.weight" for key in selected}
+    return cores | {names[key]: tensor for key, tensor in selected.items()}
 
 
 def without_adapters(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:

@@ -61,16 +61,15 @@ def share_factors(root: nn.Module, adapter_name: str, layers: Mapping[str, LoraL
     Raises:
         ValueError: an encoder layer is adapted without its twin, or has another rank.
     """
-    shared = []
-    for name, layer in layers.items():
-        twin = decoder_name(root, name)
-        if twin is None:
-            continue
+    twins = {name: decoder_name(root, name) for name in layers}
+    shared = {name: twin for name, twin in twins.items() if twin is not None}
+    for name, twin in shared.items():
         if twin not in layers:
             raise ValueError(
                 f"target_modules match '{name}' but not '{twin}', which has the same weight: adapt "
                 "both, or only the decoder."
             )
+        layer = layers[name]
         rank, other_rank = layer.r[adapter_name], layers[twin].r[adapter_name]
         if rank != other_rank:
             raise ValueError(
@@ -81,8 +80,7 @@ def share_factors(root: nn.Module, adapter_name: str, layers: Mapping[str, LoraL
             of_twin = getattr(layers[twin], attribute, {})
             if adapter_name in of_twin:
                 getattr(layer, attribute)[adapter_name] = of_twin[adapter_name]
-        shared.append(name)
-    return shared
+    return list(shared)
 
 
 def without_twins(root: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
