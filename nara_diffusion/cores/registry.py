@@ -134,8 +134,7 @@ class CustomCore(Core):
                 f"The core of core_type {self.name!r} returned {shape} for {batches[-1]} value(s) of λ and rank "
                 f"{self.rank}: return C ({batches[-1]}, {self.rank}, {self.rank}), or (1, {self.rank}, {self.rank})."
             )
-        C = C.float()
-        return C - torch.eye(self.rank, dtype=torch.float32, device=C.device)
+        return C.float() - torch.eye(self.rank, dtype=torch.float32, device=C.device)
 
 
 def rebuild_core(core: CustomCore, config: CoreConfig) -> Core:

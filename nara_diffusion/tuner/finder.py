@@ -147,8 +147,7 @@ class LevelFinder:
         if level.dim() == 2 and level.shape[1] > 1:
             parts = self.rows.parts_of_forward(level, self.root, args, kwargs)
             return parts.levels(level), parts
-        level = level[:, 0] if level.dim() == 2 else level
-        return self.rows.level_of_forward(level, self.root, args, kwargs), None
+        return self.rows.level_of_forward(level.flatten(), self.root, args, kwargs), None
 
     def level_of_source(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Return λ (1,), (b,) or (b, k) that the source computes for a forward; None without a source."""

@@ -87,8 +87,7 @@ class CoreHolder(nn.Module):
         self.configs[name] = config
         self.layers[name] = layers
         if layers:
-            of_layer = vars(layers[0]).setdefault(_CORES_OF_LAYER, {})
-            of_layer[name] = cores
+            vars(layers[0]).setdefault(_CORES_OF_LAYER, {})[name] = cores
             if _CORES_OF_LAYER not in layers[0].adapter_layer_names:
                 layers[0].adapter_layer_names = (*layers[0].adapter_layer_names, _CORES_OF_LAYER)
 
@@ -172,7 +171,6 @@ class CoreHolder(nn.Module):
         """Undo `attach`."""
         for handle in self._handles:
             handle.remove()
-        self._handles = ()
         self.finder.forwards.unhook()
         pass_no_cores(self.root, self.channel)
         self.root._modules.pop(HOLDER_NAME, None)

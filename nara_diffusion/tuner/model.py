@@ -99,7 +99,6 @@ class NaraModel(LoraModel):
         layers, too. After an error, `model` is unchanged.
         """
         config = checked_config(model, adapter_name, self.peft_config[adapter_name])
-        is_dispatched = is_dispatched_by_layers(model)
         layers_only = {
             key: value for key, value in (state_dict or {}).items() if not is_core_key(key)
         }
@@ -124,7 +123,9 @@ class NaraModel(LoraModel):
                 holder.finder.forwards.check_layers(layers)
                 shared = share_factors(model, adapter_name, layers)
                 owners = {name: layer for name, layer in layers.items() if name not in shared}
-                cores = cores_for(config, adapter_name, owners, low_cpu_mem_usage, is_dispatched)
+                cores = cores_for(
+                    config, adapter_name, owners, low_cpu_mem_usage, is_dispatched_by_layers(model)
+                )
                 holder.add(adapter_name, config, cores, list(layers.values()))
                 holder.attach()
                 if len(self.peft_config) > 1:
@@ -280,8 +281,7 @@ class NaraModel(LoraModel):
         selected = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        selected = without_twins(model, selected)
-        return {**selected, **core_tensors(state_dict, model, adapter_name)}
+        return without_twins(model, selected) | core_tensors(state_dict, model, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -298,8 +298,7 @@ class NaraModel(LoraModel):
         peft_config: Any = model.peft_config
         of_adapter = without_adapters(present, set(peft_config) - {adapter_name})
         selected = super()._get_adapter_state_dict(model, config, adapter_name, of_adapter, [])
-        selected = without_twins(model, selected)
-        expected = expected_tensors(model, selected, adapter_name)
+        expected = expected_tensors(model, without_twins(model, selected), adapter_name)
         check_tensors(
             with_names_in_files(mapped, adapter_name),
             with_names_in_files(expected, adapter_name),
