@@ -2,13 +2,9 @@
 
 from nara_diffusion.dreambooth.caches import LatentCache, PromptCache
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, TrainingSample, collate_samples
-from nara_diffusion.dreambooth.image_records import (
-    ImageRecord,
-    class_records,
-    load_image,
-    records_from_folder,
-)
+from nara_diffusion.dreambooth.image_records import ImageRecord, class_records, load_image
 from nara_diffusion.dreambooth.samples import generate_class_images
+from nara_diffusion.dreambooth.source_images import records_from_folder
 
 __all__ = [
     "DreamBoothDataset",

@@ -63,18 +63,17 @@ def own_captions(images: Sequence[Path], column: str | None = None) -> list[str]
             f"--caption_column {column!r} names a key of {METADATA_FILE}, but {metadata.parent} has no such file: "
             "add it, or leave --caption_column out."
         )
-    texts = []
-    for image in images:
-        file = image.with_suffix(".txt")
-        texts.append(" ".join(_read(file).split()) if file.is_file() else "")
-    return texts
+    files = [image.with_suffix(".txt") for image in images]
+    return [" ".join(_read(file).split()) if file.is_file() else "" for file in files]
 
 
-def fill_captions(captions: Sequence[str], names: Sequence[str], prompt: str | None) -> list[str]:
-    """Return `captions` with the instance prompt in place of empty captions.
+def fill_captions(
+    captions: Sequence[str], names: Sequence[str], prompt: str | None, trigger: str | None = None
+) -> list[str]:
+    """Return `captions` with the instance prompt in place of empty ones, and `trigger` in all.
 
     Raises:
-        ValueError: some captions are empty and there is no prompt.
+        ValueError: some captions are empty and there is no prompt, or see `put_trigger`.
     """
     captions = [caption.strip() for caption in captions]
     missing = [name for name, caption in zip(names, captions, strict=True) if not caption]
@@ -86,7 +85,8 @@ def fill_captions(captions: Sequence[str], names: Sequence[str], prompt: str | N
         )
     if 0 < len(missing) < len(names):
         logger.warning("%s, so they get the instance prompt %r", share, prompt)
-    return [caption or check_prompt(str(prompt), "instance_prompt") for caption in captions]
+    filled = [caption or check_prompt(str(prompt), "instance_prompt") for caption in captions]
+    return [put_trigger(caption, trigger) for caption in filled]
 
 
 def _read_metadata(path: Path, column: str, images: Sequence[str]) -> dict[str, str]:

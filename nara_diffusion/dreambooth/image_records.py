@@ -31,12 +31,14 @@ from tqdm.auto import tqdm
 
 from nara_diffusion.utils.wording import counted, listed
 
-from .captions import METADATA_FILE, check_prompt, fill_captions, own_captions, put_trigger
+from .captions import METADATA_FILE, check_prompt
 
 logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
+ImageFile = tuple[str, Callable[[], bytes], str]
+"""The name of an image, a function that returns the bytes of its file, and its caption."""
 MASK_FOLDER = "mask"
 """The folder of the images' masks, inside of theirs."""
 SOURCE_FOLDER = "source"
@@ -153,63 +155,26 @@ def files_of_images(folder: Path, images: Iterable[str]) -> dict[str, Path]:
     return files
 
 
-def records_from_folder(
-    folder: str | Path,
-    *,
-    prompt: str | None = None,
-    caption_column: str | None = None,
-    trigger: str | None = None,
-    progress: bool = True,
-) -> list[ImageRecord]:
-    """Return the images of a folder, by name, with their captions.
-
-    Args:
-        prompt: the prompt of images without a caption.
-        caption_column: the key of captions in metadata.jsonl; None takes "text".
-        trigger: the word that replaces [trigger] in captions.
-
-    Raises:
-        ValueError: there are no images; some images are broken (the message names all of them); or
-            a caption is missing or can't be read.
-        OSError: the folder can't be read.
-    """
-    images = image_files(folder)
-    names = [image.name for image in images]
-    captions = fill_captions(own_captions(images, caption_column), names, prompt)
-    captions = [put_trigger(caption, trigger) for caption in captions]
-    sources = [(str(path), path.read_bytes) for path in images]
-    return make_records(sources, captions, progress=progress)
-
-
 def class_records(folder: str | Path, *, prompt: str, progress: bool = True) -> list[ImageRecord]:
     """Return the class images for prior preservation, all with the class prompt.
 
     Raises:
-        ValueError, OSError: see `records_from_folder`.
+        ValueError, OSError: see `source_images.records_from_folder`.
     """
-    sources = [(str(path), path.read_bytes) for path in image_files(folder)]
-    prompts = [check_prompt(prompt, "class_prompt")] * len(sources)
-    return make_records(sources, prompts, progress=progress)
+    prompt = check_prompt(prompt, "class_prompt")
+    files = [(str(path), path.read_bytes, prompt) for path in image_files(folder)]
+    return make_records(files, progress=progress)
 
 
-def make_records(
-    sources: Sequence[tuple[str, Callable[[], bytes]]],
-    prompts: Sequence[str],
-    *,
-    progress: bool = True,
-) -> list[ImageRecord]:
+def make_records(files: Sequence[ImageFile], *, progress: bool = True) -> list[ImageRecord]:
     """Return the record of each image. Each image is decoded once, to check it and get its size.
-
-    Args:
-        sources: (name, function that returns the bytes of the file) for each image.
 
     Raises:
         ValueError: images are broken; the message names all of them.
     """
     records, broken = [], []
-    hide = not progress or len(sources) < 50
-    bar = tqdm(sources, desc="check images", unit="image", disable=hide)
-    for (name, read), prompt in zip(bar, prompts, strict=True):
+    hide = not progress or len(files) < 50
+    for name, read, prompt in tqdm(files, desc="check images", unit="image", disable=hide):
         try:
             content = read()
             width, height = decode_image(content, name).size
@@ -222,7 +187,7 @@ def make_records(
             records.append(ImageRecord(name, read, (height, width), prompt, key))
     if broken:
         raise ValueError(
-            f"{len(broken)} of {len(sources)} images can't be used:\n" + "\n".join(broken[:8])
+            f"{len(broken)} of {len(files)} images can't be used:\n" + "\n".join(broken[:8])
         )
     return records
 
@@ -264,35 +229,31 @@ def with_masks(
     place = Path(folder) / MASK_FOLDER
     if place.is_dir():
         files = files_of_images(place, [record.name for record in records])
-    masked: list[ImageRecord] = []
-    sources: list[tuple[str, Callable[[], bytes]]] = []
+    sources: dict[str, ImageFile] = {}  # by the name of the image
     for record in records:
         file = files.get(Path(record.name).stem)
         if file is not None:
-            sources.append((str(file), file.read_bytes))
+            sources[record.name] = (str(file), file.read_bytes, "")
         elif from_alpha and _upright(record.read).has_transparency_data:
             read = partial(alpha_channel, record.read)
-            sources.append((f"the alpha channel of {record.name}", read))
-        else:
-            continue
-        masked.append(record)
-    if from_alpha and not masked:
+            sources[record.name] = (f"the alpha channel of {record.name}", read, "")
+    if from_alpha and not sources:
         raise ValueError(
             f"--alpha_mask is set, but no image in {folder} has an alpha channel: leave it out."
         )
-    if not masked:
-        return list(records)
-    masks: dict[str, ImageRecord] = {}
-    for record, mask in zip(masked, make_records(sources, [""] * len(sources)), strict=True):
-        if mask.size != record.size:
+    masks = dict(zip(sources, make_records([*sources.values()]), strict=True))
+    masked = [replace(record, mask=masks.get(record.name)) for record in records]
+    for record in masked:
+        mask = record.mask
+        if mask is not None and mask.size != record.size:
             raise ValueError(
                 f"{mask.name} is {mask.size[1]} x {mask.size[0]} pixels, but its image {record.size[1]} x "
                 f"{record.size[0]}: save both in one size."
             )
-        masks[record.name] = mask
-    count = counted(len(records), "image")
-    logger.info("%s: %d of %s have a mask; the others weigh 1", folder, len(masks), count)
-    return [replace(record, mask=masks.get(record.name)) for record in records]
+    if masks:
+        count = counted(len(records), "image")
+        logger.info("%s: %d of %s have a mask; the others weigh 1", folder, len(masks), count)
+    return masked
 
 
 def alpha_channel(read: Callable[[], bytes]) -> bytes:

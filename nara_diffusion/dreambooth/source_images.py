@@ -1,4 +1,4 @@
-"""Pairs of images for edit models: each image of a folder with the source images that it was made from.
+"""Images of a folder with captions and, for edit models, the source images that they were made from.
 
 Either a line of metadata.jsonl names the sources, relative to the folder,
 
@@ -13,61 +13,66 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from nara_diffusion.utils.wording import listed
 
-from .captions import METADATA_FILE, fill_captions, own_captions, put_trigger
+from .captions import METADATA_FILE, fill_captions, own_captions
 from .image_records import ImageRecord, files_of_images, image_files, make_records
 
 Sources = Mapping[str, Sequence[Path]]
 """{name of an image file: paths of its sources}."""
 
 
-def records_of_pairs(
+def records_from_folder(
     folder: str | Path,
-    source_folder: str | Path | None = None,
     *,
-    most: int,
+    source_folder: str | Path | None = None,
+    most: int = 0,
     prompt: str | None = None,
     caption_column: str | None = None,
     trigger: str | None = None,
     progress: bool = True,
 ) -> list[ImageRecord]:
-    """Return the images of a folder with their captions and sources, or without any source.
+    """Return the images of a folder, by name, with their captions and sources.
 
     Args:
-        source_folder: a folder with a source of the same name for each image; None reads
-            metadata.jsonl.
-        most: the number of sources that the model takes.
-        prompt, caption_column, trigger: as in `records_from_folder`.
+        source_folder: a folder with a source of the same name for each image; None reads the
+            sources in metadata.jsonl.
+        most: the number of sources that the model takes; 0 reads none of them.
+        prompt: the prompt of images without a caption.
+        caption_column: the key of captions in metadata.jsonl; None takes "text".
+        trigger: the word that replaces [trigger] in captions.
 
     Raises:
-        ValueError: images and sources don't match, or see `records_from_folder`.
+        ValueError: there are no images; some images are broken (the message names all of them); a
+            caption is missing or can't be read; or images and sources don't match.
+        OSError: the folder can't be read.
     """
     images = image_files(folder)
     captions = dict(zip(images, own_captions(images, caption_column), strict=True))
-    if source_folder is None:
+    sources: Sources = {}
+    if source_folder is not None:
+        stems = files_of_images(Path(source_folder), [image.name for image in images])
+        sources = {image.name: [stems[image.stem]] for image in images if image.stem in stems}
+    elif most:
         sources = sources_in_metadata(Path(folder))
-    else:
-        files = files_of_images(Path(source_folder), [image.name for image in images])
-        sources = {image.name: [files[image.stem]] for image in images if image.stem in files}
-    paths = {path.resolve() for named in sources.values() for path in named}
-    targets = [image for image in images if image.name in sources or image.resolve() not in paths]
+    paths = dict.fromkeys(path for named in sources.values() for path in named)
+    resolved = {path.resolve() for path in paths}
+    targets = [
+        image for image in images if image.name in sources or image.resolve() not in resolved
+    ]
     names = [target.name for target in targets]
     check_pairs(names, sources, folder, most)
-    filled = fill_captions([captions[target] for target in targets], names, prompt)
-    filled = [put_trigger(caption, trigger) for caption in filled]
-    contents = [(str(path), path.read_bytes) for path in targets]
-    records = make_records(contents, filled, progress=progress)
-    if not sources:
-        return records
-    contents = [(str(path), path.read_bytes) for name in names for path in sources[name]]
-    loaded = iter(make_records(contents, [""] * len(contents), progress=progress))
+    filled = fill_captions([captions[target] for target in targets], names, prompt, trigger)
+    captioned = zip(targets, filled, strict=True)
+    files = [(str(path), path.read_bytes, caption) for path, caption in captioned]
+    records = make_records(files, progress=progress)
+    files = [(str(path), path.read_bytes, "") for path in paths]
+    loaded = dict(zip(paths, make_records(files, progress=progress), strict=True))
     return [
-        replace(record, sources=tuple(islice(loaded, len(sources[name]))))
+        replace(record, sources=tuple(loaded[path] for path in sources.get(name, ())))
         for record, name in zip(records, names, strict=True)
     ]
 

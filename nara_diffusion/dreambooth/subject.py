@@ -21,12 +21,12 @@ from .encoders import load_encoders
 from .families import Family
 from .fidelity import Evaluation, Measurement, Task
 from .image_arguments import DreamBoothArguments, folder_arguments, run_family
-from .image_records import ImageRecord, class_records, records_from_folder, trained_on, with_masks
+from .image_records import ImageRecord, class_records, trained_on, with_masks
 from .image_report import best_by_both, figures, forgetting, subject_card
 from .pipelines import load_base, sharing_pipeline, training_sizes
 from .placement import place_denoisers, take_turns
 from .samples import SampleSettings, generate_class_images, sample_call
-from .source_images import records_of_pairs
+from .source_images import records_from_folder
 from .training_step import TrainingStep, ValidationLoss, training_step
 
 FIGURES = {
@@ -160,18 +160,17 @@ def read_images(
     """Return the images of a folder, with captions and masks, and with sources for an edit model.
 
     Raises:
-        ValueError: see `records_of_pairs`, or there are no sources and the family needs them.
+        ValueError: see `records_from_folder`, or there are no sources and the family needs them.
     """
-    captions: dict[str, Any] = {
-        "prompt": args.instance_prompt,
-        "caption_column": args.caption_column,
-        "trigger": args.trigger,
-        "progress": progress,
-    }
-    if family.most_sources:
-        records = records_of_pairs(folder, source_folder, most=family.most_sources, **captions)
-    else:
-        records = records_from_folder(folder, **captions)
+    records = records_from_folder(
+        folder,
+        source_folder=source_folder,
+        most=family.most_sources,
+        prompt=args.instance_prompt,
+        caption_column=args.caption_column,
+        trigger=args.trigger,
+        progress=progress,
+    )
     if family.needs_source and not records[0].sources:
         raise ValueError(
             f"{family.title} edits images, and those in {folder} have no sources: give --source_data_dir, or the key "

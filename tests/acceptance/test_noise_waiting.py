@@ -28,9 +28,9 @@ from nara_diffusion.dllm.sampler import answer_prompts
 from nara_diffusion.dreambooth.caches import LatentCache, PromptCache
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, collate_samples
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
-from nara_diffusion.dreambooth.image_records import records_from_folder
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.pipelines import family_of
+from nara_diffusion.dreambooth.source_images import records_from_folder
 from nara_diffusion.dreambooth.training_step import TrainingStep
 from tests.dreambooth.pictures import folder_of
 from tests.helpers.adapted import nara_config

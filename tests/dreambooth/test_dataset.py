@@ -22,7 +22,8 @@ from nara_diffusion.dreambooth.dataset import (
     scaled_size,
 )
 from nara_diffusion.dreambooth.draws import torch_generator
-from nara_diffusion.dreambooth.image_records import ImageRecord, class_records, records_from_folder
+from nara_diffusion.dreambooth.image_records import ImageRecord, class_records
+from nara_diffusion.dreambooth.source_images import records_from_folder
 from nara_diffusion.utils.data_order import ShuffledStream, stream_loader
 from tests.dreambooth.pictures import folder_of, noise
 from tests.helpers.small_pipelines import small_vae

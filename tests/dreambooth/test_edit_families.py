@@ -25,7 +25,7 @@ from nara_diffusion.dreambooth.draws import draw_noise
 from nara_diffusion.dreambooth.families import Family, placed
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.pipelines import family_of
-from nara_diffusion.dreambooth.source_images import records_of_pairs
+from nara_diffusion.dreambooth.source_images import records_from_folder
 from nara_diffusion.dreambooth.training_step import TrainingStep, ValidationLoss
 from tests.dreambooth.pictures import folder_of
 from tests.helpers.adapted import disturb
@@ -69,7 +69,7 @@ def pairs(folder: Path, name: str) -> list[TrainingSample]:
         sources = sources if name in SEVERAL else sources[:1]
         rows.append({"file_name": f"0{number}.png", "source": sources, "text": prompt})
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    records = records_of_pairs(folder, most=2, progress=False)
+    records = records_from_folder(folder, most=2, progress=False)
     return DreamBoothDataset(records, [SIZE], batch_size=2, seed=5).plain_samples()
 
 

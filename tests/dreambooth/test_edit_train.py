@@ -17,7 +17,7 @@ from PIL import Image
 from nara_diffusion.dreambooth import flow_families, train
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.pipelines import family_of
-from nara_diffusion.dreambooth.source_images import records_of_pairs
+from nara_diffusion.dreambooth.source_images import records_from_folder
 from nara_diffusion.dreambooth.subject import load_subject, place_models
 from nara_diffusion.training.run import start_run
 from tests.acceptance._commands import ROOT, results, run, tensors
@@ -82,8 +82,12 @@ def test_run_measures_and_shows_held_out_pair(flags: dict[str, Any], ended: Path
     assert 'image=load_image("source.png"),\n    prompt=' in card
     assert "from diffusers.utils import load_image" in card
     assert "max_area=256,\n    _auto_resize=False" in card
-    held_out = records_of_pairs(
-        flags["validation_data_dir"], flags["validation_source_dir"], most=1, prompt=PROMPT, progress=False
+    held_out = records_from_folder(
+        flags["validation_data_dir"],
+        source_folder=flags["validation_source_dir"],
+        most=1,
+        prompt=PROMPT,
+        progress=False,
     )
     (sample,) = DreamBoothDataset(held_out, [(16, 16)], batch_size=1, seed=0).plain_samples()
     pipe: Any = small_kontext()

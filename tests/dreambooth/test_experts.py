@@ -22,9 +22,9 @@ from nara_diffusion.dreambooth.dataset import DreamBoothDataset, collate_samples
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, run_family
 from nara_diffusion.dreambooth.image_plan import planned_image_step
-from nara_diffusion.dreambooth.image_records import records_from_folder
 from nara_diffusion.dreambooth.pipelines import family_of, modules_of, sharing_pipeline
 from nara_diffusion.dreambooth.placement import Swap
+from nara_diffusion.dreambooth.source_images import records_from_folder
 from nara_diffusion.dreambooth.training_step import ValidationLoss, expert_levels, training_step
 from nara_diffusion.training.planned_step import measure, nbytes
 from tests.acceptance._commands import by_the_card, run, tensors

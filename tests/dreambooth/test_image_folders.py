@@ -13,7 +13,8 @@ from nara_diffusion.dreambooth import train
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.image_arguments import FOLDER_KEYS, DreamBoothArguments, folder_arguments, shipped_run
 from nara_diffusion.dreambooth.image_plan import planned_image_step
-from nara_diffusion.dreambooth.image_records import ImageRecord, class_records, records_from_folder
+from nara_diffusion.dreambooth.image_records import ImageRecord, class_records
+from nara_diffusion.dreambooth.source_images import records_from_folder
 from nara_diffusion.training.report import without_folders
 from tests.acceptance._runs import image_arguments, image_flags
 from tests.dreambooth.pictures import folder_of

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from nara_diffusion.dreambooth.captions import check_prompt, fill_captions, own_captions
-from nara_diffusion.dreambooth.image_records import class_records, load_image, records_from_folder, trained_on
+from nara_diffusion.dreambooth.image_records import class_records, load_image, trained_on
+from nara_diffusion.dreambooth.source_images import records_from_folder
 from tests.dreambooth.pictures import folder_of, noise
 
 PROMPT = "a photo of sks toy"

@@ -24,8 +24,9 @@ from nara_diffusion.dreambooth.dataset import DreamBoothDataset, TrainingSample,
 from nara_diffusion.dreambooth.families import SD3, SDXL, Call
 from nara_diffusion.dreambooth.flow_families import FLUX, FLUX2, QWEN_IMAGE
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
-from nara_diffusion.dreambooth.image_records import ImageRecord, class_records, records_from_folder, with_masks
+from nara_diffusion.dreambooth.image_records import ImageRecord, class_records, with_masks
 from nara_diffusion.dreambooth.objectives import Corrupted, build_objective, squared_errors
+from nara_diffusion.dreambooth.source_images import records_from_folder
 from nara_diffusion.dreambooth.subject import digested, load_subject, read_images
 from nara_diffusion.dreambooth.training_step import TrainingStep, ValidationLoss, training_step
 from tests.acceptance._commands import fresh_accelerate, metrics

@@ -16,7 +16,7 @@ from nara_diffusion.dreambooth.dataset import DreamBoothDataset, source_sizes
 from nara_diffusion.dreambooth.flow_families import FLUX, FLUX2, FLUX_KONTEXT
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments, folder_arguments
 from nara_diffusion.dreambooth.image_plan import planned_sources
-from nara_diffusion.dreambooth.source_images import records_of_pairs
+from nara_diffusion.dreambooth.source_images import records_from_folder
 from tests.dreambooth.pictures import folder_of, noise
 
 
@@ -25,7 +25,7 @@ def lines(folder: Path, *rows: dict[str, Any]) -> None:
 
 
 def pairs_of(folder: Path, source_folder: Path | None = None, most: int = 2) -> dict[str, list[str]]:
-    records = records_of_pairs(folder, source_folder, most=most, prompt="make it red", progress=False)
+    records = records_from_folder(folder, source_folder=source_folder, most=most, prompt="make it red", progress=False)
     return {Path(record.name).name: [Path(source.name).name for source in record.sources] for record in records}
 
 
@@ -45,7 +45,7 @@ def test_metadata_names_one_or_several_sources(folder: Path, caplog: pytest.LogC
         {"file_name": "00.png", "source": "source/00.png", "text": None},
     )
     assert pairs_of(folder) == {"00.png": ["00.png"], "01.png": ["01.png", "02.png"]}
-    records = records_of_pairs(folder, most=2, prompt="make it red", progress=False)
+    records = records_from_folder(folder, most=2, prompt="make it red", progress=False)
     assert [record.prompt for record in records] == ["make it red", "a cube"]
     assert [source.size for source in records[1].sources] == [(8, 14), (24, 20)]
     assert len({source.key for record in records for source in record.sources}) == 3
@@ -84,6 +84,9 @@ def test_pairs_that_do_not_match_are_refused(folder: Path, tmp_path: Path) -> No
     refused(r"2 of 3 images in .* have no source \('01.png', '02.png'\)")
     lines(folder, row | {"source": ["source/00.png", "01.png", "02.png"]})
     refused("00.png has 3 sources, but the model takes 2: name fewer", most=2)
+    (sources / "01.bmp").unlink()
+    (sources / "07.png").unlink()
+    refused("00.png has 1 sources, but the model takes 0: name fewer", sources, most=0)
 
 
 def test_broken_source_is_named(folder: Path) -> None:
@@ -117,7 +120,8 @@ def test_plan_has_the_most_sources_of_an_image(folder: Path, tmp_path: Path) -> 
 def paired(tmp_path: Path, sources: list[tuple[int, int]], **options: Any) -> DreamBoothDataset:
     """Images of 20 × 30 (w × h), the i-th with a source of this (width, height)."""
     folder = folder_of(tmp_path / "images", [(20, 30)] * len(sources))
-    records = records_of_pairs(folder, folder_of(tmp_path / "sources", sources), most=1, prompt="red", progress=False)
+    source_folder = folder_of(tmp_path / "sources", sources)
+    records = records_from_folder(folder, source_folder=source_folder, most=1, prompt="red", progress=False)
     return DreamBoothDataset(records, [(16, 16)], batch_size=2, seed=3, crop="random", **options)
 
 
@@ -154,7 +158,7 @@ def test_equal_images_have_own_sources_in_caches(tmp_path: Path) -> None:
     (folder / "copy.png").write_bytes((folder / "00.png").read_bytes())
     sources = folder_of(tmp_path / "sources", [(16, 16)] * 2)
     (sources / "01.png").rename(sources / "copy.png")
-    records = records_of_pairs(folder, sources, most=1, prompt="red", progress=False)
+    records = records_from_folder(folder, source_folder=sources, most=1, prompt="red", progress=False)
     first, second = DreamBoothDataset(records, [(16, 16)], batch_size=1, seed=0).plain_samples()
     assert first.key == second.key
     assert first.source_keys != second.source_keys
@@ -162,5 +166,5 @@ def test_equal_images_have_own_sources_in_caches(tmp_path: Path) -> None:
 
 def test_captions_of_pairs_get_the_trigger(folder: Path) -> None:
     lines(folder, {"file_name": "00.png", "text": "make it [trigger]", "source": ["01.png", "02.png"]})
-    (record,) = records_of_pairs(folder, most=2, trigger="sks", progress=False)
+    (record,) = records_from_folder(folder, most=2, trigger="sks", progress=False)
     assert record.prompt == "make it sks"

@@ -21,8 +21,8 @@ from nara_diffusion.dreambooth.caches import LatentCache, PromptCache
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, collate_samples
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.draws import draw_indices, draw_noise, drawable_levels, numpy_generator, torch_generator
-from nara_diffusion.dreambooth.image_records import records_from_folder
 from nara_diffusion.dreambooth.objectives import build_objective
+from nara_diffusion.dreambooth.source_images import records_from_folder
 from nara_diffusion.dreambooth.training_step import TrainingStep
 from nara_diffusion.noise.level import NoiseWindow
 from tests.dreambooth.pictures import folder_of

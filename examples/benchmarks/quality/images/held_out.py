@@ -23,9 +23,10 @@ from nara_diffusion.dreambooth.caches import LatentCache, PromptCache
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.draws import numpy_generator, seeded_normal
 from nara_diffusion.dreambooth.families import SDXL
-from nara_diffusion.dreambooth.image_records import ImageRecord, make_records, records_from_folder
+from nara_diffusion.dreambooth.image_records import ImageFile, ImageRecord, make_records
 from nara_diffusion.dreambooth.objectives import Corrupted, Objective, squared_errors
 from nara_diffusion.dreambooth.pipelines import load_pipeline
+from nara_diffusion.dreambooth.source_images import records_from_folder
 from quality.running import ASSETS, MAKERS
 
 sys.path.append(str(MAKERS))
@@ -179,12 +180,9 @@ def bin_timesteps(index: int, count: int) -> list[int]:
 
 def records_of(pictures: Sequence[tuple[str, Image]]) -> list[ImageRecord]:
     """Of (caption, picture)."""
-    sources = [_source(f"drawn picture {number}", image) for number, (_, image) in enumerate(pictures)]
-    return make_records(sources, [caption for caption, _ in pictures], progress=False)
-
-
-def _source(name: str, image: Image) -> tuple[str, partial[bytes]]:
-    """`image` as a PNG in memory."""
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    return name, partial(bytes, file.getvalue())
+    files: list[ImageFile] = []
+    for number, (caption, image) in enumerate(pictures):
+        file = io.BytesIO()
+        image.save(file, format="PNG")
+        files.append((f"drawn picture {number}", partial(bytes, file.getvalue()), caption))
+    return make_records(files, progress=False)
