@@ -96,11 +96,8 @@ class LatentCache:
         the position and role of each sample.
         """
         mean, std = self._posterior(samples)
-        rows = []
-        for sample in samples:
-            stream = f"posterior {sample.role}"
-            row = seeded_normal(mean.shape[1:], seed=seed, stream=stream, indices=[sample.position])
-            rows.append(row)
+        draw = partial(seeded_normal, mean.shape[1:], seed=seed)
+        rows = [draw(stream=f"posterior {s.role}", indices=[s.position]) for s in samples]
         return scale_latents(self.vae, mean + std * torch.cat(rows))
 
     def mode(self, samples: Sequence[TrainingSample]) -> Tensor:
@@ -112,18 +109,18 @@ class LatentCache:
         """Return the latents of the images to edit, each (b, c, h_i, w_i), with ε = 0."""
         latents = []
         for number in range(len(samples[0].image.sources)):
-            means = []
-            for sample in samples:
-                encode = partial(self.encode_source, sample, number)
-                means += self.cache.get(sample.source_keys[number], encode)
-            latents.append(scale_latents(self.vae, torch.stack(means).float()))
+            entries = [
+                self.cache.get(s.source_keys[number], partial(self._encode_source, s, number))
+                for s in samples
+            ]
+            means = torch.stack([mean for (mean,) in entries])
+            latents.append(scale_latents(self.vae, means.float()))
         return tuple(latents)
 
-    def encode_source(self, sample: TrainingSample, number: int) -> tuple[Tensor]:
+    def _encode_source(self, sample: TrainingSample, number: int) -> tuple[Tensor, ...]:
         """Return μ (c, h, w) of one of a sample's sources."""
         assert self.source_pixels is not None
-        mean, _ = posterior_of(self.vae, self.source_pixels(sample.source_images()[number]))
-        return (mean,)
+        return posterior_of(self.vae, self.source_pixels(sample.source_images()[number]))[:1]
 
     def weights(self, samples: Sequence[TrainingSample], latents: Tensor) -> Tensor | None:
         """Return the weights of squared errors at `latents`, float32 on the CPU; None without masks.
@@ -143,12 +140,9 @@ class LatentCache:
 
     def _posterior(self, samples: Sequence[TrainingSample]) -> tuple[Tensor, Tensor]:
         """Return μ and σ (b, c, h', w'), float32 on the CPU."""
-        means, stds = [], []
-        for sample in samples:
-            mean, std = self.cache.get(sample.key, partial(self._encode, sample))
-            means.append(mean)
-            stds.append(std)
-        return torch.stack(means).float(), torch.stack(stds).float()
+        entries = [self.cache.get(sample.key, partial(self._encode, sample)) for sample in samples]
+        mean, std = (torch.stack(part).float() for part in zip(*entries, strict=True))
+        return mean, std
 
     def _encode(self, sample: TrainingSample) -> tuple[Tensor, Tensor]:
         return posterior_of(self.vae, sample.pixel_values()[None])
@@ -184,21 +178,22 @@ class PromptCache:
         Args:
             samples: the samples of the prompts, with the images that a text encoder may read too.
         """
-        entries = []
-        for prompt, sample in zip_longest(prompts, samples):
-            key = prompt
-            if self.family.source_encoder is not None and sample is not None:
-                key = "\n".join([*sample.source_keys, prompt])
-            entries.append(self.cache.get(key, partial(self._encode, prompt, sample)))
+        entries = [self._entry(*pair) for pair in zip_longest(prompts, samples)]
         return tuple(
             pad_sequence([*parts], batch_first=True) for parts in zip(*entries, strict=True)
         )
 
-    def _encode(self, prompt: str, sample: TrainingSample | None) -> list[Tensor]:
+    def _entry(self, prompt: str, sample: TrainingSample | None) -> Embeddings:
+        """Return the embeddings of one prompt, parts (l, d) or (d,)."""
         encode = self.family.source_encoder
         if encode is None or sample is None:
-            return [part[0] for part in self.family.encode(self.pipe, [prompt])]
-        return [part[0] for part in encode(self.pipe, prompt, sample.source_images())]
+            return self.cache.get(
+                prompt, lambda: (part[0] for part in self.family.encode(self.pipe, [prompt]))
+            )
+        key = "\n".join([*sample.source_keys, prompt])
+        return self.cache.get(
+            key, lambda: (part[0] for part in encode(self.pipe, prompt, sample.source_images()))
+        )
 
 
 def posterior_of(vae: ModelMixin, pixels: Tensor) -> tuple[Tensor, Tensor]:

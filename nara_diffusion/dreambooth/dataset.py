@@ -87,9 +87,9 @@ class TrainingSample:
             image = source.load()
             if size == self.target:
                 images.append(self._cut(image))
-                continue
-            scaled = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
-            images.append(ImageOps.mirror(scaled) if self.flip else scaled)
+            else:
+                scaled = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+                images.append(ImageOps.mirror(scaled) if self.flip else scaled)
         return images
 
     def pixel_values(self) -> torch.Tensor:
@@ -133,13 +133,11 @@ def scaled_size(original: Size, target: Size) -> Size:
 def source_sizes(image: ImageRecord, target: Size) -> tuple[Size, ...]:
     """Return the sizes (h, w) of an image's sources for samples of the size `target`."""
     sizes = []
-    for source in image.sources:
-        proportion = source.size[0] * image.size[1] / (source.size[1] * image.size[0])
-        if abs(proportion - 1) < 0.01:
-            sizes.append(target)
-        else:
-            scale = math.sqrt(target[0] * target[1] / (source.size[0] * source.size[1]))
-            sizes.append((round(source.size[0] * scale), round(source.size[1] * scale)))
+    for height, width in (source.size for source in image.sources):
+        has_same_proportion = abs(height * image.size[1] / (width * image.size[0]) - 1) < 0.01
+        scale = math.sqrt(target[0] * target[1] / (height * width))
+        whole = (round(height * scale), round(width * scale))
+        sizes.append(target if has_same_proportion else whole)
     return tuple(sizes)
 
 
@@ -159,10 +157,11 @@ class BucketOrder:
         sizes = sorted(set(buckets))
         # the bucket of each batch of a round, before shuffling
         self._batches = [sizes.index(bucket) for bucket in buckets]
-        self._streams = []
-        for number in range(len(sizes)):
-            images = [i for i, bucket in enumerate(self._batches) if bucket == number]
-            self._streams.append(ShuffledStream(images, seed + number))
+        self._images = [
+            [i for i, bucket in enumerate(self._batches) if bucket == number]
+            for number in range(len(sizes))
+        ]
+        self._streams = [ShuffledStream(same, seed + i) for i, same in enumerate(self._images)]
 
     def __getitem__(self, position: int) -> int:
         batch, offset = divmod(position, self.batch_size)
@@ -170,8 +169,8 @@ class BucketOrder:
         order = numpy_generator(self.seed, "buckets", number).permutation(self._batches)
         bucket = int(order[nth])
         j = number * self._batches.count(bucket) + int((order[:nth] == bucket).sum())
-        stream = self._streams[bucket]
-        return stream.samples[stream.sample_at(j * self.batch_size + offset)]
+        index = self._streams[bucket].sample_at(j * self.batch_size + offset)
+        return self._images[bucket][index]
 
 
 class DreamBoothDataset(Dataset):
@@ -226,47 +225,47 @@ class DreamBoothDataset(Dataset):
     ) -> None:
         """Add a folder of images. All samples of a batch have a class image, or none has."""
         class_order = ShuffledStream(class_images, self.seed + 1) if class_images else None
-        for image in instances:
-            self.epoch += [len(self.targets)] * repeats
-            nearest = find_nearest_bucket(*image.size, buckets)
-            self.targets.append(buckets[nearest or 0])
-            self._class_orders.append(class_order)
+        self._class_orders += [class_order] * len(instances)
+        nearest = [find_nearest_bucket(*image.size, buckets) or 0 for image in instances]
+        self.targets += [buckets[number] for number in nearest]
+        added = range(len(self.instances), len(self.targets))
+        self.epoch += [number for number in added for _ in range(repeats)]
         self.instances += instances
         self.class_images += class_images
-        batches = []
-        for number in self.epoch:
-            target, has_class = self.targets[number], self._class_orders[number] is not None
-            batches.append((target, has_class, source_sizes(self.instances[number], target)))
+        triples = zip(self.targets, self._class_orders, self.instances, strict=True)
+        shapes = [
+            (size, order is not None, source_sizes(image, size)) for size, order, image in triples
+        ]
+        batches = [shapes[number] for number in self.epoch]
         self._order = BucketOrder(batches, self.batch_size, self.seed)
 
     def log_sizes(self) -> None:
         """Log a table of the sizes. Warn of images that are enlarged, or much cropped at random."""
-        small, shares = [], []
-        by_size: dict[Size, list[float]] = {}
-        for image, target in zip(self.instances, self.targets, strict=True):
-            if image.size[0] < target[0] or image.size[1] < target[1]:
-                small.append(image.name)
-            height, width = scaled_size(image.size, target)
-            shares.append(1 - target[0] * target[1] / (height * width))
-            by_size.setdefault(target, []).append(shares[-1])
+        images = list(zip(self.instances, self.targets, strict=True))
+        small = [image.name for image, (h, w) in images if image.size[0] < h or image.size[1] < w]
+        shares = [
+            1 - math.prod(target) / math.prod(scaled_size(image.size, target))
+            for image, target in images
+        ]
         lines = ["height x width  images  cropped away"]
-        for (height, width), number in self.buckets.items():
-            size, share = f"{height} x {width}", 100 * sum(by_size[height, width]) / number
-            lines.append(f"{size:>14}  {number:6}  {share:10.0f} %")
+        for size, number in self.buckets.items():
+            total = sum(x for x, target in zip(shares, self.targets, strict=True) if target == size)
+            title = f"{size[0]} x {size[1]}"
+            lines.append(f"{title:>14}  {number:6}  {100 * total / number:10.0f} %")
         logger.info("sizes of training images\n%s", "\n".join(lines))
-        images = counted(len(shares), "image")
+        count = counted(len(shares), "image")
         if small:
             logger.warning(
                 "%d of %s (such as %s) are smaller than --resolution and were enlarged, so the model learns blur. "
                 "Lower --resolution, or remove small images.",
-                *(len(small), images, small[0]),
+                *(len(small), count, small[0]),
             )
         cropped = sum(share > 0.2 for share in shares)
         if self.crop == "random" and cropped and not self.has_sources:
             logger.warning(
                 "random crops remove more than a fifth of %d of %s, and up to %.0f %%. --aspect_ratio_buckets auto "
                 "removes less, --center_crop keeps the middle.",
-                *(cropped, images, 100 * max(shares)),
+                *(cropped, count, 100 * max(shares)),
             )
 
     @property
@@ -307,15 +306,13 @@ class DreamBoothDataset(Dataset):
 
         The `position` of a sample is the index of its image.
         """
-        samples = []
-        for number, image in enumerate(self.instances):
-            target = self.targets[number]
-            top, left = _middle(image, target)
-            sample = TrainingSample(
-                image, target, top, left, False, number, "instance", image.prompt
+        pairs = zip(self.instances, self.targets, strict=True)
+        return [
+            TrainingSample(
+                image, target, *_middle(image, target), False, number, "instance", image.prompt
             )
-            samples.append(sample)
-        return samples
+            for number, (image, target) in enumerate(pairs)
+        ]
 
     def _sample(
         self, image: ImageRecord, target: Size, position: int, role: str, prompt: str
@@ -344,9 +341,8 @@ def collate_samples(items: Sequence[Mapping[str, list[TrainingSample]]]) -> dict
 
     The B rows are the b instances, followed by their b class images with prior preservation.
     """
-    samples: list[TrainingSample] = []
-    for role in zip(*(item["samples"] for item in items), strict=True):
-        samples += role
+    roles = zip(*(item["samples"] for item in items), strict=True)
+    samples = [sample for role in roles for sample in role]
     time_ids = torch.tensor([sample.time_ids for sample in samples], dtype=torch.float32)
     prompts = [sample.prompt for sample in samples]
     return {"samples": samples, "prompts": prompts, "time_ids": time_ids}

@@ -89,20 +89,18 @@ def sample_images(
     desc: str = "sample",
 ) -> list[Image.Image]:
     """Return one image for each pair in `settings.pairs`. All processes share the work."""
+    batch_size = 1 if settings.by_prompt else settings.batch_size
 
     def make(indices: Sequence[int]) -> list[Image.Image]:
         pairs = [settings.pairs[i] for i in indices]
         # CPU generators, so that a seed gives the same noise on any device
         generators = [torch.Generator().manual_seed(seed) for _, seed in pairs]
-        if not settings.by_prompt:
-            return render(pipe, [prompt for prompt, _ in pairs], generators, settings.call)
-        images = []
-        for i, (prompt, _), generator in zip(indices, pairs, generators, strict=True):
-            call = {**settings.call, **settings.by_prompt[i // settings.images_per_prompt]}
-            images += render(pipe, [prompt], [generator], call)
-        return images
+        call = settings.call
+        if settings.by_prompt:
+            call = {**call, **settings.by_prompt[indices[0] // settings.images_per_prompt]}
+        return render(pipe, [prompt for prompt, _ in pairs], generators, call)
 
-    return made_in_batches(make, len(settings.pairs), settings.batch_size, accelerator, desc)
+    return made_in_batches(make, len(settings.pairs), batch_size, accelerator, desc)
 
 
 def made_in_batches(
@@ -120,11 +118,9 @@ def made_in_batches(
     show = accelerator is None or accelerator.is_main_process
 
     def work(indices: Sequence[int]) -> list[Made]:
-        outputs: list[Made] = []
         starts = range(0, len(indices), batch_size)
-        for start in tqdm(starts, desc=desc, unit="batch", leave=False, disable=not show):
-            outputs += make(indices[start : start + batch_size])
-        return outputs
+        bar = tqdm(starts, desc=desc, unit="batch", leave=False, disable=not show)
+        return [item for start in bar for item in make(indices[start : start + batch_size])]
 
     if accelerator is None:
         return work(range(count))
@@ -158,8 +154,9 @@ def write_grid(
             images for one prompt as for another, ordered by prompt.
         references: {title: images of the subject} for the rows on top. At most eight are shown.
     """
-    rows: list[tuple[str, list[Image.Image | None]]]
-    rows = [(title, [*images[:8]]) for title, images in references.items()]
+    rows: list[tuple[str, list[Image.Image | None]]] = [
+        (title, [*images[:8]]) for title, images in references.items()
+    ]
     for number, prompt in enumerate(prompts):
         cells: list[Image.Image | None] = []
         for images in columns.values():
@@ -245,9 +242,7 @@ def generate_class_images(
 def _missing(folder: Path, prompt: str, count: int, seed: int) -> list[int]:
     """Return the indices of the images to generate."""
     present = {path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
-    for name in sorted(present):
-        if not name.startswith("class-"):
-            continue
+    for name in sorted(name for name in present if name.startswith("class-")):
         with Image.open(folder / name) as image:
             made_for = image.info.get(PROMPT_KEY, prompt)
         if made_for != prompt:
@@ -255,8 +250,7 @@ def _missing(folder: Path, prompt: str, count: int, seed: int) -> list[int]:
                 f"--class_data_dir {folder} has images that were generated for another prompt: {name} shows "
                 f"{made_for!r}, but --class_prompt is {prompt!r}. Name another folder, or remove these images."
             )
-    numbers = range(count + len(present))
-    free = [number for number in numbers if _file_name(seed, number) not in present]
+    free = [i for i in range(count + len(present)) if _file_name(seed, i) not in present]
     return free[: max(0, count - len(present))]
 
 

@@ -115,22 +115,23 @@ class TrainingStep:
         latents = self.latents.sample(samples, seed=self.seed)  # (b, c, h, w)
         if drawable is None:
             drawable = torch.arange(self.objective.levels)
-        indices, noise = [], []
-        for role in dict.fromkeys(sample.role for sample in samples):
-            positions = [sample.position for sample in samples if sample.role == role]
-            index = draw_indices(
-                positions,
-                drawable,
-                seed=self.seed,
-                stratified=self.stratified,
-                group_size=group_size,
-                role=role,
-            )
-            indices.append(index)
-            shape, offset = latents.shape[1:], self.noise_offset
-            noise.append(draw_noise(positions, shape, seed=self.seed, offset=offset, role=role))
-        drawn = torch.cat(noise).to(self.device, non_blocking=True)
+        positions: dict[str, list[int]] = {}
+        for sample in samples:
+            positions.setdefault(sample.role, []).append(sample.position)
+        draw_index = partial(
+            draw_indices,
+            levels=drawable,
+            seed=self.seed,
+            stratified=self.stratified,
+            group_size=group_size,
+        )
+        draw = partial(
+            draw_noise, shape=latents.shape[1:], seed=self.seed, offset=self.noise_offset
+        )
+        indices = [draw_index(places, role=role) for role, places in positions.items()]
+        noise = [draw(places, role=role) for role, places in positions.items()]
         latents = latents.to(self.device, non_blocking=True)
+        drawn = torch.cat(noise).to(self.device, non_blocking=True)
         return self.objective.corrupt(latents, drawn, torch.cat(indices))
 
 
@@ -261,9 +262,8 @@ class ValidationLoss:
         by_size: dict[Any, list[TrainingSample]] = {}
         for sample in self.samples:
             by_size.setdefault((sample.target, *sample.source_sizes), []).append(sample)
-        batches = []
-        for size in sorted(by_size):
-            same = by_size[size]
-            for start in range(0, len(same), self.batch_size):
-                batches.append(same[start : start + self.batch_size])
-        return batches
+        return [
+            by_size[size][start : start + self.batch_size]
+            for size in sorted(by_size)
+            for start in range(0, len(by_size[size]), self.batch_size)
+        ]
