@@ -154,7 +154,11 @@ def test_mirrored_pairs_are_encoded_before_training(tmp_path: Path, monkeypatch:
         place_models(subject, subject.pipe)
         prompts = subject.step.prompts
         assert prompts is not None
-        monkeypatch.setattr(prompts, "_encode", lambda *_: pytest.fail("it is encoded in training"))
+
+        def fail(*_: object) -> Any:
+            pytest.fail("it is encoded in training")
+
+        prompts.family = replace(prompts.family, encoder=fail, source_encoder=fail)
         flips = set()
         for position in range(24):
             samples = subject.dataset.samples_at(position)
