@@ -258,8 +258,12 @@ def frozen_base(layer: AdaptedLayer, result: Tensor) -> tuple[Tensor, Tensor | N
     several adapters are active.
     """
     base = layer._modules["base_layer"]
-    is_alone = len(layer.active_adapters) == 1 and result.is_contiguous()
-    if not isinstance(base, nn.Linear) or not is_plain(base) or not is_alone:
+    if (
+        not isinstance(base, nn.Linear)
+        or not is_plain(base)
+        or len(layer.active_adapters) != 1
+        or not result.is_contiguous()
+    ):
         return None
     bias = base.bias
     if base.weight.requires_grad or (bias is not None and bias.requires_grad):
@@ -280,10 +284,12 @@ def fits_one_function(A: nn.Linear, B: nn.Linear, x: Tensor, result: Tensor) -> 
         or torch.jit.is_tracing()  # type: ignore[reportPrivateImportUsage]
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
+        or _has_any_global_hook()
     ):
         return False
-    is_changed = not (is_plain(A) and is_plain(B)) or B.bias is not None or _has_any_global_hook()
-    if is_changed or type(x) not in _TENSORS or type(result) not in _TENSORS:
+    if not (is_plain(A) and is_plain(B)) or B.bias is not None:
+        return False
+    if type(x) not in _TENSORS or type(result) not in _TENSORS:
         return False
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return result.dtype == torch.get_autocast_dtype(x.device.type)

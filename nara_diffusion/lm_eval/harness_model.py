@@ -205,20 +205,19 @@ class NaraDLLM(LM):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return an answer to each request, up to an end token or any of the request's `until`."""
-        prompts, settings, rooms = [], [], []
-        for request in requests:
-            text, gen_kwargs = cast("tuple[str, dict[str, Any]]", request.args)
-            until, sampling = read_gen_kwargs(gen_kwargs)
-            length = sampling["gen_length"]
-            if length >= self.max_length:
-                raise ValueError(
-                    f"gen_length is {length} and the model has {self.max_length} positions for "
-                    "prompt and answer together. Lower it with --gen_kwargs gen_length=N."
-                )
-            ids = encode(self.tokenizer, text, has_template=self.has_template)
-            prompts.append(self._opened(ids))
-            settings.append((until, sampling))
-            rooms.append(self.max_length - length)
+        arguments = cast("list[tuple[str, dict[str, Any]]]", [request.args for request in requests])
+        settings = [read_gen_kwargs(gen_kwargs) for _, gen_kwargs in arguments]
+        lengths = [sampling["gen_length"] for _, sampling in settings]
+        if max(lengths, default=0) >= self.max_length:
+            raise ValueError(
+                f"gen_length is {max(lengths)} and the model has {self.max_length} positions for "
+                "prompt and answer together. Lower it with --gen_kwargs gen_length=N."
+            )
+        prompts = [
+            self._opened(encode(self.tokenizer, text, has_template=self.has_template))
+            for text, _ in arguments
+        ]
+        rooms = [self.max_length - length for length in lengths]
         prompts = truncated_prompts(prompts, rooms, self.max_length)
         answers = [""] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: (repr(settings[i]), -len(prompts[i])))
@@ -279,19 +278,20 @@ class NaraDLLM(LM):
 
     def _pairs(self, requests: Sequence[Instance]) -> list[tuple[list[int], list[int]]]:
         """Return the token ids of each request's prompt and answer."""
-        prompts, answers, rooms = [], [], []
+        texts = cast("list[tuple[str, str]]", [request.args for request in requests])
+        pairs = [
+            encode_pair(self.tokenizer, *pair, has_template=self.has_template) for pair in texts
+        ]
+        answers = [answer for _, answer in pairs]
         room = self.max_length - len(self.opening)
-        for request in requests:
-            texts = cast("tuple[str, str]", request.args)
-            prompt, answer = encode_pair(self.tokenizer, *texts, has_template=self.has_template)
-            if len(answer) > room:
-                raise ValueError(
-                    f"A continuation has {len(answer)} tokens, but the model has room for {room}. Leave the task out, "
-                    "or raise max_length in --model_args."
-                )
-            prompts.append(self._opened(prompt))
-            answers.append(answer)
-            rooms.append(self.max_length - len(answer))
+        longest = max(map(len, answers), default=0)
+        if longest > room:
+            raise ValueError(
+                f"A continuation has {longest} tokens, but the model has room for {room}. Leave the task out, or raise "
+                "max_length in --model_args."
+            )
+        rooms = [self.max_length - len(answer) for answer in answers]
+        prompts = [self._opened(prompt) for prompt, _ in pairs]
         return list(zip(truncated_prompts(prompts, rooms, self.max_length), answers, strict=True))
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:

@@ -144,8 +144,9 @@ class BlockNoise:
         """Return the run, the tokens and the mask (b, l) of a forward; None outside of a run."""
         real = kwargs.get("attention_mask")
         input_ids = arguments_of(module, args, kwargs).get("input_ids")
-        is_other = kwargs.get("position_ids") is None or kwargs.get("use_cache")
-        if is_other or input_ids is None or not isinstance(real, Tensor) or real.dim() != 2:
+        if not isinstance(real, Tensor) or real.dim() != 2 or input_ids is None:
+            return None
+        if kwargs.get("position_ids") is None or kwargs.get("use_cache"):
             return None
         present = self._schedules()
         self._runs = [run for run in self._runs if id(run.schedule) in present]

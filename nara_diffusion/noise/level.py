@@ -58,7 +58,7 @@ def _in_range(level: Tensor) -> Tensor:
         raise ValueError(
             f"noise_level is {values}: every value has to lie in [0, 1], where 1 is pure noise."
         )
-    return nan_outside(level)
+    return nan_outside(level) if values is None else level
 
 
 def host_values(tensor: Tensor) -> list[Any] | None:

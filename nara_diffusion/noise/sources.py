@@ -80,8 +80,8 @@ def register_noise_source(source: NoiseSource) -> None:
         )
     if name in CONVENTIONS or registered.setdefault(name, source) is not source:
         raise ValueError(
-            f"λ as {name!r} has a source already, {registered.get(name, 'in this package')!r}: choose "
-            "another name for your definition, or give one model its own source, "
+            f"λ as {name!r} is already defined, by {registered.get(name, 'this package')}: choose another "
+            "name for your definition, or give one model its own source, "
             "set_noise_source(model, source)."
         )
 

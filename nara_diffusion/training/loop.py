@@ -185,11 +185,14 @@ def _collect(run: Run, pending: _Pending) -> None:
         ]
         sums = [sum(losses), len(losses), *map(sum, figures)]
         totals = [total + new for total, new in zip_longest(totals, sums, fillvalue=0)]
-    failures += [
-        (step, f"the gradient's norm became {norm.item()}")
-        for step, norm in pending.norms
-        if not norm.isfinite()
-    ]
+    if pending.norms:
+        steps_of_norms, tensors = zip(*pending.norms, strict=True)
+        norms = torch.stack(tensors).tolist()  # one transfer
+        failures += [
+            (step, f"the gradient's norm became {norm}")
+            for step, norm in zip(steps_of_norms, norms, strict=True)
+            if not math.isfinite(norm)
+        ]
     if failures:
         step, failure = min(failures, key=itemgetter(0))
         raise TrainingDiverged(

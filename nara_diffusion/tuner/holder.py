@@ -125,7 +125,7 @@ class CoreHolder(nn.Module):
         for name, layers in self.layers.items():
             A = (f"lora_A.{name}.", f"lora_embedding_A.{name}.")
             first_layers = cast("list[nn.Module]", layers[:1])
-            parameters = [item for layer in first_layers for item in layer.named_parameters()]
+            parameters = [pair for layer in first_layers for pair in layer.named_parameters()]
             is_trained = any(p.requires_grad for key, p in parameters if f"{key}.".startswith(A))
             self.cores[name].requires_grad_(is_trained)
 

@@ -165,8 +165,8 @@ def test_registered_source_is_used_until_it_is_removed(tmp_path: Path, monkeypat
     for _ in range(2):
         register_noise_source(source)  # type: ignore[arg-type]
     for other, message in [
-        *((Share(name), "has a source already, .in this package.") for name in (*meanings, "masked_share")),
-        (Share(), "'positive_share' has a source already"),
+        *((Share(name), "is already defined, by this package") for name in (*meanings, "masked_share")),
+        (Share(), "'positive_share' is already defined, by "),
         *((other, "is not a source of λ: expected a callable") for other in (lambda *_: None, "λ", named)),
     ]:
         with pytest.raises(ValueError, match=message):
