@@ -63,10 +63,10 @@ def field_names(record: object, given: Mapping[str, str], where: str) -> dict[st
         ValueError: the record has no known form.
     """
     present = list(record) if isinstance(record, Mapping) else []
-    names_of_form: dict[str, str] = {}
-    for role, usual in {**FIELDS, "rejected": ()}.items():
-        names = [name for name in usual if name in present]
-        names_of_form[role] = given.get(role, names[0] if names else "")
+    names_of_form = {
+        role: given.get(role, next((name for name in usual if name in present), ""))
+        for role, usual in {**FIELDS, "rejected": ()}.items()
+    }
     for needed, optional in _FORMS:
         form = (*needed, *optional)
         if given.keys() <= set(form) and all(names_of_form[role] in present for role in needed):

@@ -65,8 +65,7 @@ def adapter_options(model: nn.Module, args: Arguments) -> Mapping[str, Any]:
     Raises:
         ValueError: this kind of model can't have this adapter or these target modules.
     """
-    backbone = Backbone(model)
-    kind = kind_of(backbone)
+    kind = kind_of(Backbone(model))
     if method_of(args).family in kind.refused_methods:
         raise ValueError(
             f"adapter is {args.adapter}, but {kind.traits.title} is trained with adapters of its "

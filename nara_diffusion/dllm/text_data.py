@@ -149,15 +149,13 @@ def without_held_out(training: EncodedRecords, held_out: EncodedRecords) -> Enco
 def rows_in_training(training: Dataset, **measured: Dataset) -> list[str]:
     """Return a warning for each of the `measured` data sets that repeats rows of `training`."""
     trained = set(_row_keys(training))
-    warnings = []
-    for name, rows in measured.items():
-        number = sum(key in trained for key in _row_keys(rows))
-        if number:
-            warnings.append(
-                f"{number} of {counted(len(rows), f'{name} row')} are training rows too: figures "
-                "on them don't show what the model does with new records."
-            )
-    return warnings
+    repeated = {name: sum(key in trained for key in _row_keys(measured[name])) for name in measured}
+    return [
+        f"{number} of {counted(len(measured[name]), f'{name} row')} are training rows too: figures "
+        "on them don't show what the model does with new records."
+        for name, number in repeated.items()
+        if number
+    ]
 
 
 def _row_keys(rows: Dataset) -> Iterator[bytes]:
@@ -166,8 +164,7 @@ def _row_keys(rows: Dataset) -> Iterator[bytes]:
         ids = table["input_ids"].combine_chunks()
         ends = ids.value_lengths().to_numpy().cumsum()
         tokens = np.split(ids.flatten().to_numpy(), ends[:-1])
-        starts = table["prompt_length"].to_pylist()
-        for start, of_row in zip(starts, tokens, strict=True):
+        for start, of_row in zip(table["prompt_length"].to_pylist(), tokens, strict=True):
             yield sha256(f"{start} ".encode() + of_row.tobytes()).digest()
 
 

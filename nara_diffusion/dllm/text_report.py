@@ -178,9 +178,8 @@ def describe(
     Args:
         question: the question in the card's code.
     """
-    lines = []
-    for one, other in zip(before.generations, after.generations, strict=True):
-        line = {
+    samples = [
+        {
             "instruction": one["instruction"],
             "answer": one["answer"],
             "before": one["generation"],
@@ -188,8 +187,10 @@ def describe(
             "correct_before": one["correct"],
             "correct_after": other["correct"],
         }
-        lines.append(f"{json.dumps(line, ensure_ascii=False)}\n")
+        for one, other in zip(before.generations, after.generations, strict=True)
+    ]
     run, args = evaluation.run, evaluation.run.args
+    lines = [f"{json.dumps(sample, ensure_ascii=False)}\n" for sample in samples]
     write_text(run.folder / "samples.jsonl", "".join(lines))
     note = f"Exact match compares generated answers.{evaluation.base.kind.note} [Samples](samples.jsonl)."
     base, data = args.pretrained_model_name_or_path, args.dataset_name or args.train_file
@@ -215,15 +216,10 @@ def _loading(evaluation: Evaluation, folder: str, question: str) -> str:
         names += ["revision", "load_in_4bit", "load_in_8bit"]
         imports = "from peft import PeftModel\n"
         lines = [f"model = PeftModel.from_pretrained(model, {folder!r})"]
-    options = ""
-    for name in names:
-        value = getattr(args, name)
-        if value:
-            options += f", {name}={value!r}"
-    loading = f"model, tokenizer = load_backbone({base!r}{options})"
-    changes = kind.changed_fields(args).items()
-    configuring = [f"model.config.{name} = {value!r}" for name, value in changes]
-    lines = [loading, *configuring, *lines]
+    options = [f", {name}={getattr(args, name)!r}" for name in names if getattr(args, name)]
+    loading = f"model, tokenizer = load_backbone({base!r}{''.join(options)})"
+    changes = [f"model.config.{name} = {new!r}" for name, new in kind.changed_fields(args).items()]
+    lines = [loading, *changes, *lines]
     if needs_schedule(args):
         imports += "\nfrom nara_diffusion import StrengthSchedule, set_strength"
         lines.append(schedule_line(args))

@@ -39,10 +39,8 @@ def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list
     """Return the ids of all tokens that end an answer, including the end of a chat turn."""
     configured = Backbone(model).configured("eos_token_id")
     ids = configured if isinstance(configured, list) else [configured]
-    vocabulary = tokenizer.get_vocab()
-    turn_ends = [vocabulary.get(token) for token in _TURN_ENDS]
-    stops = {*ids, end_token_id(tokenizer), *turn_ends}
-    return sorted(stops - {None})
+    turn_ends = map(tokenizer.get_vocab().get, _TURN_ENDS)
+    return sorted({*ids, end_token_id(tokenizer), *turn_ends} - {None})
 
 
 def mask_in_a_text(mask_token_id: int) -> str:

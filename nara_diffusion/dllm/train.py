@@ -52,8 +52,7 @@ def main(args: Arguments) -> dict[str, Any]:
         return show_plan(args, planned_text_step)
     with start_run(args, "dllm", write_checkpoint) as run:
         setup = prepare(args, run)
-        trained = fine_tune(setup)
-        return report(setup, trained)
+        return report(setup, fine_tune(setup))
 
 
 @dataclass(frozen=True)

@@ -109,10 +109,9 @@ class Encoder:
     def _embed(
         self, items: Sequence[Any], forward: Callable[[list[Any]], torch.Tensor]
     ) -> torch.Tensor:
-        vectors = []
-        for start in range(0, len(items), self.batch_size):
-            batch = list(items[start : start + self.batch_size])
-            vectors.append(forward(batch).cpu())
+        starts = range(0, len(items), self.batch_size)
+        batches = [[*items[start : start + self.batch_size]] for start in starts]
+        vectors = [forward(batch).cpu() for batch in batches]
         return F.normalize(torch.cat(vectors), dim=1)  # (n, d)
 
 

@@ -89,11 +89,9 @@ def landings(sampler: Any, steps: int) -> tuple[Tensor, Tensor]:
     """
     sampler.set_timesteps(steps)
     z, y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-    factors = []
-    for timestep in sampler.timesteps:
-        c, d = sampler.step(y, timestep, z).prev_sample.tolist()
-        factors.append([-c / d, 1 / d])
-    return sampler.timesteps, torch.tensor(factors)
+    ends = [sampler.step(y, timestep, z).prev_sample for timestep in sampler.timesteps]
+    c, d = torch.stack(ends).double().T
+    return sampler.timesteps, torch.stack([-c / d, 1 / d], dim=1).float()
 
 
 def sample_latents(

@@ -96,17 +96,15 @@ class Evaluation:
         """Return the alignment with the prompts; None without an encoder."""
         if self.alignment is None:
             return None
-        prompts: list[str] = []
-        for prompt in self.settings.prompts:
-            prompts += [prompt] * (len(images) // len(self.settings.prompts))
+        per_prompt = len(images) // len(self.settings.prompts)
+        prompts = [prompt for prompt in self.settings.prompts for _ in range(per_prompt)]
         return text_alignment(self.alignment, images, prompts, self.run.args.identifier or ())
 
     def _similarity(self, images: Images) -> float | None:
         """Return the similarity to the references; None without an encoder."""
         if self.similarity is None:
             return None
-        is_paired = self.has_teacher or self.sources
-        if not is_paired:
+        if not (self.has_teacher or self.sources):
             return image_similarity(self.similarity, images, self.references)
         step = len(self.references) // len(images)
         return paired_similarity(self.similarity, images, self.references[::step])
@@ -170,10 +168,10 @@ class Evaluation:
             return
         columns = {f"step {step}": self.first_samples(m) for step, m in self.history.items()}
         self.write_sheet(self.run.folder / STRIP, columns)
-        strips: dict[str, np.ndarray] = {}
-        for number, prompt in enumerate(self.settings.prompts):
-            pixels = [np.asarray(images[number]) for images in columns.values()]
-            strips[f"validation: {prompt}"] = np.stack(pixels)  # (steps, h, w, 3)
+        strips = {  # (steps, h, w, 3)
+            f"validation: {prompt}": np.stack(images)
+            for prompt, *images in zip(self.settings.prompts, *columns.values(), strict=True)
+        }
         for tracker in self.run.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -181,14 +179,9 @@ class Evaluation:
 
     def trend(self) -> list[tuple[int, float, float]]:
         """Return (step, similarity, alignment) of the first samples; empty without the encoders."""
-        rows = []
-        for step, measurement in sorted(self.history.items()):
-            images = self.first_samples(measurement)
-            similarity = self._similarity(images)
-            alignment = self._alignment(images)
-            if similarity is not None and alignment is not None:
-                rows.append((step, similarity, alignment))
-        return rows
+        images = {step: self.first_samples(self.history[step]) for step in sorted(self.history)}
+        rows = [(step, self._similarity(x), self._alignment(x)) for step, x in images.items()]
+        return [(step, a, b) for step, a, b in rows if a is not None and b is not None]
 
 
 @dataclass(frozen=True)

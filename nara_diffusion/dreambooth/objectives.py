@@ -79,11 +79,8 @@ class Objective:
 
     def corrupt(self, latents: Tensor, noise: Tensor, indices: Tensor) -> Corrupted:
         """Mix `latents` and `noise` (b, c, h, w) at `indices` (b,). Index 0 has the least noise."""
-        indices = indices.cpu()
-        p = rows(self.p, indices, latents)
-        q = rows(self.q, indices, latents)
-        alpha = rows(self.alpha, indices, latents)
-        beta = rows(self.beta, indices, latents)
+        indices, factors = indices.cpu(), (self.p, self.q, self.alpha, self.beta)
+        p, q, alpha, beta = (rows(factor, indices, latents) for factor in factors)
         return Corrupted(
             model_input=p * latents + q * noise,
             timestep=self.timestep[indices].to(latents.device, non_blocking=True),

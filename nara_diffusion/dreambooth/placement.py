@@ -169,12 +169,11 @@ class Swap:
         self.weights: list[Weights] = []
         self.copied: dict[int, Any] = {}  # {loaded part: event at the end of its copy}
         for part in self.parts(pipe):
-            pairs = []
-            for parameter in part.parameters():
-                # bitsandbytes' own class of 4-bit weights doesn't copy
-                host = parameter.data.as_subclass(Tensor).cpu()
-                pairs.append((parameter, host if device.type == "cpu" else host.pin_memory()))
-            self.weights.append(pairs)
+            # bitsandbytes' own class of 4-bit weights doesn't copy
+            hosts = [(p, p.data.as_subclass(Tensor).cpu()) for p in part.parameters()]
+            if device.type != "cpu":
+                hosts = [(parameter, host.pin_memory()) for parameter, host in hosts]
+            self.weights.append(hosts)
         self.free(range(len(self.weights)))
 
     def parts(self, pipe: DiffusionPipeline) -> list[nn.Module]:

@@ -62,10 +62,16 @@ def load_subject(args: DreamBoothArguments, run: Run) -> Subject:
     """
     family = run_family(args)  # before the model is loaded
     folders = folder_arguments(args)
-    images = []
-    for folder in folders:
-        place, source = str(folder.instance_data_dir), folder.source_data_dir
-        images.append(read_images(folder, family, place, source, progress=run.is_main))
+    images = [
+        read_images(
+            folder,
+            family,
+            str(folder.instance_data_dir),
+            folder.source_data_dir,
+            progress=run.is_main,
+        )
+        for folder in folders
+    ]
     held_out: list[ImageRecord] = []
     if args.validation_data_dir:
         place, source = args.validation_data_dir, args.validation_source_dir

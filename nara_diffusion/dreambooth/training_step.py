@@ -194,10 +194,9 @@ def expert_levels(family: Family, drawable: Tensor, timesteps: Tensor) -> dict[s
         ValueError: a denoiser has no level in the run's window.
     """
     assert family.boundary is not None
-    levels = {}
+    is_high = timesteps[drawable] >= family.boundary
+    levels = {name: drawable[is_high == (name == HIGH)] for name in family.trained}
     for name in family.trained:
-        is_own = (timesteps[drawable] >= family.boundary) == (name == HIGH)
-        levels[name] = drawable[is_own]
         if len(levels[name]) == 0:
             raise ValueError(
                 f"{name} has no noise level between --min_noise_level and --max_noise_level: widen the window, or "

@@ -239,8 +239,7 @@ class NaraDLLM(LM):
         ends = [*self.ends, *(vocabulary[stop] for stop in until if stop in special)]
         chat = self.has_template and bool(self.tokenizer.chat_template)
         options = {"chat": chat, "eos_token_id": ends, **sampling}
-        result = answer_prompts(self.model, prompts, **options)
-        tokens = result.answers.tolist()
+        tokens = answer_prompts(self.model, prompts, **options).answers.tolist()
         texts = [decode_answer(self.tokenizer, answer, ends, strip=False) for answer in tokens]
         return [up_to_stop(text, until) for text in texts]
 

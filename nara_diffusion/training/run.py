@@ -118,8 +118,7 @@ class Run(Generic[Args]):
         beginning.
         """
         self.digests[content] = digest_texts(texts)
-        saved = self.resumed.get("digests", self.digests)
-        if saved.get(content) == self.digests[content]:
+        if self.resumed.get("digests", self.digests).get(content) == self.digests[content]:
             return
         consequence = ""
         if content == "training data":

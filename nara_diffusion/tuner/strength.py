@@ -151,8 +151,7 @@ def give_strength(
         config = copy(config)  # several models may share the original
         schedule = strength_of(root, adapter_name)
         config.strength = None if schedule is None else schedule.as_lists()
-        completed = holder.finder.with_convention(adapter_name, config)
-        holder.reconfigure(adapter_name, completed)
+        holder.reconfigure(adapter_name, holder.finder.with_convention(adapter_name, config))
 
 
 def _config_of(root: nn.Module, adapter_name: str) -> LoraConfig:

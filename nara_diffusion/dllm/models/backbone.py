@@ -137,8 +137,7 @@ class Backbone:
         Logits at some places only cost less. `inputs` are other arguments of the model's forward.
         """
         if at is None:
-            logits = self._forward(input_ids, attention_mask, **inputs)
-            return self._of_text(logits, input_ids)
+            return self._of_text(self._forward(input_ids, attention_mask, **inputs), input_ids)
         head = self.head
         if head is None:
             return _at(self.logits(input_ids, attention_mask, **inputs), at)

@@ -58,11 +58,14 @@ class PublishedFields:
         harmless = {*self.expressible, *self.harmless.split(), *_OF_TRANSFORMERS.split()}
         harmless |= config_class.attribute_map.keys()
         harmless |= config_class().to_dict().keys() | GenerationConfig().to_dict().keys()
-        unknown = []
-        for name, value in fields.items():
-            is_token = name.endswith(("_token_id", "_token_ids"))
-            if name not in harmless and value is not None and not is_token and name[0] != "_":
-                unknown.append(f"{name}={value!r}")
+        unknown = [
+            f"{name}={value!r}"
+            for name, value in fields.items()
+            if name not in harmless
+            and value is not None
+            and not name.endswith(("_token_id", "_token_ids"))
+            and not name.startswith("_")
+        ]
         if unknown:
             raise ValueError(
                 f"this {self.family} checkpoint has fields in config.json that aren't known: "
