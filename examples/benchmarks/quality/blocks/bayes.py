@@ -51,7 +51,7 @@ def bayes_losses(seen: Seen, is_told: bool = True) -> Tensor:
     if is_told:
         p = _character(seen, seen.level.double()[:, None])
     else:
-        levels = (torch.arange(LEVELS, dtype=torch.double) + 0.5) / LEVELS
+        levels = (torch.arange(LEVELS, dtype=torch.double)[:, None] + 0.5) / LEVELS  # axes keep them float64
         weights = torch.stack([_evidence(seen, level) for level in levels]).softmax(0)  # (LEVELS, b)
         of_levels = [weight[:, None] * _character(seen, level) for weight, level in zip(weights, levels, strict=True)]
         p = torch.stack(of_levels).sum(0)
